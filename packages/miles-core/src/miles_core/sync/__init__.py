@@ -1,0 +1,1 @@
+"""Weight publishing from a trainer to an engine: manifest, transfer, verification."""

@@ -1,0 +1,43 @@
+"""Publish weights to an engine in the same process: manifest, transfer, verification, swap."""
+
+from __future__ import annotations
+
+from miles_core.trainer.hashing import dtype_name, tensor_hash
+from miles_core.trainer.base import Trainer
+from miles_rollout.engine import Engine
+from miles_rollout.wire import TensorSpec, WeightManifest
+
+
+def manifest(trainer: Trainer, version: int) -> WeightManifest:
+    """What the trainer's weights are right now: name, dtype, shape and xxh3-64 of every tensor."""
+    tensors = tuple(
+        TensorSpec(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), hash=tensor_hash(tensor))
+        for name, tensor in trainer.export_weights()
+    )
+    return WeightManifest(version=version, tensors=tensors, contract_digest=trainer.contract.digest)
+
+
+async def publish(trainer: Trainer, engine: Engine, version: int) -> WeightManifest:
+    """Bring the engine to the trainer's current weights as `version`; returns what was published.
+
+    Tensors go one at a time, so the sending side holds no second copy. Raises ValueError when the contracts differ, when
+    `version` does not grow, when the engine refuses a tensor, or when it does not state the new version afterwards; in the
+    first three cases it keeps its old weights.
+    """
+    before = engine.info()
+    if before.contract_digest != trainer.contract.digest:
+        raise ValueError(
+            f"engine and trainer disagree on the numeric contract ({before.contract_digest} and {trainer.contract.digest}): "
+            "their log-probabilities would differ. Run both with the same device, dtype and kernels"
+        )
+    if version <= before.weight_version:
+        raise ValueError(f"weight version {version} does not grow: the engine already serves version {before.weight_version}")
+    stated = manifest(trainer, version)
+    await engine.update_weights(stated, trainer.export_weights())
+    after = engine.info()
+    if after.weight_version != version or after.contract_digest != stated.contract_digest:
+        raise ValueError(
+            f"published weight version {version}, but the engine states version {after.weight_version} "
+            f"under contract {after.contract_digest}: stop, its samples cannot be trusted"
+        )
+    return stated

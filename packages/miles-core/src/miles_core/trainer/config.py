@@ -1,0 +1,55 @@
+"""The `[trainer]` and `[optimizer]` sections."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from miles_core.config.base import Section
+
+
+class TrainerConfig(Section):
+    """How a batch becomes optimizer updates. None of the sizes here changes the objective, only its cost."""
+
+    backend: Literal["fsdp"] = "fsdp"
+    """Implementation of the trainer: "fsdp" is plain torch, one process or data parallel."""
+    updates_per_step: int = Field(default=1, ge=1)
+    """Optimizer updates per rollout batch, which is cut into that many mini-batches at group boundaries. With more than
+    one, the log-probabilities of the old policy are computed first, in a forward pass of their own."""
+    max_tokens_per_microbatch: int = Field(default=16384, ge=1)
+    """Most tokens in one forward and backward pass; a prompt shared by a group counts once. Bounds the memory."""
+    grad_clip: float = Field(default=1.0, ge=0.0)
+    """Largest global gradient norm; a larger gradient is scaled down to it. 0 is off."""
+    on_nonfinite: Literal["error", "skip"] = "error"
+    """What a NaN or infinite loss or gradient does: stop the run, or leave the weights as they are and count the update
+    as skipped. The weights never take such an update."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning rate schedule, which counts optimizer updates and nothing else."""
+
+    name: Literal["adamw"] = "adamw"
+    """Only AdamW (arXiv 1711.05101)."""
+    lr: float = Field(default=1e-6, ge=0.0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square."""
+    eps: float = Field(default=1e-8, gt=0.0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    """Decoupled decay of matrices; vectors (norm weights, biases) do not decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Updates over which the rate rises linearly to `lr`."""
+    total_steps: int | None = Field(default=None, ge=1)
+    """Update at which a falling schedule reaches its floor; None: the number of updates of the whole run."""
+    min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Floor of a falling schedule, as a share of `lr`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas = {self.betas}: both must lie in [0, 1)")
+        return self

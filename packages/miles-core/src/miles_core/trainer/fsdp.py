@@ -1,0 +1,297 @@
+"""The plain torch backend: one process, or several that share a batch.
+
+Legend: N = trained tokens of the batch, M = those of one micro-batch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from miles_core.algorithm.config import AlgorithmConfig
+from miles_core.algorithm.loss import LOSSES, LossInputs
+from miles_core.trainer.base import NonFiniteStep, StepStats
+from miles_core.trainer.batch import TrainBatch
+from miles_core.trainer.config import OptimizerConfig, TrainerConfig
+from miles_core.trainer.hashing import combined_hash, tensor_hash
+from miles_core.trainer.optim import AdamW, global_norm
+from miles_core.trainer.packing import Microbatch, microbatches, shard
+from miles_core.trainer.parallel import DataParallel
+from miles_core.trainer.tensorfile import load_tensors, save_tensors
+from miles_kernels.contract import Contract
+from miles_kernels.nn.checkpoint import iter_tensors, save_decoder
+from miles_kernels.nn.decoder import Decoder, PackedKV
+from miles_kernels.ops.logprob import LogprobOutput
+
+SCHEMA = 1
+_MAX_SHARD_BYTES = 256 * 2**20  # saving copies one shard at a time
+
+
+@dataclass(kw_only=True)
+class _Update:
+    """What one optimizer update did; filled in as it proceeds."""
+
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    lr: float = 0.0
+    skipped: bool = False
+    num_microbatches: int = 0
+    num_forward_tokens: int = 0
+    sums: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+
+
+class FsdpTrainer:
+    """Trains a decoder with AdamW on packed micro-batches.
+
+    With torch.distributed initialised, every process builds the same trainer, is given the same batches, computes its
+    share of them and ends with the same weights. `total_updates` is the length of the run for falling schedules.
+    `reference` is the frozen policy of the KL penalty; without one the weights at construction are copied, so construct
+    the trainer from the base model and `load` afterwards.
+
+    Example: FsdpTrainer(decoder, AlgorithmConfig(), TrainerConfig(), OptimizerConfig(lr=1e-3)).step(batch)
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        algorithm: AlgorithmConfig,
+        config: TrainerConfig,
+        optimizer: OptimizerConfig,
+        *,
+        total_updates: int | None = None,
+        reference: Decoder | None = None,
+        parallel: DataParallel | None = None,
+    ) -> None:
+        self.decoder = decoder
+        self.algorithm = algorithm
+        self.config = config
+        self.parallel = parallel or DataParallel()
+        self._loss = LOSSES.get(algorithm.loss)
+        self._sft_loss = LOSSES.get("sft")
+        self.reference: Decoder | None = None
+        if algorithm.kl_coef > 0:
+            self.reference = (reference if reference is not None else deepcopy(decoder)).requires_grad_(False)
+        self.optimizer = AdamW([(name, p) for name, p in decoder.named_parameters() if p.requires_grad], optimizer, total_updates)
+        self.parallel.require_equal(int(combined_hash(decoder.hf_state()), 16) >> 1 if self.parallel.size > 1 else 0, "weights")
+
+    @property
+    def contract(self) -> Contract:
+        """The decoder's numeric contract."""
+        return self.decoder.contract
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates since the first weights."""
+        return self.optimizer.num_updates
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(HF name, tensor) of every weight; views, valid until the next step."""
+        for name, tensor in self.decoder.hf_state():
+            yield name, tensor.detach()
+
+    # ---- one step
+
+    def forward_logprobs(self, batch: TrainBatch) -> Tensor:
+        """log p [N] fp32 of every trained token, in batch order, without gradient."""
+        self._require_same(batch)
+        return self._forward_all(self.decoder, batch)
+
+    def step(self, batch: TrainBatch) -> StepStats:
+        """Train on the batch, in one update or in `updates_per_step` of them.
+
+        The log-probabilities of the weights at the start of the step come from the training forward itself when there is
+        one update (the ratio is then exactly 1), else from a forward pass before the first. They are what the engine's
+        record is compared with. Raises NonFiniteStep if so configured; the refused update has changed nothing.
+        """
+        self._require_same(batch)
+        policy = batch.kind == "policy"
+        parts = batch.split(self.config.updates_per_step if policy else 1)
+        old_N = self._forward_all(self.decoder, batch) if len(parts) > 1 else None
+        seen_N = torch.zeros(batch.num_tokens)
+        updates = [self._update(batch, blocks, old_N, seen_N) for blocks in parts]
+        start_N = self.parallel.merge(seen_N) if old_N is None else old_N
+        return _summary(batch, updates, start_N)
+
+    def _update(self, batch: TrainBatch, blocks: Sequence[int], old_N: Tensor | None, seen_N: Tensor) -> _Update:
+        """Accumulate over the micro-batches of `blocks`, then one optimizer update. Sets `seen_N` where it has been."""
+        self.optimizer.clear()
+        result = _Update()
+        losses = [torch.zeros(())]
+        for micro in self._microbatches(batch, blocks):
+            losses.append(self._backward(batch, micro, old_N, seen_N, result))
+            result.num_microbatches += 1
+            result.num_forward_tokens += micro.num_tokens
+        gradients = self.optimizer.gradients()
+        self.parallel.sum_(gradients)
+        loss = torch.stack(losses).double().sum()
+        self._share_sums(loss, result)
+        norm = global_norm(gradients)
+        result.loss, result.grad_norm = float(loss), float(norm)
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            self._refuse(result, gradients)
+        else:
+            if 0 < self.config.grad_clip < result.grad_norm:
+                torch._foreach_mul_(gradients, self.config.grad_clip / result.grad_norm)
+            result.lr = self.optimizer.step(gradients)
+        self.optimizer.clear()
+        return result
+
+    def _backward(self, batch: TrainBatch, micro: Microbatch, old_N: Tensor | None, seen_N: Tensor, result: _Update) -> Tensor:
+        out = self._forward(self.decoder, micro)
+        logprob = out.logprob.detach()
+        seen_N[micro.token_index] = logprob
+        inputs = LossInputs(
+            logprob=out.logprob,
+            weight=micro.weight,
+            advantage=None if batch.advantage is None else batch.advantage[micro.token_index],
+            old_logprob=logprob if old_N is None else old_N[micro.token_index],
+            rollout_logprob=None if batch.rollout_logprobs is None else batch.rollout_logprobs[micro.token_index],
+            ref_logprob=self._reference_logprob(micro) if batch.kind == "policy" else None,
+            entropy=out.entropy,
+            sequence=micro.sequence,
+            num_sequences=micro.num_sequences,
+        )
+        output = (self._sft_loss if batch.kind == "sft" else self._loss)(inputs, self.algorithm)
+        output.loss.backward()
+        self.optimizer.collect()
+        for name, value in output.stats.items():
+            result.sums[name].append(value)
+        return output.loss.detach()
+
+    @torch.no_grad()
+    def _reference_logprob(self, micro: Microbatch) -> Tensor | None:
+        return None if self.reference is None else self._forward(self.reference, micro).logprob
+
+    def _forward(self, decoder: Decoder, micro: Microbatch) -> LogprobOutput:
+        hidden = decoder(micro.token_ids, micro.positions, PackedKV(micro.plan))
+        return decoder.logprob(hidden.index_select(0, micro.source_index), micro.targets, micro.temperature)
+
+    @torch.no_grad()
+    def _forward_all(self, decoder: Decoder, batch: TrainBatch) -> Tensor:
+        logprob_N = torch.zeros(batch.num_tokens)
+        for micro in self._microbatches(batch, range(len(batch.blocks))):
+            logprob_N[micro.token_index] = self._forward(decoder, micro).logprob
+        return self.parallel.merge(logprob_N)
+
+    def _microbatches(self, batch: TrainBatch, blocks: Sequence[int]) -> Iterator[Microbatch]:
+        """This process's share of `blocks`; the weights have the denominators of all of them."""
+        weight_S = batch.loss_weights(blocks, "token" if batch.kind == "sft" else self.algorithm.reduction, self.algorithm.constant_tokens)
+        mine = shard(batch, blocks, self.parallel.rank, self.parallel.size)
+        return microbatches(batch, mine, self.config.max_tokens_per_microbatch, weight_S)
+
+    def _share_sums(self, loss: Tensor, result: _Update) -> None:
+        """Sum loss, statistics and counts over processes. A process without micro-batches does not know the names."""
+        if self.parallel.size == 1:
+            return
+        names = self.parallel.union(sorted(result.sums))
+        counts = [result.num_microbatches, result.num_forward_tokens]
+        totals = [torch.stack(result.sums[n]).double().sum() if n in result.sums else torch.zeros((), dtype=torch.float64) for n in names]
+        shared = torch.stack([loss, *totals, *(torch.tensor(float(c), dtype=torch.float64) for c in counts)])
+        self.parallel.sum_([shared])
+        loss.copy_(shared[0])
+        result.sums = {name: [value] for name, value in zip(names, shared[1:-2], strict=True)}
+        result.num_microbatches, result.num_forward_tokens = int(shared[-2]), int(shared[-1])
+
+    def _refuse(self, result: _Update, gradients: Sequence[Tensor]) -> None:
+        """Raise or mark as skipped, by configuration; in neither case are the weights touched."""
+        result.skipped = True
+        if self.config.on_nonfinite == "skip":
+            return
+        bad = [name for name, grad in zip(self.optimizer.names, gradients, strict=True) if not bool(grad.isfinite().all())]
+        self.optimizer.clear()
+        where = f"gradients of {', '.join(bad[:4])}{f' and {len(bad) - 4} more' if len(bad) > 4 else ''}" if bad else "the loss"
+        raise NonFiniteStep(
+            f"update {self.num_updates + 1}: loss {result.loss}, gradient norm {result.grad_norm}; not finite: {where}. "
+            "The weights are unchanged. Lower optimizer.lr, look at the samples of this step, "
+            'or set trainer.on_nonfinite = "skip" to go on without such updates'
+        )
+
+    def _require_same(self, batch: TrainBatch) -> None:
+        if self.parallel.size > 1:
+            digest = xxhash.xxh3_64(repr(batch.blocks).encode())
+            for tensor in (batch.token_ids, batch.trained, batch.temperature, batch.advantage, batch.rollout_logprobs):
+                digest.update(b"-" if tensor is None else tensor_hash(tensor).encode())
+            self.parallel.require_equal(digest.intdigest() >> 1, "batch")
+
+    # ---- state
+
+    def save(self, directory: Path) -> None:
+        """Write `model/` (a loadable HF model directory), `optimizer.safetensors` and `trainer.json`.
+
+        With several processes call it in one of them: all hold the same state.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        save_decoder(self.decoder, directory / "model", max_shard_bytes=_MAX_SHARD_BYTES)
+        save_tensors(directory / "optimizer.safetensors", self.optimizer.state())
+        text = json.dumps(self._facts() | {"num_updates": self.num_updates}, indent=2, sort_keys=True)
+        (directory / "trainer.json").write_text(text + "\n", encoding="utf-8")
+
+    def load(self, directory: Path) -> None:
+        """Restore what `save` wrote, bit for bit; the next step is the one an uninterrupted run would have taken.
+
+        Raises ValueError when a file is missing or damaged, or when the state belongs to another model, optimizer or
+        reference policy.
+        """
+        file = directory / "trainer.json"
+        try:
+            stated: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file}: cannot be read ({error}); resume from another checkpoint") from None
+        facts = self._facts()
+        for name in ("schema", "dtype", "reference"):
+            if stated.get(name) != facts[name]:
+                raise ValueError(f"{file}: {name} is {stated.get(name)!r}, this run has {facts[name]!r}; resume with the run's own configuration")
+        if stated.get("contract") != facts["contract"]:
+            warnings.warn(
+                f"{file}: written under contract {stated.get('contract')}, this is {facts['contract']}; the run goes on, but not with the same bits",
+                stacklevel=2,
+            )
+        with torch.no_grad():
+            self.decoder.load_hf_state(iter_tensors(directory / "model"))
+            load_tensors(directory / "optimizer.safetensors", self.optimizer.state())
+        self.optimizer.num_updates = int(stated["num_updates"])
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "dtype": str(self.optimizer.params[0].dtype),
+            "contract": self.contract.digest,
+            "reference": None if self.reference is None else combined_hash(self.reference.hf_state()),
+        }
+
+
+def _summary(batch: TrainBatch, updates: Sequence[_Update], start_N: Tensor) -> StepStats:
+    sums: dict[str, float] = defaultdict(float)
+    for update in updates:
+        for name, values in update.sums.items():
+            sums[name] += float(torch.stack(values).double().sum())
+    unequal, max_abs = None, None
+    if batch.rollout_logprobs is not None:
+        unequal = int((start_N.view(torch.int32) != batch.rollout_logprobs.view(torch.int32)).sum())
+        max_abs = float((start_N - batch.rollout_logprobs).abs().max())
+    done = [update for update in updates if not update.skipped]
+    return StepStats(
+        loss=sum(update.loss for update in updates) / len(updates),
+        grad_norm=sum(update.grad_norm for update in updates) / len(updates),
+        lr=done[-1].lr if done else 0.0,
+        num_tokens=batch.num_tokens,
+        num_sequences=batch.num_sequences,
+        num_updates=len(done),
+        num_skipped_updates=len(updates) - len(done),
+        num_microbatches=sum(update.num_microbatches for update in updates),
+        num_forward_tokens=sum(update.num_forward_tokens for update in updates),
+        tokens_unequal=unequal,
+        mismatch_max_abs=max_abs,
+        means={name: value / batch.num_tokens for name, value in sums.items()},
+    )

@@ -1,0 +1,158 @@
+"""Cut blocks into micro-batches by a token budget and lay each out as one packed stream.
+
+Legend: S, L, N as in `batch`; T = tokens of the micro-batch, M = its trained tokens, R = its sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from miles_core.trainer.batch import TrainBatch
+from miles_kernels.ops.attention import AttentionPlan, packed_plan
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Microbatch:
+    """One forward pass: a packed stream of segments, and for every trained token where its prediction is read."""
+
+    token_ids: Tensor
+    """[T] int64."""
+    positions: Tensor
+    """[T] int64, absolute within the own sequence."""
+    plan: AttentionPlan
+    source_index: Tensor
+    """[M] int64 in 0..T-1: the row whose hidden state predicts the token."""
+    targets: Tensor
+    """[M] int64 token ids."""
+    token_index: Tensor
+    """[M] int64: which of the N trained tokens of the batch."""
+    sequence: Tensor
+    """[M] int64 in 0..R-1, for sequence-level statistics."""
+    num_sequences: int
+    temperature: Tensor
+    """[M] fp32."""
+    weight: Tensor
+    """[M] fp32, with the denominators of the whole mini-batch."""
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.token_ids.numel())
+
+
+def cut(batch: TrainBatch, blocks: Sequence[int], max_tokens: int) -> list[list[list[int]]]:
+    """Micro-batches as lists of blocks as lists of sequence numbers: filled in order, none above `max_tokens`.
+
+    Raises ValueError naming a sequence that exceeds the budget alone.
+    """
+    result: list[list[list[int]]] = []
+    used = max_tokens + 1
+    for number in blocks:
+        piece: list[int] = []
+        whole = batch.block_tokens(number)
+        for s in batch.blocks[number]:
+            prompt, own = batch.prompt_len[s], batch.last[s] - batch.prompt_len[s]
+            if prompt + own > max_tokens:
+                raise ValueError(
+                    f"{batch.names[s]} needs {prompt + own} tokens, more than trainer.max_tokens_per_microbatch = {max_tokens}; "
+                    "raise that or lower data.max_prompt_tokens or sampling.max_new_tokens"
+                )
+            cost = own if piece else prompt + own
+            fresh = not piece and used + min(whole, max_tokens) > max_tokens
+            if fresh or used + cost > max_tokens:
+                result.append([])
+                used, piece, cost = 0, [], prompt + own
+            if not piece:
+                result[-1].append(piece)
+            piece.append(s)
+            used += cost
+    return result
+
+
+def pack(batch: TrainBatch, pieces: Sequence[Sequence[int]], weight_S: Tensor) -> Microbatch:
+    """Lay out one micro-batch; `weight_S` [S] float64 is the loss weight of each sequence's tokens."""
+    source, length, parent = [], [], []
+    members: list[int] = []
+    prompt_row, own_row, split = [], [], []
+    rows = 0
+    for piece in pieces:
+        first = piece[0]
+        prompt = batch.prompt_len[first]
+        shared = len(piece) > 1
+        if shared:
+            root, root_row = len(length), rows
+            source.append(batch.start[first])
+            length.append(prompt)
+            parent.append(-1)
+            rows += prompt
+        for s in piece:
+            members.append(s)
+            skip = prompt if shared else 0
+            own = batch.last[s] - skip
+            prompt_row.append(root_row if shared else rows)
+            own_row.append(rows - skip)
+            split.append(skip)
+            if own:
+                source.append(batch.start[s] + skip)
+                length.append(own)
+                parent.append(root if shared else -1)
+                rows += own
+    plan, positions = packed_plan(length, parent)
+    gather = _ranges(source, length)
+    token_index = _ranges(_offsets(batch)[members].tolist(), [batch.num_trained[s] for s in members])
+    count_R = torch.tensor([batch.num_trained[s] for s in members])
+    sequence = torch.arange(len(members)).repeat_interleave(count_R)
+    where = batch.trained[token_index]
+    table = torch.tensor([prompt_row, own_row, split, [batch.start[s] for s in members]])[:, sequence]
+    before = where - table[3] - 1
+    member_R = torch.tensor(members)
+    return Microbatch(
+        token_ids=batch.token_ids[gather],
+        positions=positions,
+        plan=plan,
+        source_index=before + torch.where(before < table[2], table[0], table[1]),
+        targets=batch.token_ids[where],
+        token_index=token_index,
+        sequence=sequence,
+        num_sequences=len(members),
+        temperature=batch.temperature[member_R][sequence],
+        weight=weight_S[member_R].float()[sequence],
+    )
+
+
+def microbatches(batch: TrainBatch, blocks: Sequence[int], max_tokens: int, weight_S: Tensor) -> Iterator[Microbatch]:
+    """The micro-batches of some blocks, laid out one at a time."""
+    for pieces in cut(batch, blocks, max_tokens):
+        yield pack(batch, pieces, weight_S)
+
+
+def shard(batch: TrainBatch, blocks: Sequence[int], rank: int, size: int) -> list[int]:
+    """The blocks of one of `size` data-parallel processes: largest first to the least loaded, ties to the lowest rank.
+
+    Every process computes the same assignment; returned in batch order.
+    """
+    if size == 1:
+        return list(blocks)
+    load, owner = [0] * size, {}
+    for block in sorted(blocks, key=lambda b: (-batch.block_tokens(b), b)):
+        target = load.index(min(load))
+        owner[block] = target
+        load[target] += batch.block_tokens(block)
+    return [block for block in blocks if owner[block] == rank]
+
+
+def _offsets(batch: TrainBatch) -> Tensor:
+    """[S] index of each sequence's first trained token among the N."""
+    return torch.tensor([0, *accumulate(batch.num_trained)][:-1])
+
+
+def _ranges(start: Sequence[int], length: Sequence[int]) -> Tensor:
+    """Concatenation of start[i] .. start[i]+length[i]-1, int64."""
+    length_I = torch.tensor(length)
+    shift_I = torch.tensor(start) - (length_I.cumsum(0) - length_I)
+    return torch.arange(int(length_I.sum())) + shift_I.repeat_interleave(length_I)
