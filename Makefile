@@ -31,7 +31,7 @@ lint: setup
 test: lint
 	rm -f .coverage .coverage.*
 	$(BIN)/python -m pytest -q -n 2 -m "not gpu" --cov --cov-report= --durations=10
-	$(BIN)/python tools/coverage.py
+	$(BIN)/python tools/cover.py
 
 #   make wheels       build the five wheels and install each alone in a bare environment
 wheels: setup

@@ -73,9 +73,7 @@ def update(names: list[str], upgrade: bool) -> None:
 def check() -> None:
     """Raise SystemExit when the lock names an address or does not fit the pyprojects."""
     if left := addresses(LOCK.read_text()):
-        raise SystemExit(
-            f"uv.lock holds {len(left)} addresses, for example {left[0]}\nrun: .venv/bin/python tools/lock.py scrub"
-        )
+        raise SystemExit(f"uv.lock holds {len(left)} addresses, for example {left[0]}\nrun: .venv/bin/python tools/lock.py scrub")
     uv("lock", "--check", "--offline", "--quiet")
 
 

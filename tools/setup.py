@@ -29,7 +29,16 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
 STAMP = os.path.join(VENV, ".miles-setup.json")
 PYTHONS = ((3, 11), (3, 14))
-EXPORT = ("export", "--quiet", "--frozen", "--all-packages", "--all-extras", "--all-groups", "--no-emit-workspace", "--no-annotate")
+EXPORT = (
+    "export",
+    "--quiet",
+    "--frozen",
+    "--all-packages",
+    "--all-extras",
+    "--all-groups",
+    "--no-emit-workspace",
+    "--no-annotate",
+)
 
 
 class SetupError(Exception):
@@ -75,7 +84,9 @@ def pip_setting(name):
 
 def run(command, what, env=None, quiet=False):
     """Run a command in the workspace; True on success. Raises SetupError with its output, unless quiet."""
-    done = subprocess.run(command, cwd=ROOT, env=env or environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=env or environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode and not quiet:
         raise SetupError(f"{what} failed (exit code {done.returncode}):\n{done.stdout.strip()}")
     return done.returncode == 0
@@ -83,7 +94,9 @@ def run(command, what, env=None, quiet=False):
 
 def pip_install(*arguments, what, quiet=False, **extra):
     """`uv pip install` into .venv, blind to the workspace's own uv configuration (which excludes torch)."""
-    return run([program("uv"), "pip", "install", "--quiet", "--no-config", *arguments], what, env=environment(**extra), quiet=quiet)
+    return run(
+        [program("uv"), "pip", "install", "--quiet", "--no-config", *arguments], what, env=environment(**extra), quiet=quiet
+    )
 
 
 # ------------------------------------------------------------------ what is asked for, what is there
