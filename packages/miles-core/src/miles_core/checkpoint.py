@@ -145,7 +145,9 @@ class CheckpointStore:
         """
         for name in parts:
             if Path(name).name != name or name in (MANIFEST, COMPLETE, "") or name.startswith("."):
-                raise ValueError(f"checkpoint part {name!r}: a part is a plain file or directory name other than {MANIFEST} and {COMPLETE}")
+                raise ValueError(
+                    f"checkpoint part {name!r}: must be a plain file or directory name, not {MANIFEST} or {COMPLETE}"
+                )
         final = self.path(step)
         temporary = self.root / f"{_TMP}{final.name}"
         try:
@@ -159,7 +161,7 @@ class CheckpointStore:
             _seal(temporary, step, config_digest)
             self._swap(temporary, final)
         except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._undo(temporary, final)
             problem = _disk_problem(error)
             if problem is not None:
                 raise CheckpointError(f"{final}: not written: {problem}. {self._what_is_left()}") from error
@@ -177,21 +179,28 @@ class CheckpointStore:
         _sync(self.root)
         shutil.rmtree(old, ignore_errors=True)
 
+    def _undo(self, temporary: Path, final: Path) -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        old = self.root / f"{_OLD}{final.name}"
+        if old.exists() and not final.exists():
+            old.rename(final)
+
     def _prune(self, newest: int) -> None:
-        """Delete complete checkpoints beyond the last `keep_last`, COMPLETE first, so a half-deleted one is never read."""
+        """Delete complete checkpoints beyond the last `keep_last`; renamed first, so a half-deleted one is never read."""
         for step in self.steps()[: -self.keep_last]:
             if step != newest:
-                (self.path(step) / COMPLETE).unlink()
-                shutil.rmtree(self.path(step))
+                doomed = self.root / f"{_TMP}{self.path(step).name}"
+                self.path(step).rename(doomed)
+                shutil.rmtree(doomed)
 
     def _what_is_left(self) -> str:
         latest = self.latest()
-        intact = "No earlier checkpoint is there" if latest is None else f"The checkpoint of step {latest} is intact: free space and go on with --resume"
+        intact = "No earlier checkpoint is there" if latest is None else f"The checkpoint of step {latest} is intact"
         try:
             free = f" ({shutil.disk_usage(self.root).free / 2**20:.0f} MiB free)"
         except OSError:
             free = ""
-        return f"{intact}{free}; checkpoint.keep_last = {self.keep_last} bounds what is kept"
+        return f"{intact}{free}; free space or lower checkpoint.keep_last (now {self.keep_last}), then go on with --resume"
 
 
 def read_checkpoint(path: Path, others: list[int] | None = None) -> Checkpoint:
@@ -199,7 +208,8 @@ def read_checkpoint(path: Path, others: list[int] | None = None) -> Checkpoint:
 
     Raises CheckpointError naming the file.
     """
-    remedy = f"use another checkpoint ({', '.join(f'step {step}' for step in others)} complete)" if others else "no other checkpoint is complete"
+    offered = ", ".join(f"step {step}" for step in others or [])
+    remedy = f"use another checkpoint ({offered} complete)" if offered else "no other checkpoint is complete"
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint; {remedy}")
     if not (path / COMPLETE).is_file():
@@ -208,7 +218,9 @@ def read_checkpoint(path: Path, others: list[int] | None = None) -> Checkpoint:
         raise CheckpointError(f"{path / MANIFEST}: hash mismatch with {COMPLETE}, it was changed after it was written; {remedy}")
     manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     if manifest["schema"] != SCHEMA:
-        raise CheckpointError(f"{path / MANIFEST}: schema {manifest['schema']}, this build reads schema {SCHEMA}; use the version that wrote it")
+        raise CheckpointError(
+            f"{path / MANIFEST}: schema {manifest['schema']}, this build reads {SCHEMA}; use the version that wrote it"
+        )
     for entry in manifest["files"]:
         file = path / entry["path"]
         if not file.is_file():
@@ -240,7 +252,8 @@ def _seal(directory: Path, step: int, config_digest: str) -> None:
         "versions": dict(_versions()),
         "config_digest": config_digest,
         "files": [
-            {"path": path.relative_to(directory).as_posix(), "size_bytes": path.stat().st_size, "xxh3_128": file_hash(path)} for path in files
+            {"path": path.relative_to(directory).as_posix(), "size_bytes": path.stat().st_size, "xxh3_128": file_hash(path)}
+            for path in files
         ],
     }
     _write(directory / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")

@@ -79,12 +79,12 @@ def group_advantages(
     values = rewards.tolist() if isinstance(rewards, Tensor) else list(rewards)
     names = [0] * len(values) if groups is None else list(groups)
     if len(names) != len(values) or (valid is not None and len(valid) != len(values)):
-        raise ValueError(f"{len(values)} rewards, {len(names)} groups, {'-' if valid is None else len(valid)} validity flags: lengths must agree")
+        raise ValueError(f"{len(values)} rewards, {len(names)} groups, {len(valid or ())} validity flags: lengths must agree")
     chosen = [i for i, value in enumerate(values) if value is not None and (valid is None or valid[i])]
     reward_B = torch.tensor([values[i] for i in chosen], dtype=torch.float64)
     bad = [chosen[i] for i in (~reward_B.isfinite()).nonzero().flatten().tolist()]
     if bad:
-        raise ValueError(f"reward {values[bad[0]]} at position {bad[0]} is not finite ({len(bad)} in all); score it as an error instead")
+        raise ValueError(f"reward {values[bad[0]]} at position {bad[0]} is not finite; score it as an error instead")
     advantage_B = torch.zeros(len(values), dtype=torch.float64)
     if chosen:
         dense: dict[int, int] = {}

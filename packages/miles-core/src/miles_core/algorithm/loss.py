@@ -54,7 +54,9 @@ class LossFn(Protocol):
     def __call__(self, inputs: LossInputs, cfg: AlgorithmConfig) -> LossOutput: ...
 
 
-def log_ratio(logprob: Tensor, old_logprob: Tensor, level: str = "token", sequence: Tensor | None = None, num_sequences: int = 1) -> Tensor:
+def log_ratio(
+    logprob: Tensor, old_logprob: Tensor, level: str = "token", sequence: Tensor | None = None, num_sequences: int = 1
+) -> Tensor:
     """Log of the probability ratio new / old, [N]; at level "sequence" the mean over the tokens of its sequence (GSPO)."""
     difference_N = logprob - old_logprob
     if level == "token":
@@ -66,12 +68,16 @@ def log_ratio(logprob: Tensor, old_logprob: Tensor, level: str = "token", sequen
     return (zeros_S.index_add(0, sequence, difference_N) / count_S)[sequence]
 
 
-def policy_ratio(logprob: Tensor, old_logprob: Tensor, level: str = "token", sequence: Tensor | None = None, num_sequences: int = 1) -> Tensor:
+def policy_ratio(
+    logprob: Tensor, old_logprob: Tensor, level: str = "token", sequence: Tensor | None = None, num_sequences: int = 1
+) -> Tensor:
     """Probability ratio new / old, [N]; exactly 1 where the two agree bitwise."""
     return log_ratio(logprob, old_logprob, level, sequence, num_sequences).exp()
 
 
-def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None) -> Tensor:
+def clipped_surrogate(
+    ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
+) -> Tensor:
     """PPO's pessimistic token loss, [N]: -min(r A, clip(r, 1-low, 1+high) A) (arXiv 1707.06347).
 
     `dual_clip` c > 1 bounds it by -c A where A < 0 (arXiv 1912.09729), so one token cannot dominate the step.
@@ -166,7 +172,12 @@ def _ratio_stats(log_r: Tensor, ratio: Tensor, advantage: Tensor, cfg: Algorithm
     """A token counts as clipped where the clip changes its loss: too low with A < 0, too high with A > 0."""
     low = ((ratio < 1.0 - cfg.clip_low) & (advantage < 0)).sum()
     high = ((ratio > 1.0 + cfg.clip_high) & (advantage > 0)).sum()
-    return {"clip_low_fraction": low, "clip_high_fraction": high, "ratio": ratio.sum(), "policy_kl": (torch.expm1(log_r) - log_r).sum()}
+    return {
+        "clip_low_fraction": low,
+        "clip_high_fraction": high,
+        "ratio": ratio.sum(),
+        "policy_kl": (torch.expm1(log_r) - log_r).sum(),
+    }
 
 
 def sft_loss(inputs: LossInputs, cfg: AlgorithmConfig | None = None) -> LossOutput:

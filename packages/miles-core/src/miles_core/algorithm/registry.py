@@ -32,7 +32,7 @@ class Registry(Generic[F]):
         found: dict[str, Any] = {}
         for point in entry_points(group=self.group):
             if point.name in self._builtin or point.name in found:
-                raise ValueError(f'{self.kind} "{point.name}" of {point.value} is taken: rename the entry point in "{self.group}"')
+                raise ValueError(f'{self.kind} "{point.name}" of {point.value} is taken: rename it in "{self.group}"')
             found[point.name] = point
         return MappingProxyType(found)
 

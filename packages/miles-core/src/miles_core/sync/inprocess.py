@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from miles_core.trainer.hashing import dtype_name, tensor_hash
 from miles_core.trainer.base import Trainer
+from miles_core.trainer.hashing import dtype_name, tensor_hash
 from miles_rollout.engine import Engine
 from miles_rollout.wire import TensorSpec, WeightManifest
 

@@ -92,9 +92,8 @@ class TrainBatch:
         chosen = [samples[i] for i in kept]
         for sample in chosen:
             if len(sample.rollout_logprobs) != len(sample.token_ids):
-                raise ValueError(
-                    f"sample {sample.sample_id}: {len(sample.rollout_logprobs)} rollout_logprobs for {len(sample.token_ids)} token_ids"
-                )
+                counts = f"{len(sample.rollout_logprobs)} rollout_logprobs for {len(sample.token_ids)} token_ids"
+                raise ValueError(f"sample {sample.sample_id}: {counts}")
         layout = _Layout.build(
             [sample.token_ids for sample in chosen],
             [sample.loss_mask for sample in chosen],
@@ -102,10 +101,9 @@ class TrainBatch:
             [sample.group_id for sample in chosen],
         )
         recorded = torch.tensor(list(chain.from_iterable(sample.rollout_logprobs for sample in chosen)), dtype=torch.float32)
-        counts = torch.tensor(layout.num_trained)
         return cls(
             kind="policy",
-            advantage=values[kept].float().repeat_interleave(counts),
+            advantage=values[kept].float().repeat_interleave(torch.tensor(layout.num_trained)),
             rollout_logprobs=recorded[layout.trained],
             temperature=torch.tensor([sample.temperature or 1.0 for sample in chosen], dtype=torch.float32),
             num_dropped=len(samples) - len(chosen),

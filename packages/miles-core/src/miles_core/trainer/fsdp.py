@@ -186,7 +186,8 @@ class FsdpTrainer:
 
     def _microbatches(self, batch: TrainBatch, blocks: Sequence[int]) -> Iterator[Microbatch]:
         """This process's share of `blocks`; the weights have the denominators of all of them."""
-        weight_S = batch.loss_weights(blocks, "token" if batch.kind == "sft" else self.algorithm.reduction, self.algorithm.constant_tokens)
+        reduction = "token" if batch.kind == "sft" else self.algorithm.reduction
+        weight_S = batch.loss_weights(blocks, reduction, self.algorithm.constant_tokens)
         mine = shard(batch, blocks, self.parallel.rank, self.parallel.size)
         return microbatches(batch, mine, self.config.max_tokens_per_microbatch, weight_S)
 
@@ -196,8 +197,8 @@ class FsdpTrainer:
             return
         names = self.parallel.union(sorted(result.sums))
         counts = [result.num_microbatches, result.num_forward_tokens]
-        totals = [torch.stack(result.sums[n]).double().sum() if n in result.sums else torch.zeros((), dtype=torch.float64) for n in names]
-        shared = torch.stack([loss, *totals, *(torch.tensor(float(c), dtype=torch.float64) for c in counts)])
+        totals = [float(torch.stack(result.sums[name]).double().sum()) if name in result.sums else 0.0 for name in names]
+        shared = torch.tensor([float(loss), *totals, *counts], dtype=torch.float64)
         self.parallel.sum_([shared])
         loss.copy_(shared[0])
         result.sums = {name: [value] for name, value in zip(names, shared[1:-2], strict=True)}
@@ -251,10 +252,12 @@ class FsdpTrainer:
         facts = self._facts()
         for name in ("schema", "dtype", "reference"):
             if stated.get(name) != facts[name]:
-                raise ValueError(f"{file}: {name} is {stated.get(name)!r}, this run has {facts[name]!r}; resume with the run's own configuration")
+                found, own = stated.get(name), facts[name]
+                raise ValueError(f"{file}: {name} is {found!r}, this run has {own!r}; resume with the run's own configuration")
         if stated.get("contract") != facts["contract"]:
             warnings.warn(
-                f"{file}: written under contract {stated.get('contract')}, this is {facts['contract']}; the run goes on, but not with the same bits",
+                f"{file}: written under contract {stated.get('contract')}, this machine has {facts['contract']}: "
+                "the run goes on, but not with the bits it would have had there",
                 stacklevel=2,
             )
         with torch.no_grad():

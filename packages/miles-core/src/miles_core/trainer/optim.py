@@ -29,7 +29,7 @@ def lr_at(cfg: OptimizerConfig, update: int, total_updates: int | None) -> float
         return cfg.lr
     total = cfg.total_steps or total_updates
     if total is None:
-        raise ValueError(f'optimizer.schedule = "{cfg.schedule}" needs optimizer.total_steps: the length of the run is not known here')
+        raise ValueError(f'optimizer.schedule = "{cfg.schedule}" needs optimizer.total_steps: this run has no known length')
     progress = min(1.0, (update - cfg.warmup_steps) / max(1, total - cfg.warmup_steps))
     height = 1.0 - progress if cfg.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return cfg.lr * (cfg.min_lr_ratio + (1.0 - cfg.min_lr_ratio) * height)

@@ -61,7 +61,7 @@ class DataParallel:
         span = torch.tensor([digest, -digest])
         dist.all_reduce(span, op=dist.ReduceOp.MAX, group=self.group)
         if int(span[0]) != -int(span[1]):
-            raise ValueError(f"the {self.size} processes do not hold the same {what}; each must be given the whole of it, in one order")
+            raise ValueError(f"the {self.size} processes do not hold the same {what}; give each the whole of it, in one order")
 
     def union(self, names: Sequence[str]) -> list[str]:
         """The names any process states, sorted. Few and short: sent as bytes in one padded tensor, not pickled."""

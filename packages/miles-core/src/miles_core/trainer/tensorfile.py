@@ -36,4 +36,4 @@ def load_tensors(file: Path, like: Mapping[str, Tensor]) -> None:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error}); resume from another checkpoint") from None
     if wrong:
-        raise ValueError(f"{file}: {'; '.join(wrong[:8])}{' ...' if len(wrong) > 8 else ''}. It belongs to another model or optimizer")
+        raise ValueError(f"{file}: {'; '.join(wrong[:8])}{' ...' if len(wrong) > 8 else ''}. It belongs to another model")
