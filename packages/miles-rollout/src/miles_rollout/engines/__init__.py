@@ -1,0 +1,1 @@
+"""Implementations of `miles_rollout.engine.Engine`, one package each."""

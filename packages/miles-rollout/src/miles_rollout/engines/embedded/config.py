@@ -1,0 +1,49 @@
+"""Settings of the embedded engine. No torch here, so a command line can describe them cheaply."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class EmbeddedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much the embedded engine holds and does at once. No field changes a result, only speed and memory.
+
+    Example: EmbeddedConfig(max_running=32, kv_memory_bytes=256 << 20)
+    """
+
+    page_size: int = 16
+    """Tokens per page of the KV cache; a positive multiple of 16, which is how the kernels cut their key blocks."""
+    kv_memory_bytes: int = 1 << 30
+    """Most bytes of keys and values, all layers together. Memory is touched only where pages have been used."""
+    num_pages: int | None = None
+    """Pages in the pool, instead of `kv_memory_bytes`."""
+    max_running: int = 128
+    """Most sequences that are prefilled or decoded in one step."""
+    max_batched_tokens: int = 2048
+    """Most tokens of one forward pass, decode and prefill together; at least `max_running`."""
+    prefill_chunk: int = 512
+    """Most prompt tokens of one sequence in one forward pass."""
+    max_context: int | None = None
+    """Most tokens of one sequence, prompt and completion; at most, and by default, what the model supports."""
+    prefix_cache: bool = True
+    """Keep the pages of finished sequences and reuse those a later prompt starts with."""
+
+    def validate(self) -> None:
+        """Raise ValueError naming every field outside its range."""
+        wrong = []
+        if self.page_size < 16 or self.page_size % 16:
+            wrong.append(f"page_size={self.page_size} must be a positive multiple of 16")
+        for name in ("kv_memory_bytes", "max_running", "max_batched_tokens", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                wrong.append(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("num_pages", "max_context"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                wrong.append(f"{name}={value} must be at least 1, or left out")
+        if self.max_batched_tokens < self.max_running:
+            wrong.append(
+                f"max_batched_tokens={self.max_batched_tokens} must be at least max_running={self.max_running}, "
+                "so that every running sequence can take a step"
+            )
+        if wrong:
+            raise ValueError("embedded engine: " + "; ".join(wrong))

@@ -1,0 +1,331 @@
+"""The asyncio front of the embedded engine: one thread steps, event loops enqueue and await."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import itertools
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from miles_kernels.nn.decoder import Decoder
+
+from miles_rollout.engine import EngineRefusal
+from miles_rollout.engines.embedded.admission import Limits, check_request
+from miles_rollout.engines.embedded.config import EmbeddedConfig
+from miles_rollout.engines.embedded.core import EngineCore
+from miles_rollout.engines.embedded.kv import PagedKV
+from miles_rollout.engines.embedded.reply import EngineFailure, Reply
+from miles_rollout.engines.embedded.state import Delivery, Job
+from miles_rollout.engines.embedded.weights import check_manifest, dtype_name, stage
+from miles_rollout.text import Tokenizer
+from miles_rollout.wire import EngineInfo, GenerateChunk, GenerateRequest, GenerateResult, WeightManifest
+
+_LIVENESS_S = 2.0
+"""How often a waiter looks whether the engine thread still lives."""
+
+
+class EmbeddedEngine:
+    """Paged, continuously batched generation inside this process; implements `miles_rollout.engine.Engine`.
+
+    The decoder belongs to the engine from now on: weight updates are copied into it. Requests may come from several event
+    loops; those queued before the loop's next turn (a whole `asyncio.gather`) enter the same step. Prompt log-probabilities
+    are stated at the request's temperature, like those of its completions, and at 1 when it is 0.
+
+    Raises ValueError for settings out of range or a KV budget without room for a page.
+
+    Example:
+        async with EmbeddedEngine(decoder, tokenizer) as engine:
+            result = await engine.generate(GenerateRequest(request_id="a", input_ids=(5, 9)))
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        config: EmbeddedConfig | None = None,
+        *,
+        model: str = "",
+        weight_version: int = 0,
+        eos_token_ids: tuple[int, ...] | None = None,
+    ) -> None:
+        config = config or EmbeddedConfig()
+        config.validate()
+        num_pages = _num_pages(decoder, config)
+        max_context = min(config.max_context or decoder.config.max_position_embeddings, decoder.config.max_position_embeddings)
+        eos = tuple(sorted({*decoder.config.eos_token_ids, *tokenizer.eos_token_ids})) if eos_token_ids is None else eos_token_ids
+        self.config = config
+        self.tokenizer = tokenizer
+        self._limits = Limits(decoder.config.vocab_size, max_context, config.page_size, num_pages)
+        self._held = {name: (tuple(t.shape), dtype_name(t.dtype)) for name, t in decoder.hf_state()}
+        self._digest = decoder.contract.digest
+        self._model = model
+        self._version = weight_version
+        self._eos = frozenset(eos)
+        self._core: EngineCore | None = EngineCore(decoder, tokenizer, config, num_pages=num_pages, weight_version=weight_version)
+        self._metrics = self._core.metrics()
+        self._arrivals = itertools.count()
+        self._lock = threading.Condition()
+        self._pending: list[Callable[[EngineCore], None]] = []
+        self._inbox: deque[Callable[[EngineCore], None]] = deque()
+        self._replies: dict[str, Reply] = {}
+        self._waits: set[concurrent.futures.Future[None]] = set()
+        self._updating = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._failure: BaseException | None = None
+
+    async def __aenter__(self) -> EmbeddedEngine:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """All completions of one request. Cancelling the call aborts the request.
+
+        Raises EngineRefusal for what can never be served, EngineFailure when the engine has died or is closed.
+        """
+        with self._submitted(request, stream=False) as reply:
+            result = await self._next(reply)
+        assert isinstance(result, GenerateResult)
+        return result
+
+    async def stream(self, request: GenerateRequest) -> AsyncIterator[GenerateChunk]:
+        """The same, token by token. Closing the iterator aborts the request. A slow reader never holds up the engine."""
+        with self._submitted(request, stream=True) as reply:
+            while isinstance(item := await self._next(reply), GenerateChunk):
+                yield item
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request now; its completions finish with reason "abort". False when it is not running."""
+        with self._lock:
+            if request_id not in self._replies:
+                return False
+        await self._command(lambda core: self._dispatch(core.abort(request_id)))
+        return True
+
+    async def update_weights(self, manifest: WeightManifest, tensors: Iterable[tuple[str, Any]]) -> None:
+        """Stage, verify, swap between two steps; see `Engine.update_weights` for what is refused.
+
+        `tensors` is consumed one at a time in a worker thread; staging holds one copy of the model at most. Running requests
+        go on under the new version after their keys and values have been computed again.
+        """
+        await asyncio.to_thread(self._update_weights, manifest, tensors)
+
+    def info(self) -> EngineInfo:
+        """Model, contract digest, weight version, limits."""
+        return EngineInfo(
+            model=self._model,
+            contract_digest=self._digest,
+            weight_version=self._version,
+            vocab_size=self._limits.vocab_size,
+            max_context=self._limits.max_context,
+            max_running=self.config.max_running,
+            eos_token_ids=tuple(sorted(self._eos)),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Counters and gauges since start; after `close`, the last ones."""
+        core = self._core
+        if core is not None:
+            self._metrics = core.metrics()
+        return dict(self._metrics)
+
+    async def close(self) -> None:
+        """Abort what runs, stop the thread, free the KV cache. Idempotent."""
+        await asyncio.to_thread(self._close)
+        await asyncio.sleep(0)  # lets waiters of this loop see their aborted results first
+
+    # ------------------------------------------------------------------ event loop side
+
+    @contextlib.contextmanager
+    def _submitted(self, request: GenerateRequest, *, stream: bool) -> Iterator[Reply]:
+        """Queue a request; leaving before its result has arrived aborts it."""
+        check_request(request, self._limits)
+        reply = Reply(request.request_id, asyncio.get_running_loop())
+        with self._lock:
+            self._check_alive()
+            if request.request_id in self._replies:
+                raise EngineRefusal(f"request {request.request_id!r} is running already; give every request an id of its own")
+            self._replies[request.request_id] = reply
+            job = Job(request, next(self._arrivals), self._eos, stream)
+            self._pending.append(lambda core: core.add(job))
+        reply.loop.call_soon(self._wake)  # after everything that is ready to run in this loop has queued its requests
+        try:
+            yield reply
+        finally:
+            with self._lock:
+                unfinished = self._replies.get(reply.request_id) is reply
+            if unfinished:
+                self._post(lambda core: self._dispatch(core.abort(reply.request_id)))
+
+    async def _next(self, reply: Reply) -> GenerateResult | GenerateChunk:
+        """What arrives next for a request; a dead engine thread is noticed."""
+        while (item := await reply.next(_LIVENESS_S)) is None:
+            if self._is_dead() and (item := await reply.next(0.1)) is None:
+                raise EngineFailure("the engine thread has ended without a word") from self._failure
+        return item
+
+    async def _command(self, command: Callable[[EngineCore], None]) -> None:
+        """Run something on the engine thread, between steps, and wait for it."""
+        await asyncio.to_thread(self._run_command, command)
+
+    # ------------------------------------------------------------------ any thread
+
+    def _post(self, command: Callable[[EngineCore], None]) -> None:
+        with self._lock:
+            self._pending.append(command)
+        self._wake()
+
+    def _wake(self) -> None:
+        with self._lock:
+            if not self._pending or self._closing or self._failure is not None:
+                return
+            self._inbox.extend(self._pending)
+            self._pending.clear()
+            self._start_thread()
+            self._lock.notify()
+
+    def _start_thread(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="embedded-engine", daemon=True)
+            self._thread.start()
+
+    def _is_dead(self) -> bool:
+        return self._thread is None or not self._thread.is_alive()
+
+    def _run_command(self, command: Callable[[EngineCore], None]) -> None:
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def run(core: EngineCore) -> None:
+            try:
+                command(core)
+            except BaseException as error:
+                done.set_exception(error)
+                raise
+            done.set_result(None)
+
+        with self._lock:
+            self._check_alive()
+            self._waits.add(done)
+        try:
+            self._post(run)
+            while not done.done():
+                concurrent.futures.wait([done], timeout=_LIVENESS_S)
+                if not done.done() and self._is_dead():
+                    raise EngineFailure("the engine thread has ended") from self._failure
+            done.result()
+        finally:
+            self._waits.discard(done)
+
+    def _update_weights(self, manifest: WeightManifest, tensors: Iterable[tuple[str, Any]]) -> None:
+        with self._updating:
+            check_manifest(manifest, self._held, version=self._version, contract_digest=self._digest)
+            staged = stage(manifest, tensors)
+
+            def swap(core: EngineCore) -> None:
+                core.swap_weights(staged, manifest.version)
+                self._version = manifest.version
+
+            self._run_command(swap)
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineFailure(f"the engine has failed: {self._failure}") from self._failure
+        if self._closing:
+            raise EngineFailure("the engine is closed")
+
+    def _close(self) -> None:
+        with self._lock:
+            self._closing = True
+            self._inbox.extend(self._pending)
+            self._pending.clear()
+            if self._inbox and self._failure is None:
+                self._start_thread()  # so that whoever waits is told
+            self._lock.notify()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+        with self._lock:
+            self._finish_closing()
+
+    # ------------------------------------------------------------------ engine thread
+
+    def _run(self) -> None:
+        core = self._core
+        assert core is not None
+        try:
+            with torch.inference_mode():
+                while self._next_commands(core):
+                    self._dispatch(core.step())
+                for request_id in list(self._replies):
+                    self._dispatch(core.abort(request_id))
+        except BaseException as error:
+            self._fail(error)
+
+    def _next_commands(self, core: EngineCore) -> bool:
+        """Wait for something to do and carry out what was posted; False when the engine is to stop."""
+        while True:
+            with self._lock:
+                while not (self._inbox or self._closing or core.has_work):
+                    self._lock.wait()
+                commands = list(self._inbox)
+                self._inbox.clear()
+            for command in commands:
+                command(core)
+            if self._closing:
+                return False
+            if core.has_work:
+                return True
+
+    def _dispatch(self, deliveries: list[Delivery]) -> None:
+        """Hand results over, one wake-up per event loop."""
+        if not deliveries:
+            return
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Reply, Any]]] = {}
+        with self._lock:
+            for job, item in deliveries:
+                request_id = job.request.request_id
+                last = not isinstance(item, GenerateChunk)
+                reply = self._replies.pop(request_id) if last else self._replies[request_id]
+                by_loop.setdefault(reply.loop, []).append((reply, item))
+        for loop, items in by_loop.items():
+            Reply.deliver(loop, items)
+
+    def _fail(self, error: BaseException) -> None:
+        """The engine is broken: everybody who waits is told why."""
+        with self._lock:
+            self._failure = error
+            replies, self._replies = list(self._replies.values()), {}
+            waits = list(self._waits)
+        for reply in replies:
+            Reply.deliver(reply.loop, [(reply, EngineFailure(f"the engine has failed: {type(error).__name__}: {error}", error))])
+        for done in waits:
+            if not done.done():
+                done.set_exception(EngineFailure(f"the engine has failed: {error}", error))
+
+    def _finish_closing(self) -> None:
+        if self._core is not None:
+            self._metrics = self._core.metrics()
+        self._core = None
+
+
+def _num_pages(decoder: Decoder, config: EmbeddedConfig) -> int:
+    """Pages the configuration asks for, and no more than could ever be used."""
+    shape = decoder.config
+    page_bytes = PagedKV.page_bytes(
+        layers=shape.num_hidden_layers,
+        kv_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        page_size=config.page_size,
+        dtype=next(decoder.parameters()).dtype,
+    )
+    num_pages = config.kv_memory_bytes // page_bytes if config.num_pages is None else config.num_pages
+    if num_pages < 1:
+        raise ValueError(f"kv_memory_bytes={config.kv_memory_bytes} holds no page; one page of {config.page_size} tokens takes {page_bytes} bytes")
+    return num_pages

@@ -1,0 +1,47 @@
+"""The paged KV cache: keys and values of every layer, addressed by slot = page * page_size + offset."""
+
+from __future__ import annotations
+
+import torch
+from miles_kernels.ops.attention import AttentionPlan
+from torch import Tensor
+
+
+class PagedKV:
+    """Pools [Hkv, num_slots, D] of keys and values per layer; the `KVStore` of the forward pass that `begin` announced.
+
+    Memory is reserved, not touched: a slot costs real memory from its first use on. Page 0 stays zero.
+    """
+
+    plan: AttentionPlan
+
+    def __init__(
+        self, *, layers: int, kv_heads: int, head_dim: int, num_pages: int, page_size: int, dtype: torch.dtype, device: str = "cpu"
+    ) -> None:
+        self.page_size = page_size
+        self._pool = torch.empty(layers, 2, kv_heads, (num_pages + 1) * page_size, head_dim, dtype=dtype, device=device)
+        self._pool[:, :, :, :page_size] = 0
+        self._layers = [(self._pool[layer, 0], self._pool[layer, 1]) for layer in range(layers)]
+        self._slots = torch.empty(0, dtype=torch.int64, device=device)
+
+    @staticmethod
+    def page_bytes(*, layers: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one page, keys and values of all layers."""
+        return layers * 2 * kv_heads * page_size * head_dim * dtype.itemsize
+
+    def begin(self, plan: AttentionPlan, slots: Tensor) -> None:
+        """The next forward pass attends by `plan` and writes its tokens' keys and values to `slots` int64 [T]."""
+        self.plan = plan
+        self._slots = slots
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v [T, Hkv, D] of this pass; returns the layer's pools [Hkv, num_slots, D]."""
+        k_pool, v_pool = self._layers[layer]
+        k_pool.transpose(0, 1).index_copy_(0, self._slots, k)
+        v_pool.transpose(0, 1).index_copy_(0, self._slots, v)
+        return k_pool, v_pool
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first `tokens` slots of a page, all layers."""
+        source, target = source * self.page_size, target * self.page_size
+        self._pool[:, :, :, target : target + tokens] = self._pool[:, :, :, source : source + tokens]

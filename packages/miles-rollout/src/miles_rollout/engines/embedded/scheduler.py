@@ -1,0 +1,333 @@
+"""Who computes what in the next step: continuous batching, chunked prefill, admission, retraction.
+
+Order is (arrival, index) everywhere: the oldest are served first, the youngest give way. None of it changes a result:
+every token is a pure function of its own sequence.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from miles_rollout.engines.embedded.config import EmbeddedConfig
+from miles_rollout.engines.embedded.pages import PagePool
+from miles_rollout.engines.embedded.prefix import PrefixCache
+from miles_rollout.engines.embedded.state import Job, PromptHold, Sequence
+from miles_rollout.engines.embedded.tables import Tables
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Positions [start, stop) of a sequence that is being prefilled."""
+
+    seq: Sequence
+    start: int
+    stop: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the next token can be sampled after this chunk."""
+        return self.stop == self.seq.num_tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass: a token for each decoding row, then the chunks' tokens."""
+
+    rows: np.ndarray
+    """[R] int64, rows of the decoding sequences."""
+    chunks: list[Chunk] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing to compute."""
+        return not len(self.rows) and not self.chunks
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Siblings that start from a computed prompt in this step, and its logits [1, V]."""
+
+    logits: torch.Tensor
+    siblings: list[Sequence]
+
+
+_NO_ROWS = np.zeros(0, np.int64)
+
+
+class Scheduler:
+    """Moves sequences between waiting, prefilling and decoding, and pages between them."""
+
+    def __init__(self, config: EmbeddedConfig, pool: PagePool, cache: PrefixCache, tables: Tables) -> None:
+        self._config = config
+        self._pool = pool
+        self._cache = cache
+        self._tables = tables
+        self.waiting: list[Sequence] = []
+        self.prefilling: list[Sequence] = []
+        self.decoding: list[Sequence] = []
+        self._rows = _NO_ROWS
+        self._rows_stale = False
+        self._holders: list[Job] = []
+        self._copies: list[tuple[int, int, int]] = []
+        self.num_retractions = 0
+        self.num_cached_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return bool(self.waiting or self.num_running)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that own a row."""
+        return self._config.max_running - self._tables.num_free
+
+    def add(self, job: Job) -> None:
+        """Queue all completions of a request."""
+        self.waiting.extend(job.sequences)
+
+    def schedule(self) -> Batch:
+        """The next forward pass: every decoding sequence, then as much prefill as the token budget allows."""
+        self._give_room_to_decode()
+        budget = self._config.max_batched_tokens - len(self.decoding)
+        chunks: list[Chunk] = []
+        if self.prefilling or self.waiting:
+            for seq in self.prefilling:
+                budget -= self._cut_chunk(seq, budget, chunks)
+            self._admit(budget, chunks)
+        return Batch(self.decode_rows(), chunks)
+
+    def advance(self, batch: Batch, logits: torch.Tensor | None) -> None:
+        """Note what `batch` computed; `logits` [R + finished chunks, V] follow the decode rows, then the finished chunks."""
+        self._tables.position[batch.rows] += 1
+        finished = len(batch.rows)
+        for chunk in batch.chunks:
+            seq = chunk.seq
+            seq.num_computed = chunk.stop
+            while seq.claims and seq.claims[0][0] <= seq.num_computed:
+                self._cache.mark_ready(seq.claims.pop(0)[1])
+            if chunk.is_last:
+                assert logits is not None
+                self._finish_prefill(seq, logits[finished : finished + 1])
+                finished += 1
+
+    def fork(self) -> list[Fork]:
+        """Start siblings of computed prompts, as rows and pages allow; they sample their first token in this step."""
+        forks: list[Fork] = []
+        for job in list(self._holders):
+            hold = job.hold
+            assert hold is not None
+            started = []
+            for seq in _fresh(job):
+                if self._tables.num_free == 0 or not self._fork_pages(seq, hold):
+                    break
+                self._start_decoding(seq)
+                started.append(seq)
+            if started:
+                forks.append(Fork(hold.logits, started))
+            if not _fresh(job):
+                self._drop_hold(job)
+        if forks:
+            self.waiting = [seq for seq in self.waiting if seq.row < 0]
+        return forks
+
+    def take_copies(self) -> list[tuple[int, int, int]]:
+        """(source page, target page, tokens) that `fork` wants copied before the next forward pass."""
+        copies, self._copies = self._copies, []
+        return copies
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache; whoever runs keeps its pages."""
+        self._cache.clear()
+
+    def finish(self, seq: Sequence) -> None:
+        """Take a sequence out, wherever it is; its full pages stay in the prefix cache."""
+        if seq.row >= 0:
+            self._vacate(seq)
+        else:
+            self.waiting.remove(seq)
+        job = seq.job
+        if job.hold is not None and not _fresh(job):
+            self._drop_hold(job)
+
+    def retract_all(self) -> None:
+        """Send everything running back to the queue and forget all keys and values, as after a weight update."""
+        self.decode_rows()
+        for seq in sorted(self.prefilling + self.decoding, key=lambda seq: seq.order, reverse=True):
+            self._retract(seq)
+        while self._holders:
+            self._drop_hold(self._holders[-1])
+        self._cache.clear()
+
+    def unblock(self) -> bool:
+        """Give up the youngest computed prompt, when nothing else can move; False when there is none."""
+        if not self._holders:
+            return False
+        self._drop_hold(max(self._holders, key=lambda job: job.arrival))
+        return True
+
+    # ------------------------------------------------------------------ decode
+
+    def decode_rows(self) -> np.ndarray:
+        """[R] int64, rows of `decoding` in order. All of them sample a token in every step."""
+        if self._rows_stale:
+            self.decoding = [seq for seq in self.decoding if seq.row >= 0]
+            self._rows = np.fromiter((seq.row for seq in self.decoding), np.int64, len(self.decoding))
+            self._rows_stale = False
+        return self._rows
+
+    def _give_room_to_decode(self) -> None:
+        """A page for every decoding sequence whose next token starts one; the youngest give theirs up if need be."""
+        rows, tables = self.decode_rows(), self._tables
+        short = np.flatnonzero(tables.position[rows] >= tables.capacity[rows])
+        if not len(short):
+            return
+        needy = sorted((self.decoding[i] for i in short.tolist()), key=lambda seq: seq.order)
+        for seq in needy:
+            while seq.row >= 0:
+                pages = self._pool.take(1)
+                if pages is not None:
+                    seq.pages += pages
+                    tables.set_pages(seq)
+                    break
+                if not self.unblock():
+                    self._retract(max((s for s in self.decoding + self.prefilling if s.row >= 0), key=lambda s: s.order))
+                    self.num_retractions += 1
+        self.decode_rows()
+
+    def _start_decoding(self, seq: Sequence) -> None:
+        if seq.row < 0:
+            self._tables.open(seq)
+        self._tables.position[seq.row] = seq.num_tokens
+        self.decoding.append(seq)
+        self._rows_stale = True
+
+    # ------------------------------------------------------------------ prefill
+
+    def _cut_chunk(self, seq: Sequence, budget: int, chunks: list[Chunk]) -> int:
+        size = min(budget, self._config.prefill_chunk, seq.num_tokens - seq.num_computed)
+        if size > 0:
+            chunks.append(Chunk(seq, seq.num_computed, seq.num_computed + size))
+        return max(size, 0)
+
+    def _admit(self, budget: int, chunks: list[Chunk]) -> None:
+        """Start waiting sequences in order, while there are rows, pages and budget.
+
+        Fresh siblings of a prompt being computed, and sequences whose next page is being computed, keep a row reserved.
+        """
+        first_new = len(self.prefilling)
+        reserved = 0
+        for seq in self.waiting:
+            if budget <= 0 or self._tables.num_free <= reserved:
+                break
+            job = seq.job
+            if not seq.output and (job.leader is not None or job.hold is not None):
+                reserved += 1
+                continue
+            found = self._claim_pages(seq)
+            if found is None:
+                break
+            if not found:
+                reserved += 1
+                continue
+            self.prefilling.append(seq)
+            budget -= self._cut_chunk(seq, budget, chunks)
+        if len(self.prefilling) > first_new:
+            self.waiting = [seq for seq in self.waiting if seq.row < 0]
+
+    def _claim_pages(self, seq: Sequence) -> bool | None:
+        """Pages and a row for all tokens of a waiting sequence. False: wait for a page another computes; None: no room."""
+        job = seq.job
+        tokens = seq.token_ids()
+        wants_logprobs = job.prompt_logprobs is not None and not seq.output
+        shared, pending = self._cache.match(tokens, 0 if wants_logprobs else len(tokens) - 1)
+        if pending:
+            return False
+        self._pool.share(shared)
+        need = -(-len(tokens) // self._config.page_size) - len(shared)
+        # One page ahead for everybody who runs: admitting into the last page would only retract somebody a moment later.
+        spare = self.num_running
+        new = self._pool.take(need) if self._pool.num_available >= need + spare else None
+        if new is None:
+            self._pool.release(shared)
+            return None
+        seq.pages = shared + new
+        seq.num_computed = len(shared) * self._config.page_size
+        seq.tokens = torch.tensor(tokens, dtype=torch.int64) if seq.output else job.prompt
+        filed = self._cache.publish(tokens, seq.pages, ready=False)
+        place = {page: i for i, page in enumerate(seq.pages)}
+        seq.claims = [((place[page] + 1) * self._config.page_size, page) for page in filed]
+        if not seq.output:
+            job.leader = seq
+            if job.cached_tokens is None:
+                job.cached_tokens = seq.num_computed
+                self.num_cached_tokens += seq.num_computed
+        self._tables.open(seq)
+        return True
+
+    def _finish_prefill(self, seq: Sequence, logits: torch.Tensor) -> None:
+        job = seq.job
+        self.prefilling.remove(seq)
+        seq.tokens = None
+        self._start_decoding(seq)
+        if job.leader is not seq:
+            return
+        job.leader = None
+        if _fresh(job):
+            pages = seq.pages[: -(-job.num_prompt // self._config.page_size)]
+            self._pool.share(pages)
+            job.hold = PromptHold(pages, logits.clone())
+            self._holders.append(job)
+
+    # ------------------------------------------------------------------ siblings
+
+    def _fork_pages(self, seq: Sequence, hold: PromptHold) -> bool:
+        """Share the prompt's full pages and copy its last, partial one; False when there is no page for that."""
+        full, rest = divmod(seq.job.num_prompt, self._config.page_size)
+        own: list[int] | None = []
+        if rest:
+            own = self._pool.take(1)
+            if own is None:
+                return False
+            self._copies.append((hold.pages[full], own[0], rest))
+        self._pool.share(hold.pages[:full])
+        seq.pages = hold.pages[:full] + own
+        seq.num_computed = seq.job.num_prompt
+        return True
+
+    def _drop_hold(self, job: Job) -> None:
+        assert job.hold is not None
+        self._pool.release(job.hold.pages)
+        job.hold = None
+        self._holders.remove(job)
+
+    # ------------------------------------------------------------------ leaving
+
+    def _retract(self, seq: Sequence) -> None:
+        """Back to the queue, at its old place. Its tokens stay; keys and values are computed again later, to the same bits."""
+        self._vacate(seq)
+        bisect.insort(self.waiting, seq, key=lambda other: other.order)
+
+    def _vacate(self, seq: Sequence) -> None:
+        if seq.is_prefilling:
+            self._cache.withdraw([page for _, page in seq.claims])
+            self.prefilling.remove(seq)
+            computed = seq.num_computed
+        else:
+            self._rows_stale = True
+            computed = seq.num_tokens - 1
+        self._cache.publish(seq.token_ids()[:computed], seq.pages)
+        self._tables.close(seq)
+        self._pool.release(seq.pages)
+        if seq.job.leader is seq:
+            seq.job.leader = None
+        seq.pages, seq.claims, seq.tokens, seq.num_computed = [], [], None, 0
+
+
+def _fresh(job: Job) -> list[Sequence]:
+    """Completions of a job that wait and have not begun."""
+    return [seq for seq in job.sequences if seq.row < 0 and not seq.output and seq.finish_reason is None]

@@ -1,0 +1,121 @@
+"""What the engine knows about a request (`Job`) and about each of its completions (`Sequence`)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from miles_rollout.text import IncrementalDecoder
+from miles_rollout.wire import FinishReason, GenerateRequest, WeightSpan
+
+
+class PromptHold(NamedTuple):
+    """A computed prompt that siblings still want to continue: its pages (shared) and the logits [1, V] after it."""
+
+    pages: list[int]
+    logits: torch.Tensor
+
+
+class Sequence:
+    """One completion in the making. `row` is its place in the tables while it runs, -1 while it waits.
+
+    Of its `num_tokens` tokens, prompt and output, the first `num_computed` have keys and values in `pages`.
+    """
+
+    __slots__ = (
+        "job", "index", "sample_id", "order", "output", "logprobs", "sampled_logprobs", "row", "pages", "claims", "tokens",
+        "num_computed", "decoder", "finish_reason", "matched_stop", "version_starts", "max_tokens",
+    )  # fmt: skip
+
+    def __init__(self, job: Job, index: int, sample_id: int) -> None:
+        self.job = job
+        self.index = index
+        self.sample_id = sample_id
+        self.order = (job.arrival, index)
+        self.output: list[int] = []
+        self.logprobs: list[float] = []
+        self.sampled_logprobs: list[float] = []
+        self.row = -1
+        self.pages: list[int] = []
+        self.claims: list[tuple[int, int]] = []
+        """(tokens needed, page): pages filed as not ready in the prefix cache, in order."""
+        self.tokens: torch.Tensor | None = None
+        """int64 [num_tokens], while it is being prefilled."""
+        self.num_computed = 0
+        self.decoder: IncrementalDecoder | None = None
+        self.finish_reason: FinishReason | None = None
+        self.matched_stop: int | str | None = None
+        self.version_starts: list[tuple[int, int]] = []
+        """(weight version, first output token sampled under it)."""
+        self.max_tokens = job.num_prompt + job.request.sampling.max_new_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens so far."""
+        return self.job.num_prompt + len(self.output)
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether more than the last token has to be computed before the next one can be sampled."""
+        return self.tokens is not None
+
+    def token_ids(self) -> tuple[int, ...]:
+        """Prompt and output."""
+        return self.job.request.input_ids + tuple(self.output)
+
+    def start_version(self, version: int) -> None:
+        """From the next token on, `version` holds."""
+        start = len(self.output)
+        while self.version_starts and self.version_starts[-1][1] == start:
+            self.version_starts.pop()
+        self.version_starts.append((version, start))
+
+    def weight_spans(self) -> tuple[WeightSpan, ...]:
+        """The versions its output tokens were sampled under."""
+        stops = [start for _, start in self.version_starts[1:]] + [len(self.output)]
+        return tuple(
+            WeightSpan(version=version, start=start, stop=stop)
+            for (version, start), stop in zip(self.version_starts, stops, strict=True)
+            if stop > start
+        )
+
+
+class Job:
+    """One request. `leader` is the sequence computing its prompt, `hold` the computed prompt while siblings wait for a place."""
+
+    __slots__ = (
+        "request", "arrival", "num_prompt", "prompt", "eos", "sequences", "unfinished", "prompt_logprobs", "cached_tokens", "stream",
+        "leader", "hold",
+    )  # fmt: skip
+
+    def __init__(self, request: GenerateRequest, arrival: int, eos: frozenset[int], stream: bool = False) -> None:
+        sampling = request.sampling
+        self.request = request
+        self.arrival = arrival
+        self.num_prompt = len(request.input_ids)
+        self.prompt = torch.tensor(request.input_ids, dtype=torch.int64)
+        self.eos = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos)
+        """All ids that end a completion of this request."""
+        self.stream = stream
+        ids = request.sample_ids or range(sampling.n)
+        self.sequences = [Sequence(self, index, sample_id) for index, sample_id in enumerate(ids)]
+        self.unfinished = len(self.sequences)
+        self.prompt_logprobs: list[float] | None = [0.0] * self.num_prompt if request.return_prompt_logprobs else None
+        self.cached_tokens: int | None = None
+        """None until its prompt is first looked up in the prefix cache."""
+        self.leader: Sequence | None = None
+        self.hold: PromptHold | None = None
+
+
+class Failed(NamedTuple):
+    """A job that ended in an error of its own, such as a tokenizer that cannot decode."""
+
+    error: BaseException
+
+
+class Delivery(NamedTuple):
+    """Something the front hands to whoever awaits `job`: a GenerateResult, a GenerateChunk or a Failed."""
+
+    job: Job
+    item: Any

@@ -1,0 +1,90 @@
+"""Per-row state of running sequences as arrays, so that a decode step costs a few vector operations.
+
+Legend: B = rows (max_running), W = tokens a row can address (grows), R = rows of one step.
+
+A row's `slots[row, p]` is the KV slot of position p. Entries of positions not yet computed are 0, the null page's first
+slot: attention reads only what was written by this sequence or is zero.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from miles_rollout.engines.embedded.state import Sequence
+
+_GROWTH = 256
+
+
+class Tables:
+    """Rows of running sequences. The arrays live as long as the engine; torch sees the same memory."""
+
+    def __init__(self, max_running: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.slots = np.zeros((max_running, _GROWTH), np.int64)
+        self.position = np.zeros(max_running, np.int64)
+        """Next position to compute when decoding: the last sampled token's."""
+        self.capacity = np.zeros(max_running, np.int64)
+        """Tokens its pages have room for."""
+        self.slot_offset = np.zeros(max_running, np.int64)
+        """Slot minus position, on its last page."""
+        self.last_token = np.zeros(max_running, np.int64)
+        self.seed = np.zeros(max_running, np.int64)
+        self.sample_id = np.zeros(max_running, np.int64)
+        self.temperature = np.ones(max_running, np.float32)
+        self.top_k = np.full(max_running, -1, np.int64)
+        self.top_p = np.ones(max_running, np.float32)
+        self.min_p = np.zeros(max_running, np.float32)
+        self.first_stop = np.zeros(max_running, np.int64)
+        """First position a stop token may take (min_new_tokens)."""
+        self._free = list(range(max_running - 1, -1, -1))
+        self.slots_torch = torch.from_numpy(self.slots)
+
+    @property
+    def num_free(self) -> int:
+        """Rows nobody uses."""
+        return len(self._free)
+
+    def open(self, seq: Sequence) -> None:
+        """Give a sequence with pages a row."""
+        row = seq.row = self._free.pop()
+        sampling = seq.job.request.sampling
+        self._widen(seq.max_tokens)
+        self.position[row] = seq.num_tokens - 1
+        self.last_token[row] = seq.output[-1] if seq.output else seq.job.request.input_ids[-1]
+        self.seed[row] = sampling.seed
+        self.sample_id[row] = seq.sample_id
+        self.temperature[row] = sampling.temperature
+        self.top_k[row] = sampling.top_k
+        self.top_p[row] = sampling.top_p
+        self.min_p[row] = sampling.min_p
+        self.first_stop[row] = seq.job.num_prompt + sampling.min_new_tokens
+        self.slots[row, : seq.num_computed] = self.slots_of(seq.pages, 0, seq.num_computed)
+        self.set_pages(seq)
+
+    def set_pages(self, seq: Sequence) -> None:
+        """Take note of a changed list of pages."""
+        self.capacity[seq.row] = len(seq.pages) * self.page_size
+        if seq.pages:
+            self.slot_offset[seq.row] = (seq.pages[-1] - len(seq.pages) + 1) * self.page_size
+
+    def close(self, seq: Sequence) -> None:
+        """Take the row back and leave it clean."""
+        self.slots[seq.row, : seq.num_tokens + 1] = 0
+        self.capacity[seq.row] = 0
+        self._free.append(seq.row)
+        seq.row = -1
+
+    def slots_of(self, pages: list[int], start: int, stop: int) -> np.ndarray:
+        """Slots of positions [start, stop) on `pages`, int64."""
+        position = np.arange(start, stop)
+        return np.asarray(pages, np.int64)[position // self.page_size] * self.page_size + position % self.page_size
+
+    def _widen(self, tokens: int) -> None:
+        width = self.slots.shape[1]
+        if tokens <= width:
+            return
+        wide = np.zeros((len(self.slots), max(2 * width, -(-tokens // _GROWTH) * _GROWTH)), np.int64)
+        wide[:, :width] = self.slots
+        self.slots = wide
+        self.slots_torch = torch.from_numpy(wide)
