@@ -1,0 +1,158 @@
+"""Where a reward runs: inline, in killable processes (pebble), or, if async, on a loop of its own beside ours."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from miles_core.rollout.rewards import worker
+from miles_core.rollout.rewards.calling import Convention, RewardInput, Score, invoke, scores_of
+
+_START_LIMIT_S = 120.0
+_CANCEL_LIMIT_S = 1.0
+
+
+class Runner(Protocol):
+    """Runs one call of a reward; failures are scores, never exceptions."""
+
+    async def run(self, items: Sequence[RewardInput]) -> list[Score]:
+        """Scores of the items of one call."""
+        ...
+
+    def close(self) -> None:
+        """End everything that was started. Idempotent."""
+        ...
+
+
+class InlineRunner:
+    """For the bounded built-in functions."""
+
+    def __init__(self, function: Callable[..., Any], convention: Convention, options: Mapping[str, Any]) -> None:
+        self._function, self._convention, self._options = function, convention, options
+
+    async def run(self, items: Sequence[RewardInput]) -> list[Score]:
+        """Call it here and now."""
+        try:
+            return scores_of(self._convention, invoke(self._function, self._convention, items, self._options), len(items))
+        except Exception as error:
+            return [worker.failure(error)] * len(items)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class PoolRunner:
+    """For sync functions of all kinds: spawned processes, killed when a call takes too long.
+
+    The function is imported in the process, by name; the time limit counts from when a process takes the call.
+    """
+
+    def __init__(
+        self, target: str, convention: Convention, options: Mapping[str, Any], *, workers: int, timeout_s: float
+    ) -> None:
+        self._target, self._convention, self._options = target, convention, options
+        self._workers, self._timeout_s = workers, timeout_s
+        self._pool: Any = None
+        self._ready: Any = None
+
+    async def run(self, items: Sequence[RewardInput]) -> list[Score]:
+        """Hand the call to a process; cancelling kills it."""
+        from pebble import ProcessExpired
+
+        pool = await self._started()
+        arguments = (self._target, self._convention, tuple(items), self._options)
+        future = pool.schedule(worker.score, args=arguments, timeout=self._timeout_s)
+        try:
+            scores: list[Score] = await asyncio.wrap_future(future)
+            return scores
+        except TimeoutError:
+            return [Score(None, "timeout", f"took longer than reward.timeout_s = {self._timeout_s:g} and was killed")] * len(
+                items
+            )
+        except ProcessExpired as error:
+            return [Score(None, "error", f"its process died with exit code {error.exitcode}")] * len(items)
+
+    async def _started(self) -> Any:
+        """The pool, after one process has answered: a pool whose processes cannot start would keep us waiting for ever."""
+        if self._pool is None:
+            from pebble import ProcessPool
+
+            context = multiprocessing.get_context("spawn")  # a fork would copy torch's locked thread pools
+            arguments = (self._target, os.getpid())
+            self._pool = ProcessPool(self._workers, initializer=worker.prepare, initargs=arguments, context=context)
+            self._ready = self._pool.schedule(worker.ping)
+        if self._ready.done():
+            return self._pool
+        try:
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._ready)), _START_LIMIT_S)
+        except TimeoutError:
+            self.close()
+            raise RuntimeError(
+                f"no reward process answered within {_START_LIMIT_S:g} s of its start. A script that starts a run needs "
+                f'`if __name__ == "__main__":` around it, because reward processes import the script'
+            ) from None
+        return self._pool
+
+    def close(self) -> None:
+        """Kill the processes and wait for their end."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.stop()
+            pool.join()
+
+
+class LoopRunner:
+    """For async functions: an event loop on a daemon thread, so that one that blocks its loop cannot stop ours."""
+
+    def __init__(
+        self, function: Callable[..., Any], convention: Convention, options: Mapping[str, Any], *, timeout_s: float
+    ) -> None:
+        self._function, self._convention, self._options = function, convention, options
+        self._timeout_s = timeout_s
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def run(self, items: Sequence[RewardInput]) -> list[Score]:
+        """Await the call for timeout_s at most."""
+        future = asyncio.run_coroutine_threadsafe(self._call(items), self._started())
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), self._timeout_s)
+        except TimeoutError:
+            return [Score(None, "timeout", f"took longer than reward.timeout_s = {self._timeout_s:g} and was given up")] * len(
+                items
+            )
+
+    async def _call(self, items: Sequence[RewardInput]) -> list[Score]:
+        try:
+            raw = await invoke(self._function, self._convention, items, self._options)
+            return scores_of(self._convention, raw, len(items))
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            return [worker.failure(error)] * len(items)
+
+    def _started(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=_serve, args=(self._loop,), name="miles-reward", daemon=True)
+            self._thread.start()
+        return self._loop
+
+    def close(self) -> None:
+        """Cancel what runs and stop the loop; a function that blocks it is left behind on its daemon thread."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.call_soon_threadsafe(loop.stop)
+            self._thread.join(timeout=2 * _CANCEL_LIMIT_S)
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    """Run a loop until it is stopped, then cancel its tasks and close it."""
+    loop.run_forever()
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        loop.run_until_complete(asyncio.wait(tasks, timeout=_CANCEL_LIMIT_S))
+    loop.close()
