@@ -1,0 +1,80 @@
+"""The ASGI application: which path leads to which handler, in which error shape, open to whom."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from miles_rollout.engine import Engine
+from miles_rollout.server import admin, chat, completions, info, native
+from miles_rollout.server.errors import Handler, answers_errors, http_error
+from miles_rollout.server.service import ServerConfig, Service, WeightLoader
+from miles_rollout.server.sse import ClientGone
+from miles_rollout.text import Tokenizer
+
+ServiceHandler = Callable[[Service, Request], Awaitable[Response]]
+
+OPEN: dict[str, tuple[ServiceHandler, list[str]]] = {
+    "/generate": (native.generate, ["POST", "PUT"]),
+    "/health": (info.health, ["GET"]),
+    "/health_generate": (info.health, ["GET"]),
+    "/model_info": (info.model_info, ["GET"]),
+    "/get_model_info": (info.model_info, ["GET"]),
+    "/server_info": (info.server_info, ["GET"]),
+    "/get_server_info": (info.server_info, ["GET"]),
+    "/metrics": (info.metrics, ["GET"]),
+}
+V1: dict[str, tuple[ServiceHandler, list[str]]] = {
+    "/v1/models": (info.models, ["GET"]),
+    "/v1/models/{model:path}": (info.model, ["GET"]),
+    "/v1/completions": (completions.completions, ["POST"]),
+    "/v1/chat/completions": (chat.chat_completions, ["POST"]),
+}
+ADMIN: dict[str, tuple[ServiceHandler, list[str]]] = {
+    "/abort_request": (admin.abort_request, ["POST"]),
+    "/flush_cache": (admin.flush_cache, ["POST"]),
+    "/update_weights_from_disk": (admin.update_weights_from_disk, ["POST"]),
+}
+
+
+def create_app(
+    engine: Engine,
+    tokenizer: Tokenizer | None = None,
+    config: ServerConfig | None = None,
+    *,
+    load_weights: WeightLoader | None = None,
+) -> Starlette:
+    """An ASGI application that serves `engine`, which stays the caller's to close. `app.state.service` is its Service."""
+    service = Service(engine, tokenizer, config or ServerConfig(), load_weights)
+    routes = []
+    for table, openai, closed in ((OPEN, False, False), (V1, True, False), (ADMIN, False, True)):
+        for path, (function, methods) in table.items():
+            handler: Handler = functools.partial(function, service)
+            if closed:
+                handler = admin.guarded(service, handler)
+            handler = _counted(service, path, answers_errors(handler, openai=openai))
+            route = Route(path, handler, methods=methods)
+            if route.methods is not None and "HEAD" in route.methods:
+                route.methods.discard("HEAD")  # as SGLang: a HEAD is refused rather than run like a GET
+            routes.append(route)
+    app = Starlette(routes=routes, exception_handlers={HTTPException: http_error})
+    app.state.service = service
+    return app
+
+
+def _counted(service: Service, path: str, handler: Handler) -> Handler:
+    async def endpoint(request: Request) -> Response:
+        try:
+            response = await handler(request)
+        except ClientGone:
+            response = Response(status_code=499)  # nobody reads it; the number is for /metrics
+        service.num_replies[path, response.status_code] += 1
+        return response
+
+    return endpoint

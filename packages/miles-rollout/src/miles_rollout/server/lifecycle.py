@@ -1,0 +1,107 @@
+"""From a free port to a clean end: bind, serve, drain on SIGTERM or Ctrl-C with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+
+from miles_rollout.server.service import Service
+
+logger = logging.getLogger("miles_rollout.server")
+CONNECTIONS_S = 5
+"""How long connections may take to send their last bytes after all requests have ended."""
+
+
+class PortInUse(ValueError):
+    """Another process listens on the address."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket, not listening yet. Raises PortInUse, or ValueError for an address that is not this machine's."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except socket.gaierror as error:
+        raise ValueError(
+            f"host {host!r}: {error.strerror}; use an address of this machine, such as 127.0.0.1 or 0.0.0.0"
+        ) from None
+    sock = socket.socket(family, kind, proto)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except (OSError, OverflowError) as error:
+        sock.close()
+        raise _address_error(error, host, port) from None
+    return sock
+
+
+def _address_error(error: Exception, host: str, port: int) -> ValueError:
+    code = getattr(error, "errno", None)
+    if code == errno.EADDRINUSE:
+        return PortInUse(
+            f"port {port} on {host} is in use; stop what listens there or choose another with --port (0 takes a free one)"
+        )
+    return ValueError(f"cannot listen on {host} port {port}: {error}; choose another with --host and --port")
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, but a signal first lets running requests finish; a second one ends at once."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until stopped."""
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called for SIGINT and SIGTERM, in the main thread."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self.stop)
+
+    def stop(self) -> None:
+        """Begin to drain; called again, end at once."""
+        if self._draining is None:
+            logger.info(
+                "draining: %d requests are running, at most %g s", len(self._service.running), self._service.config.drain_s
+            )
+            self._draining = asyncio.ensure_future(self._drain())
+        else:
+            logger.warning("stopped before draining was done")
+            self.force_exit = self.should_exit = True
+
+    async def _drain(self) -> None:
+        try:
+            await self._service.drain()
+        finally:
+            self.should_exit = True
+
+
+async def serve(app: Starlette, sock: socket.socket, *, log_level: str = "info") -> None:
+    """Serve the app on a bound socket until SIGTERM, Ctrl-C or cancellation, then close engine and socket.
+
+    Raises PortInUse when another process began to listen on the address after it was bound.
+    """
+    service: Service = app.state.service
+    try:
+        try:
+            sock.listen(2048)
+        except OSError as error:
+            host, port = sock.getsockname()[:2]
+            raise _address_error(error, host, port) from None
+        config = uvicorn.Config(
+            app, log_level=log_level, lifespan="off", timeout_graceful_shutdown=CONNECTIONS_S, access_log=False, ws="none"
+        )
+        await DrainingServer(config, service).serve(sockets=[sock])
+    finally:
+        sock.close()
+        await service.engine.close()

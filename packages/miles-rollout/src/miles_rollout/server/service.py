@@ -1,0 +1,189 @@
+"""What all routes share: the engine, the requests that are running, and the door that closes when the server drains."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import msgspec
+
+from miles_rollout.engine import Engine
+from miles_rollout.server.errors import RequestError
+from miles_rollout.text import Tokenizer
+from miles_rollout.wire import GenerateChunk, GenerateRequest, GenerateResult, WeightManifest
+
+logger = logging.getLogger("miles_rollout.server")
+WeightLoader = Callable[[str, int, str], tuple[WeightManifest, Iterable[tuple[str, Any]]]]
+"""(directory, version, contract digest) to what `Engine.update_weights` takes; raises ValueError naming file and tensor."""
+
+
+@runtime_checkable
+class FlushableEngine(Protocol):
+    """An engine whose prefix cache can be emptied between requests."""
+
+    async def flush_cache(self) -> bool:
+        """Forget all cached prefixes; False when requests are running and nothing was done."""
+        ...
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits and rights of the HTTP service.
+
+    Example: ServerConfig(served_model_name="policy", admin_token="secret")
+    """
+
+    served_model_name: str | None = None
+    """The name under /v1; the engine's own model name when not given."""
+    admin_token: str | None = None
+    """With a token, admin endpoints want `Authorization: Bearer TOKEN`; without, they answer callers on loopback only."""
+    max_body_bytes: int = 32 << 20
+    max_completions: int = 1024
+    """Most completions one HTTP request may ask for, prompts times n."""
+    drain_s: float = 30.0
+    """After SIGTERM or Ctrl-C: how long running requests may take to finish before they are aborted."""
+    health_s: float = 20.0
+    """How long /health_generate waits for its one token."""
+
+
+class Service:
+    """The engine as the routes see it. `num_replies[(route, status)]` counts for /metrics."""
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer | None, config: ServerConfig, load_weights: WeightLoader | None = None
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.config = config
+        self.load_weights = load_weights
+        self.draining = False
+        self.updating = asyncio.Lock()
+        self.num_replies: Counter[tuple[str, int]] = Counter()
+        self._running: set[str] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def model_name(self) -> str:
+        """The name this server gives its model under /v1."""
+        return self.config.served_model_name or self.engine.info().model
+
+    @property
+    def running(self) -> frozenset[str]:
+        """Ids of the requests that are being served."""
+        return frozenset(self._running)
+
+    def need_tokenizer(self, field: str) -> Tokenizer:
+        """The tokenizer; raises RequestError naming `field` when this server has none."""
+        if self.tokenizer is None:
+            raise RequestError(f'"{field}" is text and this server has no tokenizer; send input_ids', param=field)
+        return self.tokenizer
+
+    def check_size(self, num_prompts: int, n: int) -> None:
+        """Raise RequestError when one HTTP request asks for too many completions."""
+        if num_prompts * n > self.config.max_completions:
+            limit = self.config.max_completions
+            raise RequestError(f"{num_prompts} prompts times n={n} is over this server's limit of {limit}", param="n")
+
+    @contextlib.contextmanager
+    def admit(self, requests: Iterable[GenerateRequest]) -> Iterator[None]:
+        """Hold the requests' ids while they are served. Raises RequestError for an id in use and while draining."""
+        if self.draining:
+            raise RequestError("this server is shutting down and takes no new requests", status=503)
+        ids: set[str] = set()
+        for request in requests:
+            if request.request_id in ids or request.request_id in self._running:
+                raise RequestError(f'request id "{request.request_id}" is already in use', param="rid")
+            ids.add(request.request_id)
+        self._running |= ids
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._running -= ids
+            if not self._running:
+                self._idle.set()
+
+    async def generate(self, requests: list[GenerateRequest]) -> list[GenerateResult]:
+        """All results, in order. The first failure, and cancelling the call, abort the others."""
+        with self.admit(requests):
+            tasks = [asyncio.ensure_future(self.engine.generate(request)) for request in requests]
+            try:
+                return list(await asyncio.gather(*tasks))
+            finally:
+                await cancel_all(tasks)
+
+    async def stream(self, requests: list[GenerateRequest]) -> AsyncGenerator[tuple[int, GenerateChunk], None]:
+        """(request number, chunk) of all requests as they come. Closing the iterator aborts what still runs."""
+        with self.admit(requests):
+            if len(requests) == 1:
+                async with contextlib.aclosing(_generator(self.engine.stream(requests[0]))) as chunks:
+                    async for chunk in chunks:
+                        yield 0, chunk
+                return
+            queue: asyncio.Queue[tuple[int, GenerateChunk | Exception | None]] = asyncio.Queue(maxsize=4 * len(requests))
+
+            async def pump(number: int, request: GenerateRequest) -> None:
+                end = None
+                try:
+                    async with contextlib.aclosing(_generator(self.engine.stream(request))) as chunks:
+                        async for chunk in chunks:
+                            await queue.put((number, chunk))
+                except Exception as error:  # carried over to whoever reads the queue
+                    end = error
+                await queue.put((number, end))
+
+            tasks = [asyncio.ensure_future(pump(i, request)) for i, request in enumerate(requests)]
+            try:
+                left = len(tasks)
+                while left:
+                    number, item = await queue.get()
+                    if isinstance(item, Exception):
+                        raise item
+                    if item is None:
+                        left -= 1
+                    else:
+                        yield number, item
+            finally:
+                await cancel_all(tasks)
+
+    async def abort_all(self) -> None:
+        """Abort everything that runs."""
+        await asyncio.gather(*(self.engine.abort(i) for i in self._running))
+
+    async def drain(self) -> None:
+        """Take nothing new, let running requests finish for `drain_s`, then abort them."""
+        self.draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), self.config.drain_s)
+        except TimeoutError:
+            logger.warning("%d requests did not finish within %g s and are aborted", len(self._running), self.config.drain_s)
+            await self.abort_all()
+
+
+def new_id() -> str:
+    """A request id for a caller who gave none."""
+    return uuid.uuid4().hex
+
+
+async def cancel_all(tasks: Iterable[asyncio.Future[Any]]) -> None:
+    """Cancel tasks and wait until they have let go of what they hold."""
+    left = [task for task in tasks if not task.done()]
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+
+
+async def _generator(source: AsyncIterator[GenerateChunk]) -> Any:
+    """An async generator over any async iterator, so that closing it reaches the engine's own cleanup."""
+    try:
+        async for chunk in source:
+            yield chunk
+    finally:
+        close = getattr(source, "aclose", None)
+        if close is not None:
+            await close()
