@@ -1,0 +1,100 @@
+"""The `miles-spec` command: simulate."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from miles_spec import __version__
+from miles_spec.draft import DRAFTS
+from miles_spec.metrics import AcceptStats
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; exit code 0, or 2 for wrong input."""
+    parser = argparse.ArgumentParser(prog="miles-spec", description="Lossless speculative decoding with keyed sampling.")
+    parser.add_argument("--version", action="version", version=f"miles-spec {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    simulate = commands.add_parser(
+        "simulate",
+        help="run drafts over recorded or synthetic sequences and print accept lengths",
+        description="With a FILE (JSON lines of token ids, or a run's samples), count what its sequences would have accepted. "
+        "Without one, sample from a synthetic target with and without drafts and check that the tokens are the same.",
+    )
+    simulate.add_argument("file", nargs="?", type=Path)
+    simulate.add_argument("--draft", choices=[*DRAFTS, "all"], default="all")
+    simulate.add_argument("--num-draft", type=int, default=4, help="most tokens proposed at once")
+    simulate.add_argument("--num-sequences", type=int, default=16, help="synthetic only")
+    simulate.add_argument("--num-tokens", type=int, default=256, help="synthetic only: sampled tokens of each sequence")
+    simulate.add_argument("--vocab", type=int, default=64, help="synthetic only")
+    simulate.add_argument(
+        "--order", type=int, default=1, help="synthetic only: how many tokens decide the next one's distribution"
+    )
+    simulate.add_argument("--sharpness", type=float, default=6.0, help="synthetic only: standard deviation of the logits")
+    simulate.add_argument("--temperature", type=float, default=1.0, help="synthetic only; 0 is greedy")
+    simulate.add_argument("--seed", type=int, default=0, help="synthetic only")
+    options = parser.parse_args(arguments)
+    try:
+        _check(options)
+        return _recorded(options) if options.file else _synthetic(options)
+    except (OSError, ValueError) as error:
+        print(f"miles-spec: {error}", file=sys.stderr)
+        return 2
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("num_draft", "num_sequences", "num_tokens", "order"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
+    if options.vocab < 2:
+        raise ValueError(f"--vocab must be at least 2, not {options.vocab}")
+
+
+def _chosen(options: argparse.Namespace) -> list[str]:
+    return list(DRAFTS) if options.draft == "all" else [options.draft]
+
+
+def _line(name: str, stats: AcceptStats, remark: str = "") -> str:
+    by_position = " ".join(f"{stats.rate_at(position):.2f}" for position in sorted(stats.proposed_at))
+    return (
+        f"{name:<8} accept_length {stats.accept_length:.3f}  accept_rate {stats.accept_rate:.3f}  "
+        f"steps {stats.num_steps}  by position [{by_position}]{remark}"
+    )
+
+
+def _recorded(options: argparse.Namespace) -> int:
+    from miles_spec.simulate import read_recorded, replay
+
+    sequences = read_recorded(options.file)
+    num_tokens = sum(len(sequence.token_ids) - sequence.num_prompt for sequence in sequences)
+    print(f"{len(sequences)} recorded sequences, {num_tokens} sampled tokens")
+    for name in _chosen(options):
+        total = AcceptStats()
+        total.merge(replay(sequence, DRAFTS[name](), options.num_draft) for sequence in sequences)
+        print(_line(name, total))
+    return 0
+
+
+def _synthetic(options: argparse.Namespace) -> int:
+    from miles_spec.decoding import Sampling, decode
+    from miles_spec.simulate import synthetic_target
+
+    target = synthetic_target(options.vocab, options.order, options.sharpness, options.seed)
+    rng = random.Random(options.seed)
+    prompts = [[rng.randrange(options.vocab) for _ in range(8)] for _ in range(options.num_sequences)]
+    sampling = [Sampling(seed=options.seed, sample_id=i, temperature=options.temperature) for i in range(len(prompts))]
+    print(f"{len(prompts)} synthetic sequences of {options.num_tokens} tokens, vocabulary {options.vocab}")
+    plain = [decode(target, prompt, options.num_tokens, how) for prompt, how in zip(prompts, sampling, strict=True)]
+    for name in _chosen(options):
+        draft, total, different = DRAFTS[name](), AcceptStats(), 0
+        for prompt, how, reference in zip(prompts, sampling, plain, strict=True):
+            result = decode(target, prompt, options.num_tokens, how, draft=draft, num_draft=options.num_draft)
+            total.merge([result.stats])
+            different += sum(a != b for a, b in zip(result.token_ids, reference.token_ids, strict=True))
+            different += sum(a != b for a, b in zip(result.logprobs, reference.logprobs, strict=True))
+        assert not different, f"{name}: {different} tokens or log-probabilities differ from plain sampling"
+        print(_line(name, total, "  tokens identical to plain sampling"))
+    return 0
