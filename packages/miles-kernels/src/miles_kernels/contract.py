@@ -1,0 +1,124 @@
+"""The numeric contract: what every op of the one forward pass computes, as a value with a digest."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from miles_kernels.ops.attention_plan import KEY_MULTIPLE
+from miles_kernels.ops.logprob import VOCAB_CHUNK
+from miles_kernels.ops.matmul import COLUMN_MULTIPLE, KV_BLOCK, MIN_ROWS, NARROW_COLUMNS, Mode
+from miles_kernels.probe import probe
+
+SCHEMA = "mk1"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class OpContract:
+    """One op: who computes it, in what precision, in what order."""
+
+    backend: str
+    compute: str
+    order: str
+
+
+def _reference(order: str) -> OpContract:
+    return OpContract("reference", "float32", order)
+
+
+def _reference_ops() -> dict[str, OpContract]:
+    return {
+        "matmul": _reference(f"rows>={MIN_ROWS};columns<{NARROW_COLUMNS} padded to {COLUMN_MULTIPLE}"),
+        "linear": _reference("product, bias, one rounding"),
+        "grouped_linear": _reference("one product per expert, rows in slot-stable expert order"),
+        "rms_norm": _reference("hf: normalise, round, weight"),
+        "rope": _reference("rotate-half;angles float64;table float32;one rounding"),
+        "swiglu": _reference("g/(1+exp(-g))*u, one rounding"),
+        "attention": _reference(f"scale q;row softmax;pv blocks of {KV_BLOCK} keys, cut to {KEY_MULTIPLE}, ascending"),
+        "router": _reference("softmax all experts;top-k by (-probability, expert id);renormalise"),
+        "moe_combine": _reference("weight after down projection;slot order;one rounding"),
+        "embedding": _reference("row copy"),
+        "logprob": _reference(f"divide by temperature;online lse over ascending chunks of {VOCAB_CHUNK}"),
+        "sample": _reference("gumbel from (seed, sample id, position, vocab id)"),
+    }
+
+
+@dataclass(frozen=True)
+class Contract:
+    """Frozen description of the forward pass. Two sides with equal digests compute equal bits.
+
+    Example:
+        contract = Contract.reference("bfloat16")
+        linear(x, weight, mode=contract.matmul)
+        assert engine_digest == contract.digest
+    """
+
+    dtype: str
+    """dtype of parameters and activations: "float32" or "bfloat16"; all arithmetic is float32"""
+    matmul: Mode
+    """how products are computed: "native" BLAS (proved by the probe) or "exact" grid arithmetic"""
+    platform: str
+    """fingerprint of this machine's bits (`ProbeReport.fingerprint`): another BLAS or CPU may round differently"""
+    ops: dict[str, OpContract] = field(default_factory=_reference_ops)
+    schema: str = SCHEMA
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"contract dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch knows it."""
+        return DTYPES[self.dtype]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """ "mk1-" and 12 hex digits of the SHA-256 of the canonical JSON."""
+        return f"{self.schema}-{hashlib.sha256(self.to_json().encode()).hexdigest()[:12]}"
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no spaces."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Contract:
+        """Inverse of `to_json`. Raises ValueError when fields are missing or unknown."""
+        data: dict[str, Any] = json.loads(text)
+        try:
+            return cls(**{**data, "ops": {name: OpContract(**op) for name, op in data["ops"].items()}})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"not a contract of schema {SCHEMA}: {error}") from None
+
+    @classmethod
+    def reference(cls, dtype: str = "float32", *, matmul: Mode | None = None) -> Contract:
+        """The CPU reference backend of this process; runs the probe at first use.
+
+        `matmul` forces a mode; forcing "native" where the probe failed raises ValueError naming a failed case.
+        """
+        precision = torch.get_float32_matmul_precision()
+        if precision != "highest":
+            raise ValueError(f'float32 matmul precision is {precision!r}; call torch.set_float32_matmul_precision("highest")')
+        report = probe()
+        if matmul == "native" and report.failures:
+            raise ValueError(f"native GEMM is not batch-invariant in this process, e.g. {report.failures[0]}; use matmul=None")
+        contract = cls(dtype=dtype, matmul=matmul or report.mode, platform=report.fingerprint)
+        return contract
+
+    def with_dtype(self, dtype: str) -> Contract:
+        """The same contract for another parameter dtype."""
+        return replace(self, dtype=dtype)
+
+    def difference(self, other: Contract) -> list[str]:
+        """Names of the fields and ops in which two contracts differ, for error messages."""
+        names = [name for name in ("schema", "dtype", "matmul", "platform") if getattr(self, name) != getattr(other, name)]
+        ops = sorted(self.ops.keys() | other.ops.keys())
+        return names + [f"ops.{name}" for name in ops if self.ops.get(name) != other.ops.get(name)]

@@ -1,0 +1,211 @@
+"""Log-probability and entropy of target tokens, over the vocabulary in ascending chunks.
+
+`logprob_from_logits` (engine) and `linear_logprob` (trainer) run the same arithmetic on the same chunks, so their bits
+are equal. A chunk's row sum is short enough not to be split over threads; the running log-sum-exp is the online one of
+Milakov & Gimelshein 2018. The distribution is softmax(logits / temperature), unfiltered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from miles_kernels.ops.matmul import Mode, mm, mm_dgrad, mm_wgrad
+
+VOCAB_CHUNK = 4096
+LOWEST = torch.finfo(torch.float32).min
+NEGLIGIBLE = -200.0
+"""exp() of this is 0 in float32: the floor keeps 0 * -inf out of the entropy of masked logits."""
+
+
+class LogprobOutput(NamedTuple):
+    """logprob[N] and entropy[N] (None when not asked for), float32, in nats."""
+
+    logprob: Tensor
+    entropy: Tensor | None
+
+
+class _State(NamedTuple):
+    """Running (maximum, sum of exp, sum of exp times shifted logit, target logit), each [N, 1]."""
+
+    top: Tensor
+    total: Tensor
+    weighted: Tensor | None
+    target: Tensor
+
+
+def logprob_from_logits(
+    logits: Tensor, targets: Tensor, temperature: Tensor | float = 1.0, *, chunk: int = VOCAB_CHUNK, entropy: bool = True
+) -> LogprobOutput:
+    """Log-probability of `targets[N]` under softmax(`logits[N, V]` / temperature), and the entropy. No gradient.
+
+    `logits` float32; `temperature` a positive number or float32 [N]. Same bits as `linear_logprob` on those logits.
+    """
+    if logits.dtype is not torch.float32:
+        raise ValueError(f"logits must be float32, got {logits.dtype}")
+    if torch.is_grad_enabled() and logits.requires_grad:
+        raise ValueError("logprob_from_logits has no backward; train through linear_logprob or detach the logits")
+    divisor = _divisor(temperature, logits.shape[0])
+    vocab = logits.shape[1]
+    spans = ((start, min(start + chunk, vocab)) for start in range(0, vocab, chunk))
+    chunks = ((start, _scaled(logits[:, start:stop], divisor)) for start, stop in spans)
+    return _finish(_accumulate(chunks, targets, vocab, chunk, entropy))
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: Tensor | float = 1.0,
+    bias: Tensor | None = None,
+    *,
+    chunk: int = VOCAB_CHUNK,
+    entropy: bool = True,
+    mode: Mode | None = None,
+) -> LogprobOutput:
+    """`logprob_from_logits(hidden[N, H] @ weight[V, H]^T + bias[V], targets, temperature)` without holding [N, V].
+
+    Backward (for hidden, weight and bias; from both outputs) recomputes one chunk of logits at a time in float32.
+    """
+    divisor = _divisor(temperature, hidden.shape[0])
+    needs = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if torch.is_grad_enabled() and needs:
+        logprob, ent = _LinearLogprob.apply(hidden, weight, bias, targets, divisor, chunk, entropy, mode)
+        return LogprobOutput(logprob, ent)
+    chunks = _chunks(hidden, weight, bias, divisor, chunk, mode)
+    return _finish(_accumulate(chunks, targets, weight.shape[0], chunk, entropy))
+
+
+def _divisor(temperature: Tensor | float, rows: int) -> Tensor | None:
+    """The temperature as [N, 1] so that a number and a tensor divide alike; None where dividing would change nothing."""
+    if isinstance(temperature, Tensor):
+        return temperature.to(torch.float32).view(-1, 1)
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}; greedy rows are scored at temperature 1")
+    return None if temperature == 1.0 else torch.full((rows, 1), temperature)
+
+
+def _scaled(logits: Tensor, divisor: Tensor | None) -> Tensor:
+    return logits if divisor is None else logits / divisor
+
+
+def _chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, divisor: Tensor | None, chunk: int, mode: Mode | None
+) -> Iterator[tuple[int, Tensor]]:
+    vocab = weight.shape[0]
+    hidden = hidden.float()
+    for start in range(0, vocab, chunk):
+        stop = min(start + chunk, vocab)
+        logits = mm(hidden, weight[start:stop], mode)
+        if bias is not None:
+            logits += bias[start:stop]
+        yield start, _scaled(logits, divisor)
+
+
+def _accumulate(chunks: Iterator[tuple[int, Tensor]], targets: Tensor, vocab: int, chunk: int, entropy: bool) -> _State:
+    targets = targets.view(-1, 1)
+    if vocab > chunk and targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
+        raise IndexError(f"targets must lie in [0, {vocab}), got {int(targets.min())} to {int(targets.max())}")
+    state: _State | None = None
+    for start, z in chunks:
+        state = _step(state, start, z, targets, entropy, only=vocab <= chunk)
+    if state is None:
+        raise ValueError("the vocabulary is empty")
+    return state
+
+
+def _step(state: _State | None, start: int, z: Tensor, targets: Tensor, entropy: bool, only: bool) -> _State:
+    top = z.amax(-1, keepdim=True).clamp_(min=LOWEST)
+    if state is None:
+        new_top, target = top, z.gather(1, targets if only else targets.clamp(max=z.shape[1] - 1))
+    else:
+        new_top = torch.maximum(state.top, top)
+        local = targets - start
+        inside = (local >= 0) & (local < z.shape[1])
+        target = torch.where(inside, z.gather(1, local.clamp_(0, z.shape[1] - 1)), state.target)
+    shifted = z - new_top
+    exp = torch.exp(shifted)
+    total = exp.sum(-1, keepdim=True)
+    weighted = exp.mul_(shifted.clamp_(min=NEGLIGIBLE)).sum(-1, keepdim=True) if entropy else None
+    if state is not None:
+        drop = state.top - new_top
+        rescale = torch.exp(drop)
+        if weighted is not None and state.weighted is not None:
+            weighted += (state.weighted + state.total * drop) * rescale
+        total += state.total * rescale
+    return _State(new_top, total, weighted, target)
+
+
+def _finish(state: _State) -> LogprobOutput:
+    log_total = torch.log(state.total)
+    logprob = (state.target - state.top) - log_total
+    if state.weighted is None:
+        return LogprobOutput(logprob.squeeze(1), None)
+    return LogprobOutput(logprob.squeeze(1), (log_total - state.weighted / state.total).squeeze(1))
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        divisor: Tensor | None,
+        chunk: int,
+        entropy: bool,
+        mode: Mode | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        chunks = _chunks(hidden, weight, bias, divisor, chunk, mode)
+        state = _accumulate(chunks, targets, weight.shape[0], chunk, entropy)
+        out = _finish(state)
+        normaliser = torch.log(state.total) + state.top
+        ctx.save_for_backward(hidden, weight, bias, targets, divisor, normaliser, out.entropy)
+        ctx.chunk, ctx.mode = chunk, mode
+        ctx.set_materialize_grads(False)
+        return out.logprob, out.entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grads[0] is None and grads[1] is None:
+            return (None,) * 8
+        hidden, weight, bias, targets, divisor, normaliser, entropy = ctx.saved_tensors
+        g_logprob, g_entropy = (None if g is None else g.float().view(-1, 1) for g in grads)
+        wide = hidden.float()
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.zeros_like(wide) if need_hidden else None
+        d_weight = torch.empty_like(weight) if need_weight else None
+        d_bias = torch.empty_like(bias) if need_bias else None
+        for start, z in _chunks(wide, weight, bias, divisor, ctx.chunk, ctx.mode):
+            stop = start + z.shape[1]
+            dz = _logit_grad(z - normaliser, start, targets.view(-1, 1), g_logprob, g_entropy, entropy)
+            if divisor is not None:
+                dz /= divisor
+            if d_hidden is not None:
+                d_hidden += mm_dgrad(dz, weight[start:stop])
+            if d_weight is not None:
+                d_weight[start:stop] = mm_wgrad(dz, wide)
+            if d_bias is not None:
+                d_bias[start:stop] = dz.sum(0)
+        return (None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, *(None,) * 5)
+
+
+def _logit_grad(
+    logp: Tensor, start: int, targets: Tensor, g_logprob: Tensor | None, g_entropy: Tensor | None, entropy: Tensor | None
+) -> Tensor:
+    """d loss / d scaled logits of one chunk: `g_lp (1[target] - p) - g_H p (log p + H)`."""
+    p = torch.exp(logp)
+    if g_entropy is None or entropy is None:
+        dz = p if g_logprob is None else p.mul_(-g_logprob)
+    else:
+        slope = logp.clamp_(min=NEGLIGIBLE).add_(entropy.view(-1, 1)).mul_(g_entropy)
+        dz = p.mul_(slope if g_logprob is None else slope.add_(g_logprob)).neg_()
+    if g_logprob is None:
+        return dz
+    local = targets - start
+    inside = (local >= 0) & (local < logp.shape[1])
+    return dz.scatter_add_(1, local.clamp_(0, logp.shape[1] - 1), torch.where(inside, g_logprob, 0.0))

@@ -1,0 +1,137 @@
+"""The one GEMM primitive. Every product whose bits a row's neighbours must not change goes through here.
+
+Two modes, chosen per process by `miles_kernels.probe`:
+
+- `native`: the BLAS of this machine, kept inside the shape range in which its bits for one output row do not depend on
+  the other rows, on the row's position or on the number of threads (at least 16 rows; few columns in multiples of 16).
+- `exact`: rows are rounded to a power-of-two grid coarse enough that every partial sum of the float64 GEMM is exact,
+  so that any order, blocking or BLAS gives the same bits by construction. Slower (about 2x) and coarser (19 to 22
+  significant bits), for machines on which the native path is not proven.
+
+Inputs of any float dtype are up-cast to float32; results are float32.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Mode = Literal["native", "exact"]
+
+MIN_ROWS = 16
+"""GEMMs with fewer rows take other kernels (gemv, small-M); they are padded with zero rows."""
+NARROW_COLUMNS = 64
+"""Below this many columns, column counts off the multiple of 16 split badly over threads; they are padded too."""
+COLUMN_MULTIPLE = 16
+KV_BLOCK = 128
+"""Keys per probability-times-value product: longer reductions would change the BLAS' blocking with the length."""
+
+_default_mode: Mode | None = None
+
+
+def default_mode() -> Mode:
+    """The mode this process proved at first use (see `miles_kernels.probe`)."""
+    global _default_mode
+    if _default_mode is None:
+        from miles_kernels.probe import probe
+
+        _default_mode = probe().mode
+    return _default_mode
+
+
+def _pad_rows(x: Tensor, rows: int) -> Tensor:
+    return torch.cat((x, x.new_zeros(rows - x.shape[0], x.shape[1])))
+
+
+def mm(a: Tensor, b: Tensor, mode: Mode | None = None) -> Tensor:
+    """`a[M, K] @ b[N, K]^T` as float32 [M, N]; each row's bits depend on that row and on `b` only."""
+    if a.dtype is not torch.float32:
+        a = a.float()
+    if b.dtype is not torch.float32:
+        b = b.float()
+    if (mode or default_mode()) == "exact":
+        return _mm_exact(a, b)
+    if a.stride(1) != 1:
+        a = a.contiguous()
+    if b.stride(1) != 1:
+        b = b.contiguous()
+    rows, columns = a.shape[0], b.shape[0]
+    narrow = columns < NARROW_COLUMNS and columns % COLUMN_MULTIPLE != 0
+    if narrow:
+        b = _pad_rows(b, columns + -columns % COLUMN_MULTIPLE)
+    if rows < MIN_ROWS:
+        out = torch.mm(_pad_rows(a, MIN_ROWS), b.t())[:rows]
+    else:
+        out = torch.mm(a, b.t())
+    return out[:, :columns].contiguous() if narrow else out
+
+
+def mm_dgrad(grad: Tensor, b: Tensor) -> Tensor:
+    """`grad[M, N] @ b[N, K]` as float32: the gradient of `mm` for its first operand. Deterministic."""
+    return torch.mm(grad.float(), b.float())
+
+
+def mm_wgrad(grad: Tensor, a: Tensor) -> Tensor:
+    """`grad[M, N]^T @ a[M, K]` as float32: the gradient of `mm` for its second operand. Deterministic."""
+    return torch.mm(grad.float().t(), a.float())
+
+
+def bmm_nt(q: Tensor, k: Tensor, mode: Mode) -> Tensor:
+    """`q[B, R, D] @ k[B, n, D]^T` as float32 [B, R, n] for float32 inputs, R >= 16 and n a multiple of 16."""
+    if mode == "exact":
+        return _mm_exact(q, k)
+    return torch.bmm(q, k.transpose(1, 2))
+
+
+def bmm_pv(p: Tensor, v: Tensor, mode: Mode) -> Tensor:
+    """`p[B, R, n] @ v[B, n, D]` as float32 [B, R, D], in ascending blocks of `KV_BLOCK` keys.
+
+    Keys whose probability is zero add exact zeros, so a row's bits do not depend on how far n reaches beyond its keys.
+    """
+    product = _pv_exact if mode == "exact" else torch.bmm
+    n = p.shape[2]
+    if n <= KV_BLOCK:
+        return product(p, v)
+    out = product(p[:, :, :KV_BLOCK], v[:, :KV_BLOCK])
+    for start in range(KV_BLOCK, n, KV_BLOCK):
+        out += product(p[:, :, start : start + KV_BLOCK], v[:, start : start + KV_BLOCK])
+    return out
+
+
+def softmax_rows(x: Tensor, mode: Mode) -> Tensor:
+    """Softmax over the last dimension (a multiple of 16 long); trailing -inf columns do not change a row's bits."""
+    if mode == "native":
+        return torch.softmax(x, -1)
+    p = torch.exp(x - x.amax(-1, keepdim=True))
+    ones = p.new_ones((1, p.shape[-1]))
+    return p / _mm_exact(p.reshape(-1, p.shape[-1]), ones, reduction=1 << 20).view(*p.shape[:-1], 1)
+
+
+def _grid_bits(reduction: int) -> int:
+    """Significant bits per operand such that `reduction` products sum without rounding in 53 bits."""
+    return (53 - max(reduction - 1, 1).bit_length()) // 2
+
+
+def _to_grid(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Integers (as float64) of at most `bits` bits, and the power of two of each row that scales them back."""
+    exponent = torch.frexp(x.abs().amax(-1, keepdim=True)).exponent
+    one = torch.ones((), dtype=torch.float64)
+    return torch.round(x.double() * torch.ldexp(one, bits - exponent)), torch.ldexp(one, exponent - bits)
+
+
+def _mm_exact(a: Tensor, b: Tensor, reduction: int | None = None) -> Tensor:
+    bits = _grid_bits(reduction or a.shape[-1])
+    a_grid, a_scale = _to_grid(a, bits)
+    b_grid, b_scale = _to_grid(b, bits)
+    product = torch.matmul(a_grid, b_grid.transpose(-1, -2))
+    return product.mul_(a_scale).mul_(b_scale.transpose(-1, -2)).float()
+
+
+def _pv_exact(p: Tensor, v: Tensor) -> Tensor:
+    """Exact p @ v. A grid per key (a row of v), its power of two folded into p: a key of probability 0 leaves no trace."""
+    bits = _grid_bits(KV_BLOCK)
+    v_grid, v_scale = _to_grid(v, bits)
+    p_grid, p_scale = _to_grid(p.double() * v_scale.transpose(-1, -2), bits)
+    return torch.matmul(p_grid, v_grid).mul_(p_scale).float()

@@ -1,0 +1,53 @@
+"""RMSNorm (Zhang & Sennrich 2019) in the cast order of Hugging Face's Llama and Qwen models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / rms(x)` over the last dimension, rounded to x's dtype, then times `weight[H]`; any leading shape.
+
+    The mean square and the scaling are float32. Backward is float32, deterministic.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _RMSNorm.apply(x, weight, eps)
+    return _forward(x, weight, eps)
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt((x * x).mean(-1, keepdim=True).add_(eps))
+
+
+def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.dtype is torch.float32:
+        return (x * _inverse_rms(x, eps)).mul_(weight)
+    wide = x.float()
+    return (wide * _inverse_rms(wide, eps)).to(x.dtype).mul_(weight)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _forward(x, weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        grad, wide = grad.float(), x.float()
+        scale = _inverse_rms(wide, ctx.eps)
+        normed = wide * scale
+        dx = dw = None
+        if ctx.needs_input_grad[1]:
+            rounded = normed.to(x.dtype).float()
+            dw = (grad * rounded).reshape(-1, weight.shape[0]).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            inner = grad * weight.float()
+            projection = (inner * normed).mean(-1, keepdim=True)
+            dx = inner.sub_(normed.mul_(projection)).mul_(scale).to(x.dtype)
+        return dx, dw, None

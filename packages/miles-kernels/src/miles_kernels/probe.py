@@ -1,0 +1,125 @@
+"""Does the native GEMM path of this process keep a row's bits whatever surrounds the row? Measured, not assumed.
+
+BLAS libraries promise run-to-run reproducibility at best, never batch invariance; so every process checks the shapes
+that betray a bad one before it relies on it. Costs well under 100 ms, once.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from miles_kernels.ops.matmul import Mode, bmm_nt, bmm_pv, mm, softmax_rows
+
+ROW_COUNTS = (1, 3, 8, 16, 17, 31, 64)
+MAX_ROWS = 80
+GEMM_SHAPES = ((64, 192), (128, 100), (1088, 272), (47, 20), (50, 1))
+"""(K, N): an ordinary, a ragged, a long-K and two narrow layers."""
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """What the probe saw. `mode` is what `Contract.reference` and the ops' default use."""
+
+    mode: Mode
+    fingerprint: str
+    """12 hex digits over the bits of fixed inputs through the ops in `mode`: equal processes compute equal bits"""
+    num_cases: int
+    failures: tuple[str, ...]
+    """native cases whose bits differed"""
+    seconds: float
+
+
+@functools.cache
+def probe() -> ProbeReport:
+    """Run the probe once per process and remember its answer."""
+    began = time.perf_counter()
+    with torch.no_grad():
+        cases = [(name, ok) for name, ok in _cases("native")]
+        failures = tuple(name for name, ok in cases if not ok)
+        mode: Mode = "exact" if failures else "native"
+        fingerprint = _fingerprint(mode)
+    return ProbeReport(mode, fingerprint, len(cases), failures, time.perf_counter() - began)
+
+
+def fixed_values(*shape: int, salt: int = 0) -> Tensor:
+    """Reproducible float32 values in (-1, 1), from integer arithmetic alone: the same on every machine."""
+    count = torch.Size(shape).numel()
+    bits = (torch.arange(count) + 1 + salt * 7919) * 2654435761 % 4294967296
+    bits = (bits ^ (bits >> 15)) * 2246822519 % 4294967296
+    return ((bits ^ (bits >> 13)) % 65521).float().div_(32760.5).sub_(1.0).view(shape)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Set torch's intra-op thread count for a block, then restore it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _cases(mode: Mode) -> Iterator[tuple[str, bool]]:
+    for salt, (k, n) in enumerate(GEMM_SHAPES):
+        x, w = fixed_values(MAX_ROWS, k, salt=salt), fixed_values(n, k, salt=salt + 100)
+        yield from _compare(f"mm K={k} N={n}", lambda rows, x=x, w=w: mm(x[rows], w, mode), MAX_ROWS)
+    x, w = fixed_values(40, 96), fixed_values(320, 96, salt=1)
+    yield "mm columns", torch.equal(mm(x, w, mode)[:, 64:192], mm(x, w[64:192], mode))
+    yield from _attention_cases(mode)
+    values = fixed_values(33, 1000, salt=5) * 6
+    for op in (torch.exp, torch.log, torch.rsqrt):
+        positive = values.abs() + 1e-3
+        yield from _compare(op.__name__, lambda rows, op=op, x=positive: op(x[rows, 3:]), 33)
+    yield from _compare("row sum", lambda rows: values[rows].sum(-1), 33)
+
+
+def _compare(name: str, fn: Callable[[slice], Tensor], size: int) -> Iterator[tuple[str, bool]]:
+    """fn(slice) against the same rows of fn(all), on one thread and on two."""
+    with threads(1):
+        whole = fn(slice(0, size))
+    for count in (1, 2):
+        with threads(count):
+            for rows in (r for r in ROW_COUNTS if r <= size):
+                start = min(5, size - rows)
+                same = torch.equal(fn(slice(start, start + rows)), whole[start : start + rows])
+                yield f"{name} rows={rows} threads={count}", same
+
+
+def _attention_cases(mode: Mode) -> Iterator[tuple[str, bool]]:
+    for dim in (16, 64, 128):
+        q, k, v = (fixed_values(3, n, dim, salt=i + dim) for i, n in enumerate((48, 288, 288)))
+
+        def attend(batch: int, rows: int, keys: int, q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
+            scores = bmm_nt(q[:batch, :rows].contiguous() * 4, k[:batch, :keys].contiguous(), mode)
+            scores[:, :, 80:] = -torch.inf
+            return bmm_pv(softmax_rows(scores, mode), v[:batch, :keys].contiguous(), mode)
+
+        with threads(1):
+            whole = attend(3, 48, 288)
+        for count in (1, 2):
+            with threads(count):
+                for batch, rows, keys in ((1, 16, 80), (3, 18, 96), (2, 48, 128), (1, 33, 208)):
+                    same = torch.equal(attend(batch, rows, keys), whole[:batch, :rows])
+                    yield f"attention D={dim} batch={batch} rows={rows} keys={keys} threads={count}", same
+
+
+def _fingerprint(mode: Mode) -> str:
+    x, w = fixed_values(24, 640, salt=3), fixed_values(96, 640, salt=4)
+    product = mm(x, w, mode)
+    p = softmax_rows(bmm_nt(x[None, :, :64].contiguous(), w[None, :, :64].contiguous(), mode), mode)
+    positive = x.abs() + 1e-3
+    outs = [product, p, bmm_pv(p, w[None], mode), product.exp(), x.sum(-1), positive.log(), positive.rsqrt()]
+    digest = hashlib.sha256()
+    for out in outs:
+        digest.update(struct.pack(f"{out.numel()}i", *out.contiguous().view(torch.int32).flatten().tolist()))
+    return digest.hexdigest()[:12]
