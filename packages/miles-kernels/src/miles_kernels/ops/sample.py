@@ -1,0 +1,307 @@
+"""Keyed sampling: the noise of a token is a pure function of (seed, sample id, absolute position, token id).
+
+Legend: B = rows (one next token each), V = vocabulary, K = candidates kept in rank order, n = kept tokens of a row.
+
+No generator state exists, so a replay, another batch order or speculative decoding draws the identical token.
+
+Filters, in this order: temperature, top-k, top-p, min-p. All three cut the same distribution softmax(logits / temperature):
+nothing is renormalised between them, which is SGLang's rule for top-k with top-p. In rank order (largest logit first,
+lower token id first on a tie) each filter keeps a prefix of the row, so together they keep the shortest of the three:
+- top-k: the first k tokens;
+- top-p: every token with less than top_p of mass before it, that is, the smallest prefix holding at least top_p;
+- min-p: every token at least min_p times as likely as the first.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from miles_kernels.ops.logprob import logprob_from_logits
+
+PREFIXES = (256, 8192)
+"""Candidates ranked before the whole row is: a nucleus is seldom larger than the first."""
+_CHUNK_ELEMENTS = 1 << 16
+"""Noise is made for this many (row, token) pairs at a time, so its temporaries stay in the cache."""
+_CHUNK_RANKED = 1 << 19
+"""The same for ranking."""
+
+# Odd constants of SplitMix64's finaliser (Steele, Lea, Flood 2014) and of 32-bit finalisers in the style of MurmurHash3.
+# The last of each is only added: a finaliser maps 0 to 0, so seed 0, sample 0, token 0 must not start there.
+_WIDE = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0x9E3779B97F4A7C15, 0xD1342543DE82EF95, 0x243F6A8885A308D3)
+_NARROW = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x13198A2F)
+
+
+class SampleOutput(NamedTuple):
+    """What was drawn, all [B]."""
+
+    token: Tensor
+    """int64; -1 where nothing can be drawn because the logits are not numbers."""
+    logprob: Tensor
+    """fp32, under softmax(logits / temperature): bitwise `logprob_from_logits`, what a trainer reproduces."""
+    sampled_logprob: Tensor
+    """fp32, under the filtered and renormalised distribution the token was drawn from; `logprob` for rows without a filter."""
+
+
+class _Constants(NamedTuple):
+    """Hash constants as 0-dim tensors: a Python scalar costs each small op a conversion, more than the op itself."""
+
+    wide: tuple[Tensor, ...]
+    narrow: tuple[Tensor, ...]
+    shift: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor]]
+    """(dtype, s) -> s, and the mask that makes an arithmetic right shift by s a logical one."""
+
+
+@functools.lru_cache(maxsize=8)
+def _constants(device: torch.device) -> _Constants:
+    def signed(values: tuple[int, ...], bits: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return tuple(torch.tensor(v - (1 << bits) if v >> (bits - 1) else v, dtype=dtype, device=device) for v in values)
+
+    shifts = [(torch.int64, 64, s) for s in (30, 27, 31)] + [(torch.int32, 32, s) for s in (16, 15, 13)]
+    table = {
+        (dtype, s): (torch.tensor(s, dtype=dtype, device=device), torch.tensor((1 << (bits - s)) - 1, dtype=dtype, device=device))
+        for dtype, bits, s in shifts
+    }
+    return _Constants(signed(_WIDE, 64, torch.int64), signed(_NARROW, 32, torch.int32), table)
+
+
+def _xor_shift(x: Tensor, shift: int, constants: _Constants, out: Tensor | None = None) -> Tensor:
+    """x ^= x >>> shift, in place."""
+    by, mask = constants.shift[x.dtype, shift]
+    return x.bitwise_xor_(torch.bitwise_right_shift(x, by, out=out).bitwise_and_(mask))
+
+
+def _mix64(x: Tensor, constants: _Constants) -> Tensor:
+    """SplitMix64's finaliser on int64 (wrapping) values, in place."""
+    _xor_shift(x, 30, constants).mul_(constants.wide[0])
+    _xor_shift(x, 27, constants).mul_(constants.wide[1])
+    return _xor_shift(x, 31, constants)
+
+
+def _row_keys(seed: Tensor | int, sample_id: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Two int32 keys [B, 1] of each row. Multiples of the golden ratio keep (seed, id) pairs apart before the first mix."""
+    constants = _constants(sample_id.device)
+    if not isinstance(seed, Tensor):
+        seed = torch.tensor(seed, dtype=torch.int64, device=sample_id.device)
+    state = _mix64((seed * constants.wide[2] + sample_id).add_(constants.wide[4]), constants)
+    keys = _mix64(state + position * constants.wide[3], constants).view(torch.int32).view(-1, 2)
+    return keys[:, :1], keys[:, 1:]
+
+
+def _token_bits(token_ids: Tensor) -> Tensor:
+    """First, unkeyed round of the hash of int32 token ids: the same for every row."""
+    constants = _constants(token_ids.device)
+    return _xor_shift((token_ids * constants.narrow[0]).add_(constants.narrow[4]), 16, constants)
+
+
+def _gumbel(keys: tuple[Tensor, Tensor], token_bits: Tensor) -> Tensor:
+    """Gumbel noise fp32 of hashed token ids [1, V] or [B, K] under row keys [B, 1].
+
+    Keyed rounds of a 32-bit finaliser give 32 bits k; v = (k + 0.5) / 2^32, -log1p(-v) is exponential, its -log is Gumbel.
+    Small v, which make the large values that win, keep their full resolution.
+    """
+    constants = _constants(token_bits.device)
+    bits = torch.bitwise_xor(token_bits, keys[0])
+    spare = torch.empty_like(bits)
+    _xor_shift(bits.mul_(constants.narrow[1]), 15, constants, spare).add_(keys[1])
+    _xor_shift(bits.mul_(constants.narrow[2]), 13, constants, spare)
+    _xor_shift(bits.mul_(constants.narrow[3]), 16, constants, spare)
+    v = bits.view(torch.uint32).to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    return v.neg_().log1p_().neg_().log_().neg_()
+
+
+def keyed_gumbel(seed: Tensor | int, sample_id: Tensor, position: Tensor, vocab: int) -> Tensor:
+    """Standard Gumbel noise [B, V] fp32 of every token for each row's (seed, sample id, position), int64 [B] each.
+
+    Example: argmax(logits / temperature + keyed_gumbel(...)) is one draw from softmax(logits / temperature).
+    """
+    ids = torch.arange(vocab, dtype=torch.int32, device=sample_id.device)[None]
+    return _gumbel(_row_keys(seed, sample_id, position), _token_bits(ids))
+
+
+def sample(
+    logits: Tensor,
+    *,
+    seed: Tensor | int,
+    sample_id: Tensor,
+    position: Tensor,
+    temperature: Tensor | float = 1.0,
+    top_k: Tensor | int = -1,
+    top_p: Tensor | float = 1.0,
+    min_p: Tensor | float = 0.0,
+) -> SampleOutput:
+    """Draw one token per row of logits [B, V] fp32; a row's result never depends on the other rows.
+
+    `position` is the absolute index the drawn token will have in its sequence. Every parameter is a scalar for all rows or a
+    tensor [B]. Temperature 0 means greedy: the largest logit, lowest id on a tie, filters ignored, and both log-probabilities
+    stated at temperature 1. A row that holds NaN, +inf or no finite logit gets token -1 and a log-probability that is not
+    finite, and leaves the others alone. Raises ValueError for a wrong shape.
+    """
+    if logits.ndim != 2 or sample_id.shape != logits.shape[:1] or position.shape != logits.shape[:1]:
+        raise ValueError(
+            f"sample needs logits [B, V] and sample_id, position [B]; got {list(logits.shape)}, "
+            f"{list(sample_id.shape)}, {list(position.shape)}"
+        )
+    rows = logits.shape[0]
+    if rows == 0:
+        empty = torch.empty(0, device=logits.device)
+        return SampleOutput(torch.empty(0, dtype=torch.int64, device=logits.device), empty, empty)
+    greedy, temperature = _split_greedy(temperature, logits)
+    keys = (logits.new_empty(0), logits.new_empty(0)) if greedy is True else _row_keys(seed, sample_id, position)
+    cut = _filtered_rows(logits, greedy, top_k, top_p, min_p)
+    if cut is None:
+        token = _draw_unfiltered(logits, keys, temperature, greedy)
+    else:
+        token = torch.empty(rows, dtype=torch.int64, device=logits.device)
+        if cut.rows.numel() < rows:
+            rest = torch.ones(rows, dtype=torch.bool, device=logits.device).index_fill_(0, cut.rows, False).nonzero().flatten()
+            token[rest] = _draw_unfiltered(logits[rest], _rows_of(keys, rest), _row_of(temperature, rest), _row_of(greedy, rest))
+        token[cut.rows], conditional = _draw_filtered(logits, keys, temperature, cut)
+    logprob = logprob_from_logits(logits, token, temperature, entropy=False).logprob
+    token.masked_fill_(~torch.isfinite(logprob), -1)
+    if cut is None:
+        return SampleOutput(token, logprob, logprob)
+    sampled = logprob.clone()
+    sampled[cut.rows] = torch.where(torch.isnan(conditional), logprob[cut.rows], conditional)
+    return SampleOutput(token, logprob, sampled)
+
+
+class _Cut(NamedTuple):
+    """Rows with an active filter [R], and the filters of those rows."""
+
+    rows: Tensor
+    most: Tensor
+    """int64 [R]: tokens top-k keeps, V where it is off."""
+    top_p: Tensor
+    """fp64 [R]: inf where it is off, so that rounding in the tail cannot cut anything."""
+    min_p: Tensor
+    """fp64 [R]."""
+
+    def take(self, index: Tensor | slice) -> _Cut:
+        return _Cut(self.rows[index], self.most[index], self.top_p[index], self.min_p[index])
+
+
+def _split_greedy(temperature: Tensor | float, logits: Tensor) -> tuple[Tensor | bool, Tensor | float]:
+    """Which rows are greedy, and the temperatures with 1 in their place: 1.0, or fp32 [B] so that scalars and tensors agree."""
+    if not isinstance(temperature, Tensor):
+        if not 0.0 <= temperature < float("inf"):
+            raise ValueError(f"temperature={temperature} must be finite and not negative")
+        if temperature in (0.0, 1.0):
+            return temperature == 0.0, 1.0
+        return False, torch.full(logits.shape[:1], temperature, device=logits.device)
+    greedy = temperature == 0
+    if not bool(greedy.any()):
+        return False, temperature
+    return greedy, temperature.masked_fill(greedy, 1.0)
+
+
+def _row_of(value: Tensor | float | bool, rows: Tensor | slice) -> Tensor | float | bool:
+    return value[rows] if isinstance(value, Tensor) else value
+
+
+def _rows_of(keys: tuple[Tensor, Tensor], rows: Tensor | slice) -> tuple[Tensor, Tensor]:
+    return keys[0][rows], keys[1][rows]
+
+
+def _filtered_rows(
+    logits: Tensor, greedy: Tensor | bool, top_k: Tensor | int, top_p: Tensor | float, min_p: Tensor | float
+) -> _Cut | None:
+    """The rows that a filter may cut, None when there are none. Scalars decide without touching a tensor."""
+    count, vocab = logits.shape
+    if greedy is True:
+        return None
+    active = [(top_k > 0) & (top_k < vocab), top_p < 1.0, min_p > 0.0]
+    if not any(isinstance(flag, Tensor) or flag for flag in active):
+        return None
+    mask = torch.zeros(count, dtype=torch.bool, device=logits.device)
+    for flag in active:
+        mask |= flag
+    if isinstance(greedy, Tensor):
+        mask &= ~greedy
+    rows = torch.nonzero(mask).flatten()
+    if rows.numel() == 0:
+        return None
+    most = torch.as_tensor(top_k, dtype=torch.int64, device=logits.device).expand(count)[rows]
+    nucleus = torch.as_tensor(top_p, dtype=torch.float32, device=logits.device).expand(count)[rows].double()
+    floor = torch.as_tensor(min_p, dtype=torch.float32, device=logits.device).expand(count)[rows].double()
+    most = torch.where((most > 0) & (most < vocab), most, vocab)
+    return _Cut(rows, most, torch.where(nucleus < 1.0, nucleus, torch.inf), floor)
+
+
+def _draw_unfiltered(logits: Tensor, keys: tuple[Tensor, Tensor], temperature: Tensor | float, greedy: Tensor | bool) -> Tensor:
+    """argmax(logits / temperature + noise) per row [B]; greedy rows get no noise."""
+    if greedy is True:
+        return logits.argmax(dim=1)
+    rows, vocab = logits.shape
+    bits = _token_bits(torch.arange(vocab, dtype=torch.int32, device=logits.device)[None])
+    step = max(1, _CHUNK_ELEMENTS // vocab)
+    tokens = []
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        score = _gumbel(_rows_of(keys, part), bits)
+        if isinstance(greedy, Tensor):
+            score.masked_fill_(greedy[part, None], 0.0)
+        score += logits[part] / temperature[part, None] if isinstance(temperature, Tensor) else logits[part]
+        tokens.append(score.argmax(dim=1))
+    return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
+
+
+def _ranked(logits: Tensor, count: int) -> Tensor:
+    """Token ids [B, count] by (largest logit, lowest id): one int64 key per token, so ties cannot depend on the algorithm."""
+    vocab = logits.shape[1]
+    bits = (logits + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0: equal logits need equal bits
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = (bits.to(torch.int64) << 32) | torch.arange(vocab - 1, -1, -1, device=logits.device)
+    best = torch.sort(key, dim=1, descending=True).values if count == vocab else torch.topk(key, count, dim=1).values
+    return (vocab - 1) - (best & 0xFFFFFFFF)
+
+
+def _draw_filtered(logits: Tensor, keys: tuple[Tensor, Tensor], temperature: Tensor | float, cut: _Cut) -> tuple[Tensor, Tensor]:
+    """Tokens [R] of the cut rows and their fp32 log-probability among the kept tokens (NaN where all V are kept)."""
+    vocab = logits.shape[1]
+    tokens = torch.empty_like(cut.rows)
+    conditional = torch.empty(cut.rows.shape, device=logits.device)
+    todo = torch.arange(cut.rows.shape[0], device=logits.device)
+    for prefix in (*PREFIXES, vocab):
+        # A finite top-k needs no more than its k; what is left over had its boundary beyond the prefix.
+        limited = torch.where(cut.most[todo] < vocab, cut.most[todo], 0)
+        count = min(vocab, max(prefix, int(limited.max())))
+        left = []
+        for part in todo.split(max(1, _CHUNK_RANKED // vocab)):
+            group = cut.take(part)
+            scale = _row_of(temperature, group.rows)
+            inside, token, logprob = _draw_ranked(logits[group.rows], _rows_of(keys, group.rows), scale, group, count)
+            tokens[part], conditional[part] = token, logprob
+            left.append(part[~inside])
+        todo = torch.cat(left)
+        if todo.numel() == 0:
+            break
+    return tokens, conditional
+
+
+def _draw_ranked(
+    logits: Tensor, keys: tuple[Tensor, Tensor], temperature: Tensor | float, cut: _Cut, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rank `count` tokens of each row, cut, draw: (whether the cut lies inside the ranked prefix, token, log-probability) [R]."""
+    vocab = logits.shape[1]
+    ids = _ranked(logits, count)
+    scaled = torch.gather(logits, 1, ids)
+    if isinstance(temperature, Tensor):
+        scaled /= temperature[:, None]
+    odds = torch.exp((scaled - scaled[:, :1]).double())  # relative to the likeliest token
+    mass = odds.cumsum(dim=1)
+    keep = odds >= cut.min_p[:, None]
+    if bool((cut.top_p < torch.inf).any()):
+        top = logprob_from_logits(logits, ids[:, 0], temperature, entropy=False).logprob
+        keep[:, 1:] &= mass[:, :-1] < (cut.top_p * torch.exp(-top.double()))[:, None]
+    kept = torch.minimum(keep.sum(dim=1), cut.most)[:, None]
+    score = scaled + _gumbel(keys, _token_bits(ids.to(torch.int32)))
+    score.masked_fill_(torch.arange(count, device=logits.device)[None] >= kept, -torch.inf)
+    choice = score.argmax(dim=1, keepdim=True)
+    logprob = torch.log(torch.gather(odds, 1, choice) / torch.gather(mass, 1, (kept - 1).clamp(min=0)))
+    logprob = torch.where(kept == vocab, torch.nan, logprob)[:, 0].float()
+    inside = (kept[:, 0] < count) | (cut.most <= count)
+    return inside, torch.gather(ids, 1, choice)[:, 0], logprob
