@@ -77,6 +77,7 @@ class FsdpTrainer:
         self.algorithm = algorithm
         self.config = config
         self.parallel = parallel or DataParallel()
+        decoder.gradient_checkpointing = config.recompute
         self._loss = LOSSES.get(algorithm.loss)
         self._sft_loss = LOSSES.get("sft")
         self.reference: Decoder | None = None

@@ -34,8 +34,8 @@ class Microbatch:
     sequence: Tensor
     """[M] int64 in 0..R-1, for sequence-level statistics."""
     num_sequences: int
-    temperature: Tensor
-    """[M] fp32."""
+    temperature: Tensor | float
+    """[M] fp32, or 1.0 when every token has it: the same bits for less work."""
     weight: Tensor
     """[M] fp32, with the denominators of the whole mini-batch."""
 
@@ -111,6 +111,7 @@ def pack(batch: TrainBatch, pieces: Sequence[Sequence[int]], weight_S: Tensor) -
     table = torch.tensor([prompt_row, own_row, split, [batch.start[s] for s in members]])[:, sequence]
     before = where - table[3] - 1
     member_R = torch.tensor(members)
+    temperature_R = batch.temperature[member_R]
     return Microbatch(
         token_ids=batch.token_ids[gather],
         positions=positions,
@@ -120,7 +121,7 @@ def pack(batch: TrainBatch, pieces: Sequence[Sequence[int]], weight_S: Tensor) -
         token_index=token_index,
         sequence=sequence,
         num_sequences=len(members),
-        temperature=batch.temperature[member_R][sequence],
+        temperature=1.0 if bool((temperature_R == 1.0).all()) else temperature_R[sequence],
         weight=weight_S[member_R].float()[sequence],
     )
 
