@@ -1,0 +1,1 @@
+"""The decoder built from the aligned ops, its configuration, and model directories."""

@@ -1,0 +1,258 @@
+"""The one forward pass: rollout engine and trainer call this class, so they compute the same bits.
+
+Legend: T = packed tokens of all sequences, H = query heads, Hkv = key/value heads, D = head size, N = pool slots, V = vocabulary.
+
+Tokens of many sequences are packed without padding. Where a token's keys and values live is the `KVStore`'s business: in
+training the pool is the packed stream itself (`PackedKV`), in an engine it is a paged cache. The arithmetic is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from miles_kernels.contract import Contract
+from miles_kernels.nn.config import DecoderConfig
+from miles_kernels.ops.act import swiglu
+from miles_kernels.ops.attention import AttentionPlan, attention
+from miles_kernels.ops.embedding import embedding
+from miles_kernels.ops.linear import linear
+from miles_kernels.ops.logprob import LogprobOutput, linear_logprob
+from miles_kernels.ops.matmul import Mode
+from miles_kernels.ops.moe import moe_mlp
+from miles_kernels.ops.norm import rms_norm
+from miles_kernels.ops.rope import RopeTable, apply_rope
+from miles_kernels.ops.router import router
+
+
+class KVStore(Protocol):
+    """Where keys and values are kept, and which of them each query reads."""
+
+    plan: AttentionPlan
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take this forward's keys and values [T, Hkv, D] of one layer; return the pools [Hkv, N, D] that `plan` indexes."""
+        ...
+
+
+class PackedKV:
+    """Training: the pool is this forward's own keys and values, differentiable.
+
+    Example: plan, positions = packed_plan([5, 3, 4], parents=[-1, 0, 0]); decoder(token_ids, positions, PackedKV(plan))
+    """
+
+    def __init__(self, plan: AttentionPlan) -> None:
+        self.plan = plan
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values themselves as pools."""
+        return k.transpose(0, 1), v.transpose(0, 1)
+
+
+class DecoderLayer(nn.Module):
+    """One transformer block with fused projections; `qkv_proj` rows are q, k, v and `gate_up_proj` rows are gate, up."""
+
+    def __init__(self, config: DecoderConfig, index: int, mode: Mode) -> None:
+        super().__init__()
+        self.config, self.index, self.mode = config, index, mode
+        self.scale = config.head_dim**-0.5
+        self.window = config.window(index)
+        self.is_moe = config.is_moe_layer(index)
+        hidden, dim = config.hidden_size, config.head_dim
+        q_size, kv_size = config.num_attention_heads * dim, config.num_key_value_heads * dim
+        self.input_norm = _parameter(hidden)
+        self.qkv_proj = _parameter(q_size + 2 * kv_size, hidden)
+        self.qkv_bias = _parameter(q_size + 2 * kv_size) if config.attention_bias else None
+        self.q_norm = _parameter(dim) if config.qk_norm else None
+        self.k_norm = _parameter(dim) if config.qk_norm else None
+        self.o_proj = _parameter(hidden, q_size)
+        self.o_bias = _parameter(hidden) if config.output_bias else None
+        self.post_norm = _parameter(hidden)
+        if self.is_moe:
+            experts, inner = config.num_experts, config.moe_intermediate_size
+            self.router = _parameter(experts, hidden)
+            self.expert_gate_up_proj = _parameter(experts, 2 * inner, hidden)
+            self.expert_down_proj = _parameter(experts, hidden, inner)
+        else:
+            inner = config.intermediate_size
+            self.gate_up_proj = _parameter(2 * inner, hidden)
+            self.gate_up_bias = _parameter(2 * inner) if config.mlp_bias else None
+            self.down_proj = _parameter(hidden, inner)
+            self.down_bias = _parameter(hidden) if config.mlp_bias else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv: KVStore, routed: dict[int, Tensor] | None = None) -> Tensor:
+        """x [T, hidden] -> [T, hidden]."""
+        eps = self.config.rms_norm_eps
+        x = x + self._attend(rms_norm(x, self.input_norm, eps), cos, sin, kv)
+        return x + self._feed_forward(rms_norm(x, self.post_norm, eps), routed)
+
+    def _attend(self, x: Tensor, cos: Tensor, sin: Tensor, kv: KVStore) -> Tensor:
+        config, mode = self.config, self.mode
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        qkv = linear(x, self.qkv_proj, self.qkv_bias, mode=mode).view(-1, heads + 2 * kv_heads, config.head_dim)
+        qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split((heads, kv_heads), dim=1)
+            qk = torch.cat((rms_norm(q, self.q_norm, config.rms_norm_eps), rms_norm(k, self.k_norm, config.rms_norm_eps)), dim=1)
+        q, k = apply_rope(qk, cos, sin).split((heads, kv_heads), dim=1)
+        k_pool, v_pool = kv.update(self.index, k, v)
+        out = attention(q, k_pool, v_pool, kv.plan, scale=self.scale, window=self.window, mode=mode)
+        return linear(out.reshape(out.shape[0], -1), self.o_proj, self.o_bias, mode=mode)
+
+    def _feed_forward(self, x: Tensor, routed: dict[int, Tensor] | None) -> Tensor:
+        mode = self.mode
+        if not self.is_moe:
+            gate_up = linear(x, self.gate_up_proj, self.gate_up_bias, mode=mode)
+            return linear(swiglu(gate_up), self.down_proj, self.down_bias, mode=mode)
+        ids, weights = router(x, self.router, self.config.num_experts_per_tok, normalize=self.config.norm_topk_prob, mode=mode)
+        if routed is not None:
+            routed[self.index] = ids
+        return moe_mlp(x, self.expert_gate_up_proj, self.expert_down_proj, ids, weights, mode=mode)
+
+
+class Decoder(nn.Module):
+    """A Llama, Qwen2, Qwen3 or Qwen3-MoE language model over packed tokens.
+
+    Parameters are left uninitialised: load or draw them (`nn.checkpoint`). Raises ValueError when `dtype` is not the
+    contract's. With `gradient_checkpointing` set, layers are recomputed in the backward pass instead of kept.
+
+    Example: hidden = decoder(token_ids, positions, kv); out = decoder.logprob(hidden[source_index], targets, 1.0)
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        contract: Contract | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__()
+        name = str(dtype).removeprefix("torch.")
+        self.config = config
+        self.contract = Contract.reference(dtype=name) if contract is None else contract
+        if self.contract.dtype != name:
+            raise ValueError(
+                f"decoder dtype {name}, but its contract says {self.contract.dtype}; use Contract.reference(dtype={name!r})"
+            )
+        self.gradient_checkpointing = False
+        self.embed_tokens = _parameter(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, self.contract.matmul) for i in range(config.num_hidden_layers))
+        self.norm = _parameter(config.hidden_size)
+        self.lm_head = None if config.tie_word_embeddings else _parameter(config.vocab_size, config.hidden_size)
+        self.to(device=device, dtype=dtype)
+        self._rope = RopeTable(config.head_dim, config.rope.rope_theta, config.rope.to_hf(), device)
+
+    @property
+    def head(self) -> Tensor:
+        """Output projection [V, hidden]: its own, or the embedding when tied."""
+        return self.embed_tokens if self.lm_head is None else self.lm_head
+
+    def forward(self, token_ids: Tensor, positions: Tensor, kv: KVStore, *, routed: dict[int, Tensor] | None = None) -> Tensor:
+        """Hidden states [T, hidden] after the final norm, for int64 `token_ids` [T] at absolute `positions` [T].
+
+        With `routed`, the expert ids [T, k] each token was sent to are stored under the layer's index.
+        """
+        x = embedding(token_ids, self.embed_tokens)
+        cos, sin = self._rope.rows(positions)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        for layer in self.layers:
+            x = checkpoint(layer, x, cos, sin, kv, routed, use_reentrant=False) if recompute else layer(x, cos, sin, kv, routed)
+        return rms_norm(x, self.norm, self.config.rms_norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores [N, V] fp32 of the next token, for hidden states [N, hidden]."""
+        return linear(hidden, self.head, mode=self.contract.matmul, out_dtype=torch.float32)
+
+    def logprob(
+        self, hidden: Tensor, targets: Tensor, temperature: float | Tensor = 1.0, *, entropy: bool = True
+    ) -> LogprobOutput:
+        """log p(target) and entropy (None unless asked), [N] fp32, under softmax(logits / temperature); never holds [N, V]."""
+        return linear_logprob(hidden, self.head, targets, temperature, entropy=entropy, mode=self.contract.matmul)
+
+    def hf_state(self) -> Iterator[tuple[str, Tensor]]:
+        """(HF name, view of the weight) of every tensor of a checkpoint; writing to a view writes to the decoder."""
+        yield "model.embed_tokens.weight", self.embed_tokens.detach()
+        for index, layer in enumerate(self.layers):
+            for name, view in _hf_layer(layer):
+                yield f"model.layers.{index}.{name}", view
+        yield "model.norm.weight", self.norm.detach()
+        if self.lm_head is not None:
+            yield "lm_head.weight", self.lm_head.detach()
+
+    @torch.no_grad()
+    def load_hf_state(self, tensors: Iterable[tuple[str, Tensor]], strict: bool = True) -> None:
+        """Copy (HF name, tensor) pairs into the decoder, casting to its dtype.
+
+        Raises ValueError naming every missing (if `strict`), unexpected, repeated and misshaped tensor; the tensors that fit have
+        been copied by then. A tied head stored twice is accepted when both copies are equal.
+        """
+        state = dict(self.hf_state())
+        seen: set[str] = set()
+        wrong: list[str] = []
+        tied_copy: Tensor | None = None
+        for name, tensor in tensors:
+            if name.endswith("rotary_emb.inv_freq"):  # a constant that older checkpoints store
+                continue
+            if name in seen:
+                wrong.append(f"repeated {name}")
+            elif name == "lm_head.weight" and self.lm_head is None:
+                tied_copy = tensor
+            elif name not in state:
+                wrong.append(f"unexpected {name}")
+            elif tensor.shape != state[name].shape:
+                wrong.append(f"misshaped {name}: {list(tensor.shape)} instead of {list(state[name].shape)}")
+            else:
+                state[name].copy_(tensor)
+            seen.add(name)
+        if tied_copy is not None and not torch.equal(tied_copy.to(self.head), self.head):
+            wrong.append("unexpected lm_head.weight: it differs from the embedding although tie_word_embeddings is set")
+        missing = [f"missing {name}" for name in state if name not in seen] if strict else []
+        if wrong or missing:
+            raise ValueError(f"weights do not fit the {self.config.family} decoder: " + "; ".join(missing + wrong))
+
+
+def _parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape))
+
+
+def _hf_layer(layer: DecoderLayer) -> Iterator[tuple[str, Tensor]]:
+    """One layer's tensors under their names in a checkpoint, as views of the fused parameters."""
+    config = layer.config
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    sizes = (heads * dim, kv_heads * dim, kv_heads * dim)
+    names = ("q_proj", "k_proj", "v_proj")
+    yield "input_layernorm.weight", layer.input_norm.detach()
+    yield from _parts("self_attn", names, ".weight", layer.qkv_proj, sizes)
+    yield from _parts("self_attn", names, ".bias", layer.qkv_bias, sizes)
+    yield from _parts("self_attn", ("q_norm",), ".weight", layer.q_norm, (dim,))
+    yield from _parts("self_attn", ("k_norm",), ".weight", layer.k_norm, (dim,))
+    yield from _parts("self_attn", ("o_proj",), ".weight", layer.o_proj, (config.hidden_size,))
+    yield from _parts("self_attn", ("o_proj",), ".bias", layer.o_bias, (config.hidden_size,))
+    yield "post_attention_layernorm.weight", layer.post_norm.detach()
+    if layer.is_moe:
+        yield "mlp.gate.weight", layer.router.detach()
+        inner = config.moe_intermediate_size
+        for expert in range(config.num_experts):
+            prefix = f"mlp.experts.{expert}"
+            yield from _parts(prefix, ("gate_proj", "up_proj"), ".weight", layer.expert_gate_up_proj[expert], (inner, inner))
+            yield f"{prefix}.down_proj.weight", layer.expert_down_proj[expert].detach()
+        return
+    inner = config.intermediate_size
+    yield from _parts("mlp", ("gate_proj", "up_proj"), ".weight", layer.gate_up_proj, (inner, inner))
+    yield from _parts("mlp", ("gate_proj", "up_proj"), ".bias", layer.gate_up_bias, (inner, inner))
+    yield from _parts("mlp", ("down_proj",), ".weight", layer.down_proj, (config.hidden_size,))
+    yield from _parts("mlp", ("down_proj",), ".bias", layer.down_bias, (config.hidden_size,))
+
+
+def _parts(
+    prefix: str, names: Sequence[str], suffix: str, fused: Tensor | None, sizes: Sequence[int]
+) -> Iterator[tuple[str, Tensor]]:
+    """The row blocks of a fused parameter, named; nothing when the model has no such parameter."""
+    if fused is not None:
+        for name, view in zip(names, fused.detach().split(list(sizes)), strict=True):
+            yield f"{prefix}.{name}{suffix}", view
