@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from miles_rollout.engines.embedded.pages import PagePool
 from miles_rollout.engines.embedded.prefix import PrefixCache
 

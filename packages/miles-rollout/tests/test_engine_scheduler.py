@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from miles_rollout.engines.embedded.config import EmbeddedConfig
 from miles_rollout.engines.embedded.pages import PagePool
 from miles_rollout.engines.embedded.prefix import PrefixCache

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 import xxhash
+
 from miles_rollout.engine import EngineRefusal
 from miles_rollout.engines.embedded.admission import Limits, check_request
 from miles_rollout.engines.embedded.config import EmbeddedConfig
@@ -59,7 +60,16 @@ def test_manifest_names_everything_wrong_at_once():
     manifest = make_manifest(list(new.items()) + [("c", new["c"])], version=2, contract_digest="mk1-y")
     with pytest.raises(ValueError) as error:
         check_manifest(manifest, held(old), version=2, contract_digest="mk1-x")
-    for part in ("version 2 does not grow", "mk1-y", "missing: scalar", "unexpected: c", "twice: c", "[4, 7]", "float32 [5]", "bfloat16 [5]"):
+    for part in (
+        "version 2 does not grow",
+        "mk1-y",
+        "missing: scalar",
+        "unexpected: c",
+        "twice: c",
+        "[4, 7]",
+        "float32 [5]",
+        "bfloat16 [5]",
+    ):
         assert part in str(error.value)
 
 
@@ -101,7 +111,10 @@ def request(ids: tuple[int, ...] = (1, 2), **options: object) -> GenerateRequest
         (request((1, 10)), "input_ids[1] = 10 is outside the vocabulary of 10"),
         (request((1, -1)), "input_ids[1] = -1"),
         (request(stop_token_ids=(11,)), "stop_token_ids[0] = 11"),
-        (request((1,) * 60, max_new_tokens=5), "60 prompt tokens + max_new_tokens=5 = 65 exceed the context of 64; lower max_new_tokens to 4 or less"),
+        (
+            request((1,) * 60, max_new_tokens=5),
+            "60 prompt tokens + max_new_tokens=5 = 65 exceed the context of 64; lower max_new_tokens to 4 or less",
+        ),
         (request((1,) * 70, max_new_tokens=5), "shorten the prompt by at least 7 tokens"),
         (request((1,) * 40, max_new_tokens=10), "need 4 pages of 16 tokens, the KV cache has 3"),
         (request(max_new_tokens=4, n=2, sample_ids=(1,)), "sample_ids has 1 entries for n=2"),

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 __all__ = ["EmbeddedConfig", "EmbeddedEngine", "EngineFailure", "load_engine", "make_manifest", "tensor_hash"]
 
-_HOME = {"EmbeddedEngine": "engine", "EngineFailure": "reply", "load_engine": "factory", "make_manifest": "weights", "tensor_hash": "weights"}
+_HOME = {
+    "EmbeddedEngine": "engine",
+    "EngineFailure": "reply",
+    "load_engine": "factory",
+    "make_manifest": "weights",
+    "tensor_hash": "weights",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -51,7 +51,9 @@ def _sizes(prompt: int, new: int, limits: Limits) -> list[str]:
     if prompt + new > limits.max_context:
         room = limits.max_context - prompt
         remedy = f"lower max_new_tokens to {room} or less" if room > 0 else f"shorten the prompt by at least {1 - room} tokens"
-        return [f"{prompt} prompt tokens + max_new_tokens={new} = {prompt + new} exceed the context of {limits.max_context}; {remedy}"]
+        return [
+            f"{prompt} prompt tokens + max_new_tokens={new} = {prompt + new} exceed the context of {limits.max_context}; {remedy}"
+        ]
     pages = -(-(prompt + new - 1) // limits.page_size)  # the last sampled token is never computed
     if pages > limits.num_pages:
         return [

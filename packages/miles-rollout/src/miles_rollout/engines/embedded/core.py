@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 
-import torch
-from miles_kernels.nn.decoder import Decoder
 from torch import Tensor
 
+from miles_kernels.nn.decoder import Decoder
 from miles_rollout.engines.embedded.config import EmbeddedConfig
 from miles_rollout.engines.embedded.kv import PagedKV
 from miles_rollout.engines.embedded.output import OutputProcessor, Token
@@ -30,7 +29,9 @@ class EngineCore:
             for job, item in core.step(): ...
     """
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, config: EmbeddedConfig, *, num_pages: int, weight_version: int = 0) -> None:
+    def __init__(
+        self, decoder: Decoder, tokenizer: Tokenizer, config: EmbeddedConfig, *, num_pages: int, weight_version: int = 0
+    ) -> None:
         shape = decoder.config
         self.weight_version = weight_version
         self._decoder = decoder
@@ -77,7 +78,9 @@ class EngineCore:
         if sequences:
             self._append(sequences, *self._runner.sample(logits, forks, sequences, rows))
         elif batch.is_empty and self.has_work and not self._scheduler.unblock():
-            raise AssertionError(f"nothing can move: {self._scheduler.num_running} running, {len(self._scheduler.waiting)} waiting")
+            raise AssertionError(
+                f"nothing can move: {self._scheduler.num_running} running, {len(self._scheduler.waiting)} waiting"
+            )
         self._num_steps += 1
         self._busy_s += time.perf_counter() - started
         return self._outputs.take_deliveries()

@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from miles_kernels.nn.decoder import Decoder
 
+from miles_kernels.nn.decoder import Decoder
 from miles_rollout.engine import EngineRefusal
 from miles_rollout.engines.embedded.admission import Limits, check_request
 from miles_rollout.engines.embedded.config import EmbeddedConfig
@@ -327,5 +327,8 @@ def _num_pages(decoder: Decoder, config: EmbeddedConfig) -> int:
     )
     num_pages = config.kv_memory_bytes // page_bytes if config.num_pages is None else config.num_pages
     if num_pages < 1:
-        raise ValueError(f"kv_memory_bytes={config.kv_memory_bytes} holds no page; one page of {config.page_size} tokens takes {page_bytes} bytes")
+        raise ValueError(
+            f"kv_memory_bytes={config.kv_memory_bytes} holds no page; "
+            f"one page of {config.page_size} tokens takes {page_bytes} bytes"
+        )
     return num_pages

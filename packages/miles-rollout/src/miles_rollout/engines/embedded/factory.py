@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+
 from miles_kernels.contract import Contract
 from miles_kernels.nn.checkpoint import load_decoder
-
 from miles_rollout.engines.embedded.config import EmbeddedConfig
 from miles_rollout.engines.embedded.engine import EmbeddedEngine
 from miles_rollout.text import Tokenizer, load_tokenizer

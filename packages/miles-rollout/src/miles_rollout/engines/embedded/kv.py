@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from miles_kernels.ops.attention import AttentionPlan
 from torch import Tensor
+
+from miles_kernels.ops.attention import AttentionPlan
 
 
 class PagedKV:
@@ -16,7 +17,15 @@ class PagedKV:
     plan: AttentionPlan
 
     def __init__(
-        self, *, layers: int, kv_heads: int, head_dim: int, num_pages: int, page_size: int, dtype: torch.dtype, device: str = "cpu"
+        self,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: str = "cpu",
     ) -> None:
         self.page_size = page_size
         self._pool = torch.empty(layers, 2, kv_heads, (num_pages + 1) * page_size, head_dim, dtype=dtype, device=device)

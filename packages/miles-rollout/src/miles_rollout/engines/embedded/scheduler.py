@@ -55,7 +55,7 @@ class Fork:
     siblings: list[Sequence]
 
 
-_NO_ROWS = np.zeros(0, np.int64)
+_NO_ROWS: np.ndarray = np.zeros(0, np.int64)
 
 
 class Scheduler:
@@ -288,11 +288,10 @@ class Scheduler:
     def _fork_pages(self, seq: Sequence, hold: PromptHold) -> bool:
         """Share the prompt's full pages and copy its last, partial one; False when there is no page for that."""
         full, rest = divmod(seq.job.num_prompt, self._config.page_size)
-        own: list[int] | None = []
+        own = self._pool.take(1 if rest else 0)
+        if own is None:
+            return False
         if rest:
-            own = self._pool.take(1)
-            if own is None:
-                return False
             self._copies.append((hold.pages[full], own[0], rest))
         self._pool.share(hold.pages[:full])
         seq.pages = hold.pages[:full] + own

@@ -62,7 +62,7 @@ class Sequence:
 
     def token_ids(self) -> tuple[int, ...]:
         """Prompt and output."""
-        return self.job.request.input_ids + tuple(self.output)
+        return self.job.input_ids + tuple(self.output)
 
     def start_version(self, version: int) -> None:
         """From the next token on, `version` holds."""
@@ -85,16 +85,17 @@ class Job:
     """One request. `leader` is the sequence computing its prompt, `hold` the computed prompt while siblings wait for a place."""
 
     __slots__ = (
-        "request", "arrival", "num_prompt", "prompt", "eos", "sequences", "unfinished", "prompt_logprobs", "cached_tokens", "stream",
-        "leader", "hold",
+        "request", "arrival", "input_ids", "num_prompt", "prompt", "eos", "stream", "sequences", "unfinished",
+        "prompt_logprobs", "cached_tokens", "leader", "hold",
     )  # fmt: skip
 
     def __init__(self, request: GenerateRequest, arrival: int, eos: frozenset[int], stream: bool = False) -> None:
         sampling = request.sampling
         self.request = request
         self.arrival = arrival
-        self.num_prompt = len(request.input_ids)
-        self.prompt = torch.tensor(request.input_ids, dtype=torch.int64)
+        self.input_ids = tuple(request.input_ids)
+        self.num_prompt = len(self.input_ids)
+        self.prompt = torch.tensor(self.input_ids, dtype=torch.int64)
         self.eos = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos)
         """All ids that end a completion of this request."""
         self.stream = stream

@@ -21,21 +21,21 @@ class Tables:
 
     def __init__(self, max_running: int, page_size: int) -> None:
         self.page_size = page_size
-        self.slots = np.zeros((max_running, _GROWTH), np.int64)
-        self.position = np.zeros(max_running, np.int64)
+        self.slots: np.ndarray = np.zeros((max_running, _GROWTH), np.int64)
+        self.position: np.ndarray = np.zeros(max_running, np.int64)
         """Next position to compute when decoding: the last sampled token's."""
-        self.capacity = np.zeros(max_running, np.int64)
+        self.capacity: np.ndarray = np.zeros(max_running, np.int64)
         """Tokens its pages have room for."""
-        self.slot_offset = np.zeros(max_running, np.int64)
+        self.slot_offset: np.ndarray = np.zeros(max_running, np.int64)
         """Slot minus position, on its last page."""
-        self.last_token = np.zeros(max_running, np.int64)
-        self.seed = np.zeros(max_running, np.int64)
-        self.sample_id = np.zeros(max_running, np.int64)
-        self.temperature = np.ones(max_running, np.float32)
-        self.top_k = np.full(max_running, -1, np.int64)
-        self.top_p = np.ones(max_running, np.float32)
-        self.min_p = np.zeros(max_running, np.float32)
-        self.first_stop = np.zeros(max_running, np.int64)
+        self.last_token: np.ndarray = np.zeros(max_running, np.int64)
+        self.seed: np.ndarray = np.zeros(max_running, np.int64)
+        self.sample_id: np.ndarray = np.zeros(max_running, np.int64)
+        self.temperature: np.ndarray = np.ones(max_running, np.float32)
+        self.top_k: np.ndarray = np.full(max_running, -1, np.int64)
+        self.top_p: np.ndarray = np.ones(max_running, np.float32)
+        self.min_p: np.ndarray = np.zeros(max_running, np.float32)
+        self.first_stop: np.ndarray = np.zeros(max_running, np.int64)
         """First position a stop token may take (min_new_tokens)."""
         self._free = list(range(max_running - 1, -1, -1))
         self.slots_torch = torch.from_numpy(self.slots)
@@ -51,7 +51,7 @@ class Tables:
         sampling = seq.job.request.sampling
         self._widen(seq.max_tokens)
         self.position[row] = seq.num_tokens - 1
-        self.last_token[row] = seq.output[-1] if seq.output else seq.job.request.input_ids[-1]
+        self.last_token[row] = seq.output[-1] if seq.output else seq.job.input_ids[-1]
         self.seed[row] = sampling.seed
         self.sample_id[row] = seq.sample_id
         self.temperature[row] = sampling.temperature
@@ -84,7 +84,7 @@ class Tables:
         width = self.slots.shape[1]
         if tokens <= width:
             return
-        wide = np.zeros((len(self.slots), max(2 * width, -(-tokens // _GROWTH) * _GROWTH)), np.int64)
+        wide: np.ndarray = np.zeros((len(self.slots), max(2 * width, -(-tokens // _GROWTH) * _GROWTH)), np.int64)
         wide[:, :width] = self.slots
         self.slots = wide
         self.slots_torch = torch.from_numpy(wide)

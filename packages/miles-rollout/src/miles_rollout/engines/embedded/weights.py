@@ -85,7 +85,9 @@ def stage(manifest: WeightManifest, tensors: Iterable[tuple[str, Tensor]]) -> di
         copy = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         found = tensor_hash(copy)
         if found != spec.hash:
-            raise ValueError(f"weight update: {name} hashes to {found}, the manifest says {spec.hash}; the transfer is damaged, send it again")
+            raise ValueError(
+                f"weight update: {name} hashes to {found}, the manifest says {spec.hash}; the transfer is damaged, send it again"
+            )
         staged[name] = copy
     missing = sorted(specs.keys() - staged.keys())
     if missing:

@@ -1,0 +1,175 @@
+"""One forward pass and one draw per step, in vector operations over the rows of the tables.
+
+Legend: T = tokens of the pass, R = decoding rows, S = sequences that sample, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from miles_kernels.nn.decoder import Decoder
+from miles_kernels.ops.attention import AttentionPlan, decode_plan, table_plan
+from miles_kernels.ops.attention_plan import KEY_MULTIPLE
+from miles_kernels.ops.logprob import logprob_from_logits
+from miles_kernels.ops.sample import SampleOutput, sample
+from miles_rollout.engines.embedded.kv import PagedKV
+from miles_rollout.engines.embedded.scheduler import Batch, Fork
+from miles_rollout.engines.embedded.state import Sequence
+from miles_rollout.engines.embedded.tables import Tables
+
+_FILTERS = (("top_k", -1), ("top_p", 1.0), ("min_p", 0.0))
+
+
+class Runner:
+    """Runs batches through the decoder and samples from what comes out."""
+
+    def __init__(self, decoder: Decoder, kv: PagedKV, tables: Tables) -> None:
+        self.num_tokens = 0
+        """Tokens computed since start."""
+        self._decoder = decoder
+        self._kv = kv
+        self._tables = tables
+        self._sampler_rows: np.ndarray | None = None
+        self._sampler: dict[str, Any] = {}
+        self._has_minimum = False
+
+    def forward(self, batch: Batch) -> Tensor | None:
+        """Logits fp32 [R + finished chunks, V] of a batch: decode rows first, then chunks that reach their last token."""
+        if batch.is_empty:
+            return None
+        token_ids, positions, slots, plan = self._inputs(batch)
+        self.num_tokens += len(slots)
+        self._kv.begin(plan, slots)
+        hidden = self._decoder(token_ids, positions, self._kv)
+        if not batch.chunks:
+            return self._decoder.logits(hidden)
+        self._note_prompt_logprobs(batch, hidden)
+        ends = np.cumsum([chunk.stop - chunk.start for chunk in batch.chunks]) + len(batch.rows) - 1
+        last = [*range(len(batch.rows)), *(end for chunk, end in zip(batch.chunks, ends.tolist(), strict=True) if chunk.is_last)]
+        return self._decoder.logits(hidden[last]) if last else None
+
+    def copy_pages(self, copies: list[tuple[int, int, int]]) -> None:
+        """Copy the first tokens of pages: (source, target, tokens)."""
+        for source, target, tokens in copies:
+            self._kv.copy(source, target, tokens)
+
+    def sample(
+        self, logits: Tensor | None, forks: list[Fork], sequences: list[Sequence], rows: np.ndarray
+    ) -> tuple[list[int], list[float], list[float]]:
+        """Token, log-probability and sampled log-probability of each sequence, as lists [S].
+
+        The token is -1 where logits are not finite. `logits` are those of `forward`; the last sequences are the forks'
+        siblings, in order.
+        """
+        parts = [logits] if logits is not None else []
+        parts += [fork.logits.expand(len(fork.siblings), -1) for fork in forks]
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+        assert len(logits) == len(rows) == len(sequences)
+        position = self._tables.position[rows]
+        keys = self._sampler_arguments(rows)
+        keys["position"] = torch.from_numpy(position)
+        banned = np.flatnonzero(self._tables.first_stop[rows] > position).tolist() if self._has_minimum else []
+        try:
+            out = _sample(logits, keys, [(i, sequences[i].job.eos) for i in banned])
+        except ValueError:
+            out = self._sample_finite(logits, keys, [(i, sequences[i].job.eos) for i in banned])
+        self._tables.last_token[rows] = out.token.numpy()
+        return out.token.tolist(), out.logprob.tolist(), out.sampled_logprob.tolist()
+
+    # ------------------------------------------------------------------ inputs
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, AttentionPlan]:
+        """Token ids, positions, slots (int64 [T]) and the attention plan; enters the new slots into the tables."""
+        tables, rows = self._tables, batch.rows
+        positions = tables.position[rows]
+        slots = positions + tables.slot_offset[rows]
+        tables.slots[rows, positions] = slots
+        token_ids = torch.from_numpy(tables.last_token[rows])
+        if not batch.chunks:
+            plan = decode_plan(self._table(rows, int(positions.max()) + 1), torch.from_numpy(positions + 1))
+            return token_ids, torch.from_numpy(positions), torch.from_numpy(slots), plan
+        chunk_ids, all_positions, all_slots = [token_ids], [positions], [slots]
+        for chunk in batch.chunks:
+            assert chunk.seq.tokens is not None
+            new = tables.slots_of(chunk.seq.pages, chunk.start, chunk.stop)
+            tables.slots[chunk.seq.row, chunk.start : chunk.stop] = new
+            chunk_ids.append(chunk.seq.tokens[chunk.start : chunk.stop])
+            all_positions.append(np.arange(chunk.start, chunk.stop))
+            all_slots.append(new)
+        query_lens = [1] * len(rows) + [chunk.stop - chunk.start for chunk in batch.chunks]
+        firsts = positions.tolist() + [chunk.start for chunk in batch.chunks]
+        rows = np.concatenate((rows, [chunk.seq.row for chunk in batch.chunks]))
+        positions, slots = np.concatenate(all_positions), np.concatenate(all_slots)
+        plan = table_plan(self._table(rows, int(positions.max()) + 1), query_lens, firsts)
+        return torch.cat(chunk_ids), torch.from_numpy(positions), torch.from_numpy(slots), plan
+
+    def _table(self, rows: np.ndarray, keys: int) -> Tensor:
+        """Slots int64 [R, keys rounded up to 16] of some rows."""
+        return self._tables.slots_torch[:, : keys + -keys % KEY_MULTIPLE].index_select(0, torch.from_numpy(rows))
+
+    def _note_prompt_logprobs(self, batch: Batch, hidden: Tensor) -> None:
+        """Log-probabilities of prompt tokens, for requests that want them, of what this batch predicts."""
+        start = len(batch.rows)
+        for chunk in batch.chunks:
+            job, size = chunk.seq.job, chunk.stop - chunk.start
+            if job.prompt_logprobs is not None and job.leader is chunk.seq:
+                count = min(chunk.stop, job.num_prompt - 1) - chunk.start
+                if count > 0:
+                    targets = job.prompt[chunk.start + 1 : chunk.start + 1 + count]
+                    out = self._decoder.logprob(
+                        hidden[start : start + count], targets, job.request.sampling.temperature or 1.0, entropy=False
+                    )
+                    job.prompt_logprobs[chunk.start + 1 : chunk.start + 1 + count] = out.logprob.tolist()
+            start += size
+
+    # ------------------------------------------------------------------ sampling
+
+    def _sampler_arguments(self, rows: np.ndarray) -> dict[str, Any]:
+        """Arguments of `sample` for these rows, gathered again only when the rows have changed.
+
+        What all rows leave at its default is passed as a number, which lets the sampler skip work.
+        """
+        if rows is not self._sampler_rows:
+            tables = self._tables
+            self._sampler_rows = rows
+            self._sampler = {name: torch.from_numpy(getattr(tables, name)[rows]) for name in ("seed", "sample_id")}
+            for name, default in (*_FILTERS, ("temperature", 1.0)):
+                values = getattr(tables, name)[rows]
+                self._sampler[name] = default if (values == default).all() else torch.from_numpy(values)
+            self._has_minimum = bool((tables.first_stop[rows] > tables.position[rows]).any())
+        return self._sampler
+
+    def _sample_finite(self, logits: Tensor, keys: dict[str, Any], banned: list[tuple[int, frozenset[int]]]) -> SampleOutput:
+        """Sample the rows that hold finite logits; token -1 for the others. Raises ValueError when there are no others."""
+        finite = torch.isfinite(logits).all(dim=1)
+        if bool(finite.all()):
+            raise ValueError("the sampler refused finite logits")
+        good = torch.nonzero(finite).flatten()
+        place = {row: i for i, row in enumerate(good.tolist())}
+        keys = {name: value[good] if isinstance(value, Tensor) else value for name, value in keys.items()}
+        part = _sample(logits[good], keys, [(place[row], ids) for row, ids in banned if row in place])
+        token = torch.full((len(logits),), -1, dtype=torch.int64)
+        logprob, sampled = torch.zeros(len(logits)), torch.zeros(len(logits))
+        token[good], logprob[good], sampled[good] = part
+        return SampleOutput(token, logprob, sampled)
+
+
+def _sample(logits: Tensor, keys: dict[str, Any], banned: list[tuple[int, frozenset[int]]]) -> SampleOutput:
+    """`sample`, with the `banned` ids of a row out of reach (min_new_tokens); `logprob` stays that of the full distribution."""
+    banned = [(row, ids) for row, ids in banned if ids]
+    if not banned:
+        return sample(logits, **keys)
+    rows = torch.tensor([row for row, _ in banned])
+    masked = logits.clone()
+    for row, ids in banned:
+        masked[row, list(ids)] = float("-inf")
+    out = sample(masked, **keys)
+    temperature = torch.as_tensor(keys["temperature"], dtype=torch.float32).expand(len(logits))[rows]
+    temperature = torch.where(temperature == 0, 1.0, temperature)
+    logprob = out.logprob.clone()  # the sampler returns one tensor for both when nothing is filtered
+    logprob[rows] = logprob_from_logits(logits[rows], out.token[rows], temperature).logprob
+    return SampleOutput(out.token, logprob, out.sampled_logprob)
