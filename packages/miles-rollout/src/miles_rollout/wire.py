@@ -32,7 +32,7 @@ class Wire(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Base of all wire structs."""
 
 
-class SamplingParams(Wire):
+class SamplingParams(Wire, frozen=True, kw_only=True):
     """How completions are sampled. Names and defaults follow SGLang's native API where both have the field.
 
     Example: SamplingParams(max_new_tokens=16, temperature=1.0, stop_token_ids=(2,))
@@ -79,7 +79,7 @@ class SamplingParams(Wire):
             raise ValueError("sampling parameters: " + "; ".join(wrong))
 
 
-class GenerateRequest(Wire):
+class GenerateRequest(Wire, frozen=True, kw_only=True):
     """Ask for `sampling.n` completions of one prompt.
 
     `sample_ids` keys the sampling noise: the token at a position is a pure function of
@@ -97,7 +97,7 @@ class GenerateRequest(Wire):
     schema: int = SCHEMA
 
 
-class WeightSpan(Wire):
+class WeightSpan(Wire, frozen=True, kw_only=True):
     """Tokens [start, stop) of the sequence were sampled under `version`."""
 
     version: int
@@ -105,7 +105,7 @@ class WeightSpan(Wire):
     stop: int
 
 
-class Completion(Wire):
+class Completion(Wire, frozen=True, kw_only=True):
     """One sampled continuation, all arrays [C]."""
 
     sample_id: int
@@ -123,7 +123,7 @@ class Completion(Wire):
     """Offsets count from the first completion token."""
 
 
-class GenerateResult(Wire):
+class GenerateResult(Wire, frozen=True, kw_only=True):
     """The answer to a GenerateRequest: all n completions, in index order."""
 
     request_id: str
@@ -136,7 +136,7 @@ class GenerateResult(Wire):
     schema: int = SCHEMA
 
 
-class GenerateChunk(Wire):
+class GenerateChunk(Wire, frozen=True, kw_only=True):
     """New tokens of one completion, in order; the last chunk of a completion carries `finish_reason`."""
 
     request_id: str
@@ -152,7 +152,7 @@ class GenerateChunk(Wire):
     matched_stop: int | str | None = None
 
 
-class Sample(Wire):
+class Sample(Wire, frozen=True, kw_only=True):
     """One trainable token sequence; every array is [L] and aligned with `token_ids`.
 
     Example: prompt (5, 9), completion (7, 2): token_ids=(5, 9, 7, 2), loss_mask=(False, False, True, True),
@@ -205,7 +205,7 @@ class Sample(Wire):
         return min((span.version for span in self.weight_spans), default=None)
 
 
-class EngineInfo(Wire):
+class EngineInfo(Wire, frozen=True, kw_only=True):
     """What an engine states about itself at start-up and after every weight update."""
 
     model: str
@@ -219,7 +219,7 @@ class EngineInfo(Wire):
     schema: int = SCHEMA
 
 
-class TensorSpec(Wire):
+class TensorSpec(Wire, frozen=True, kw_only=True):
     """One tensor of a weight update: HF name, torch dtype name ("float32"), shape, xxh3-64 of its bytes in hex."""
 
     name: str
@@ -228,7 +228,7 @@ class TensorSpec(Wire):
     hash: str
 
 
-class WeightManifest(Wire):
+class WeightManifest(Wire, frozen=True, kw_only=True):
     """Everything a receiver must hold before it may swap to `version`."""
 
     version: int
@@ -256,7 +256,8 @@ def check_schema(value: Any) -> None:
     """Raise WireError when a decoded record states another schema number than ours."""
     schema = getattr(value, "schema", SCHEMA)
     if schema != SCHEMA:
-        raise WireError(f"{type(value).__name__}: schema {schema}, this build reads schema {SCHEMA}; use matching versions of miles-rollout")
+        name = type(value).__name__
+        raise WireError(f"{name}: schema {schema}, this build reads schema {SCHEMA}; use matching versions of miles-rollout")
 
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
