@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -61,6 +62,7 @@ def math_verify(
     Its own alarms are off, since they work on a main thread only and turn a timeout into a wrong answer: the pool's are hard.
     """
     library: Any = require("math_verify", extra="math", purpose='reward "math_verify"')
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its alarms are off
     expected = _needed(label)
     gold = library.parse(expected, parsing_timeout=None, raise_on_error=True)
     if not gold:

@@ -101,6 +101,7 @@ class PoolRunner:
         """Kill the processes and wait for their end."""
         pool, self._pool = self._pool, None
         if pool is not None:
+            self._ready.cancel()
             pool.stop()
             pool.join()
 
