@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from miles_core.rollout import RewardConfig, RewardInput, Scorer
+from miles_core.rollout import RewardConfig, RewardError, RewardInput, Scorer
 from miles_core.rollout.rewards import runners
 
 SYNC = """
@@ -179,8 +179,20 @@ def test_an_async_function_that_blocks_its_loop_cannot_stop_ours(rewards: Path) 
 def test_workers_that_cannot_start_end_in_an_error(rewards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runners, "_START_LIMIT_S", 0.01)  # no process starts that fast
     with Scorer(RewardConfig(name=f"{rewards}/sync.py:score", workers=1)) as scorer:
-        with pytest.raises(RuntimeError, match="__main__"):
+        with pytest.raises(RewardError, match="__main__"):
             asyncio.run(scorer.score(items("yes")))
+
+
+def test_a_script_without_main_guard_is_told(rewards: Path, tmp_path: Path) -> None:
+    script = tmp_path / "bare.py"
+    script.write_text(
+        "import asyncio\n"
+        "from miles_core.rollout import RewardConfig, RewardInput, Scorer\n"
+        f"scorer = Scorer(RewardConfig(name='{rewards}/sync.py:score', workers=1))\n"
+        "asyncio.run(scorer.score([RewardInput(sample_id=0, prompt_id='p', text='x')]))\n"
+    )
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert ended.returncode != 0 and 'needs `if __name__ == "__main__":` around it' in ended.stderr
 
 
 def test_kill_9_of_the_parent_leaves_no_hanging_worker(rewards: Path, tmp_path: Path) -> None:

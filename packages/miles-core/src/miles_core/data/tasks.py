@@ -29,7 +29,8 @@ class Draws:
     def below(self, limit: int) -> int:
         """An integer in [0, limit)."""
         self._count += 1
-        return xxh3_64_intdigest(self._key + struct.pack("<q", self._count)) % limit
+        drawn: int = xxh3_64_intdigest(self._key + struct.pack("<q", self._count))
+        return drawn % limit
 
     def choice(self, items: str) -> str:
         """One character of `items`."""

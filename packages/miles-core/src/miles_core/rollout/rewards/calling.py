@@ -26,6 +26,10 @@ Convention = Literal["miles", "verl", "slime", "trl", "openrlhf"]
 _OURS = ("text", "label", "metadata", "prompt", "messages")
 
 
+class RewardError(ValueError):
+    """The reward cannot be had: too many samples without one, or no process that could compute it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardInput:
     """One completion to score."""

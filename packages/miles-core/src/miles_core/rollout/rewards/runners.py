@@ -7,10 +7,11 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
 from miles_core.rollout.rewards import worker
-from miles_core.rollout.rewards.calling import Convention, RewardInput, Score, invoke, scores_of
+from miles_core.rollout.rewards.calling import Convention, RewardError, RewardInput, Score, invoke, scores_of
 
 _START_LIMIT_S = 120.0
 _CANCEL_LIMIT_S = 1.0
@@ -75,6 +76,9 @@ class PoolRunner:
             )
         except ProcessExpired as error:
             return [Score(None, "error", f"its process died with exit code {error.exitcode}")] * len(items)
+        except BrokenProcessPool as error:
+            self.close()  # the next call starts a new pool
+            return [Score(None, "error", f"all reward processes died: {error}")] * len(items)
 
     async def _started(self) -> Any:
         """The pool, after one process has answered: a pool whose processes cannot start would keep us waiting for ever."""
@@ -89,11 +93,11 @@ class PoolRunner:
             return self._pool
         try:
             await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._ready)), _START_LIMIT_S)
-        except TimeoutError:
+        except (TimeoutError, BrokenProcessPool) as error:
             self.close()
-            raise RuntimeError(
-                f"no reward process answered within {_START_LIMIT_S:g} s of its start. A script that starts a run needs "
-                f'`if __name__ == "__main__":` around it, because reward processes import the script'
+            raise RewardError(
+                f"no reward process answered within {_START_LIMIT_S:g} s of its start ({type(error).__name__}: {error}). "
+                f'A script that starts a run needs `if __name__ == "__main__":` around it, because reward processes import it'
             ) from None
         return self._pool
 

@@ -16,10 +16,6 @@ from miles_core.rollout.rewards.registry import find_reward
 from miles_core.rollout.rewards.runners import InlineRunner, LoopRunner, PoolRunner, Runner
 
 
-class RewardError(ValueError):
-    """Too many samples without a reward; names the function and the first failures."""
-
-
 class Scorer:
     """Scores completions with the configured reward. Close it, or use it as a context manager: no process is left behind.
 
