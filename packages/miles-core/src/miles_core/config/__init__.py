@@ -1,0 +1,1 @@
+"""The run configuration: sections, schema, loading, dumping."""

@@ -1,0 +1,5 @@
+"""`python -m miles_core.cli`."""
+
+from miles_core.cli.app import main
+
+main()

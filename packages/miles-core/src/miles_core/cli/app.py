@@ -1,0 +1,187 @@
+"""Commands, flags and exit codes: 0 done, 2 the user can fix it (said on standard error), 130 interrupted and resumable."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXIT_USER = 2
+EXIT_INTERRUPTED = 130
+
+_SETTING = re.compile(r"--[A-Za-z][\w-]*\.[\w.-]+(=.*)?", re.DOTALL)
+
+app = typer.Typer(
+    name="miles",
+    help="Post-train language models by reinforcement learning, with an engine and a trainer that compute the same numbers.",
+    epilog="Every setting of a recipe is a flag: --section.key VALUE, for example --optimizer.lr 1e-4. See --dry-run.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+convert_app = typer.Typer(help="Bring models from other formats.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(convert_app, name="convert")
+
+Target = Annotated[
+    str, typer.Argument(metavar="RECIPE|FILE", help="A recipe that ships with Miles (see: miles recipes) or a TOML file.")
+]
+Name = Annotated[str | None, typer.Option(help="Name of the run; its folder is runs/NAME.")]
+Steps = Annotated[int | None, typer.Option(help="Steps of the whole run.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would happen, write nothing.")]
+
+
+@app.command()
+def train(
+    ctx: typer.Context,
+    target: Target,
+    name: Name = None,
+    steps: Steps = None,
+    resume: Resume = False,
+    replay: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Train on the samples this run recorded, without an engine.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train by reinforcement learning."""
+    from miles_core.cli.runs import start
+
+    start("train", target, ctx.obj, name=name, steps=steps, resume=resume, replay=replay, dry_run=dry_run)
+
+
+@app.command()
+def sft(
+    ctx: typer.Context, target: Target, name: Name = None, steps: Steps = None, resume: Resume = False, dry_run: DryRun = False
+) -> None:
+    """Train by imitation of the completions in the data."""
+    from miles_core.cli.runs import start
+
+    start("sft", target, ctx.obj, name=name, steps=steps, resume=resume, dry_run=dry_run)
+
+
+@app.command()
+def rollout(
+    ctx: typer.Context,
+    target: Target,
+    name: Name = None,
+    steps: Annotated[int, typer.Option(help="Steps to generate.")] = 1,
+    dry_run: DryRun = False,
+) -> None:
+    """Generate and score only: writes samples and rewards, trains nothing."""
+    from miles_core.cli.runs import start
+
+    start("rollout", target, ctx.obj, name=name, steps=steps, dry_run=dry_run)
+
+
+@app.command(name="eval")
+def evaluate(
+    ctx: typer.Context,
+    model: Annotated[
+        str, typer.Argument(metavar="RUN|CHECKPOINT|MODEL", help="A run, a checkpoint, a model folder, or recipe:NAME.")
+    ],
+    recipe: Annotated[str | None, typer.Option(help="Recipe or file with the prompts; default: what the run recorded.")] = None,
+) -> None:
+    """Evaluate on the held-out prompts."""
+    from miles_core.cli.models import evaluate_model
+
+    evaluate_model(model, recipe, ctx.obj)
+
+
+@app.command()
+def export(
+    ctx: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run (its last checkpoint) or a checkpoint folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
+) -> None:
+    """Write a Hugging Face folder and prove it by loading it again."""
+    _no_settings(ctx)
+    from miles_core.cli.models import export_model
+
+    export_model(source, out)
+
+
+@app.command()
+def report(ctx: typer.Context, run: Annotated[str, typer.Argument(metavar="RUN", help="Name or folder of a run.")]) -> None:
+    """Write RUN/report.html: plots, settings, samples; readable offline."""
+    _no_settings(ctx)
+    from miles_core.cli.runs import find_run
+    from miles_core.debug.report import write_report
+
+    typer.echo(write_report(find_run(run)))
+
+
+@app.command()
+def recipes(ctx: typer.Context) -> None:
+    """List the recipes that ship with Miles."""
+    _no_settings(ctx)
+    from miles_core.recipes.catalog import recipe_command, recipe_names, recipe_summary
+
+    for recipe_name in recipe_names():
+        typer.echo(f"miles {recipe_command(recipe_name):5} {recipe_name:16} {recipe_summary(recipe_name)}")
+
+
+@app.command()
+def doctor(ctx: typer.Context) -> None:
+    """Say what is installed and whether it can be trusted here."""
+    _no_settings(ctx)
+    from miles_core.cli.doctor import examine
+
+    raise typer.Exit(0 if examine(typer.echo) else 1)
+
+
+@convert_app.command()
+def gguf(
+    ctx: typer.Context,
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="A .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
+) -> None:
+    """GGUF to a Hugging Face folder with fp32 weights."""
+    _no_settings(ctx)
+    from miles_core.convert.gguf import convert_gguf
+
+    typer.echo(convert_gguf(source, out, typer.echo))
+
+
+def split_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The command line without its `--section.key value` flags, and those flags; everything after "--" stays."""
+    plain: list[str] = []
+    settings: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            plain += [word, *rest]
+            break
+        if not _SETTING.fullmatch(word):
+            plain.append(word)
+            continue
+        settings.append(word)
+        if "=" not in word and rest and not rest[0].startswith("--"):
+            settings.append(rest.pop(0))
+    return plain, settings
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Errors a user can fix end with their message and exit code 2; MILES_DEBUG=1 shows the traceback, too."""
+    plain, settings = split_settings(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(plain, obj=settings)
+    except (ValueError, OSError, ImportError, ArithmeticError) as error:
+        if os.environ.get("MILES_DEBUG"):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_USER)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; go on with --resume", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _no_settings(ctx: typer.Context) -> None:
+    if ctx.obj:
+        raise ValueError(f"{ctx.obj[0]}: miles {ctx.info_name} takes no settings")

@@ -1,0 +1,111 @@
+"""The commands that make a run: train, sft, rollout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from miles_core.config.load import Override
+    from miles_core.config.schema import RunConfig
+    from miles_core.run import Outcome, Run
+
+Mode = Literal["train", "sft", "rollout"]
+
+
+def start(
+    mode: Mode,
+    target: str,
+    settings: Sequence[str],
+    *,
+    name: str | None = None,
+    steps: int | None = None,
+    resume: bool = False,
+    replay: str | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Resolve the configuration, then say what would happen or do it."""
+    from miles_kernels.env import prepare_process
+
+    prepare_process()
+    from miles_core.config.load import load_config
+
+    recorded = None if replay is None else find_run(replay)
+    if recorded is not None and resume:
+        raise ValueError("--replay and --resume together: a replay is short, start it again instead")
+    config = load_config(target, settings, extra=_flags(name, steps))
+    if name is None and (recorded is not None or mode == "rollout"):
+        config = config.with_name(f"{config.run.name}-{'replay' if recorded else 'rollout'}")
+    if recorded is not None:
+        config = _as_recorded(config, recorded, steps)
+    if dry_run:
+        from miles_core.config.dryrun import explain
+
+        typer.echo(explain(config, mode, say=_say))
+        return
+    _go(config, mode, resume=resume, replay=recorded)
+
+
+def find_run(run: str) -> Path:
+    """The folder of a run given by name or path. Raises ValueError when there is none."""
+    for folder in (Path(run), Path("runs") / run):
+        if (folder / "config.toml").is_file():
+            return folder
+    raise ValueError(f"{run}: no such run; looked for {run}/config.toml and runs/{run}/config.toml in {Path.cwd()}")
+
+
+def _go(config: RunConfig, mode: Mode, *, resume: bool, replay: Path | None) -> None:
+    from miles_core.compose import Request, compose
+    from miles_core.loop import train
+
+    with compose(config, Request(mode=mode, resume=resume, replay=replay), _say) as run:
+        _say(f"{run.dir.root}: step {run.step} of {run.num_steps}")
+        outcome = train(run)
+        _finish(run, outcome)
+    if outcome.interrupted:
+        again = " ".join(["miles", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
+        _say(f"stopped after step {outcome.step}, nothing is lost; go on with: {again}")
+        raise typer.Exit(130)
+
+
+def _finish(run: Run, outcome: Outcome) -> None:
+    if outcome.checkpoint is not None:
+        _say(f"checkpoint: {outcome.checkpoint}")
+    try:
+        from miles_core.debug.report import write_report
+
+        _say(f"report: {write_report(run.dir.root)}")
+    except ImportError as error:
+        _say(f"no report: {error}")
+
+
+def _as_recorded(config: RunConfig, recorded: Path, steps: int | None) -> RunConfig:
+    """A replay lasts as long as the recording; settings that differ from the recorded ones are named."""
+    from miles_core.config.dump import differences, read_config
+    from miles_core.rundir import RunDir
+
+    found = RunDir(recorded).recorded_steps()
+    if not found:
+        raise ValueError(f"{recorded}: no recorded samples to replay (samples/step_*.jsonl)")
+    if steps is None:
+        config = config.model_copy(update={"run": config.run.model_copy(update={"num_steps": found[-1]})})
+    ignored = ("run.", "eval.", "checkpoint.", "engine.")
+    changed = [line for line in differences(read_config(recorded), config) if not line.startswith(ignored)]
+    for line in changed:
+        _say(f"not as in {recorded}: {line}")
+    return config.model_copy(update={"eval": config.eval.model_copy(update={"every": None})})
+
+
+def _flags(name: str | None, steps: int | None) -> list[Override]:
+    from miles_core.config.load import Override
+
+    flags = [] if name is None else [Override(("run", "name"), name, name)]
+    return flags if steps is None else [*flags, Override(("run", "num_steps"), steps, str(steps))]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,136 @@
+"""What a run would do, in words: the arithmetic of its batches and a rough plan of its memory. Nothing is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+from miles_core.config.schema import RunConfig
+from miles_core.data.load import load_prompts, load_sft
+from miles_core.eval.evaluate import eval_params
+from miles_core.models import context_of, load_shape
+from miles_core.rollout import Scorer, load_filters
+from miles_kernels.nn.config import DecoderConfig
+from miles_rollout.text import Tokenizer
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def explain(config: RunConfig, mode: Literal["train", "sft", "rollout"], say: Callable[[str], None] = lambda line: None) -> str:
+    """Check model, data, reward and filters, then say what the steps would be. Raises ValueError like the run itself would."""
+    shape, tokenizer = load_shape(config.model, say)
+    lines = [f"run {config.run.name}: {config.run.num_steps} steps into {config.run.dir}/{config.run.name}"]
+    lines += _sft(config, tokenizer) if mode == "sft" else _policy(config, shape, tokenizer, trains=mode == "train")
+    lines += _evaluation(config, shape, tokenizer) + _memory(config, shape, mode)
+    return "\n".join([*lines, "dry run: nothing was written"])
+
+
+def _policy(config: RunConfig, shape: DecoderConfig, tokenizer: Tokenizer, *, trains: bool) -> list[str]:
+    context = context_of(shape, config)
+    prompts, report = load_prompts(config.data.train, tokenizer, config.data, max_tokens=context - config.sampling.max_new_tokens)
+    load_filters(config.rollout)
+    with Scorer(config.reward) as scorer:
+        scorer.check_prompts(prompts)
+    rollout, trainer = config.rollout, config.trainer
+    sequences = rollout.prompts_per_step * rollout.group_size
+    mean_prompt = sum(len(prompt.input_ids) for prompt in prompts) / len(prompts)
+    most_new = sequences * config.sampling.max_new_tokens
+    packed = math.ceil(rollout.prompts_per_step * mean_prompt + most_new)
+    lines = [
+        *[f"data: {line}" for line in report.lines()],
+        f"each step: {rollout.prompts_per_step} prompts × {rollout.group_size} completions = {sequences} sequences, "
+        f"at most {most_new:,} new tokens ({config.sampling.max_new_tokens} each), reward {config.reward.name}",
+        f"{config.run.num_steps} steps ask {config.run.num_steps * rollout.prompts_per_step:,} prompts: "
+        f"{config.run.num_steps * rollout.prompts_per_step / len(prompts):.2f} passes over {len(prompts):,}",
+    ]
+    if trains:
+        micro = math.ceil(packed / trainer.updates_per_step / trainer.max_tokens_per_microbatch)
+        lines.append(
+            f"training: {trainer.updates_per_step} update(s) a step, {math.ceil(sequences / trainer.updates_per_step)} sequences "
+            f"each; about {packed:,} tokens forward and backward a step "
+            f"(a prompt, {mean_prompt:.0f} tokens, counts once per group), "
+            f"in {micro} micro-batch(es) of at most {trainer.max_tokens_per_microbatch:,} tokens per update"
+        )
+        lines.append(f"in all {config.run.num_steps * trainer.updates_per_step:,} updates, {_schedule(config)}")
+    return lines
+
+
+def _sft(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
+    examples, report = load_sft(config.data.train, tokenizer, config.data)
+    tokens, trained = sum(len(e.token_ids) for e in examples), sum(e.num_trained_tokens for e in examples)
+    count = config.sft.sequences_per_step
+    mean = tokens / len(examples)
+    return [
+        *[f"data: {line}" for line in report.lines()],
+        f"each step: {count} examples, about {count * mean:,.0f} tokens, {trained / tokens:.0%} of them imitated, one update, "
+        f"in {math.ceil(count * mean / config.trainer.max_tokens_per_microbatch)} micro-batch(es)",
+        f"{config.run.num_steps} steps: {config.run.num_steps * count / len(examples):.2f} passes over "
+        f"{len(examples):,} examples, "
+        f"{_schedule(config)}",
+    ]
+
+
+def _schedule(config: RunConfig) -> str:
+    optimizer = config.optimizer
+    return f"learning rate {optimizer.lr:g}, {optimizer.schedule}, after {optimizer.warmup_steps} warm-up updates"
+
+
+def _evaluation(config: RunConfig, shape: DecoderConfig, tokenizer: Tokenizer) -> list[str]:
+    if config.eval.every is None:
+        return ["evaluation: none (eval.every is unset)"]
+    longest = eval_params(config.eval, config.sampling, 0).max_new_tokens
+    prompts, _ = load_prompts(config.data.eval, tokenizer, config.data, max_tokens=context_of(shape, config) - longest)
+    count = min(len(prompts), config.eval.max_prompts or len(prompts))
+    how = "greedy" if config.eval.temperature == 0 else f"temperature {config.eval.temperature:g}"
+    return [
+        f"evaluation: {count} held-out prompts × {config.eval.num_samples} ({how}), "
+        f"before step 1, every {config.eval.every} steps and at the end"
+    ]
+
+
+def num_parameters(shape: DecoderConfig) -> int:
+    """Weights of a decoder, the tied head once, norms and biases left out (they are under a thousandth)."""
+    h, d = shape.hidden_size, shape.head_dim
+    attention = h * d * (2 * shape.num_attention_heads + 2 * shape.num_key_value_heads)
+    dense = 3 * h * shape.intermediate_size
+    if shape.num_experts:
+        dense = shape.num_experts * 3 * h * shape.moe_intermediate_size + h * shape.num_experts
+    heads = 1 if shape.tie_word_embeddings else 2
+    return shape.num_hidden_layers * (attention + dense) + heads * shape.vocab_size * h
+
+
+def _memory(config: RunConfig, shape: DecoderConfig, mode: str) -> list[str]:
+    count, size = num_parameters(shape), _BYTES[config.model.dtype]
+    parts = {"weights": count * size}
+    if mode != "rollout":
+        master = 0 if size == 4 else 4
+        parts |= {"gradients": count * 4, "AdamW": count * (8 + master), "activations": _activations(config, shape)}
+    if mode != "sft" or config.eval.every is not None:
+        copies = 1 if mode == "rollout" else 2
+        kv_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * size
+        asked = config.rollout.prompts_per_step * config.rollout.group_size
+        running = min(config.engine.max_running, asked) * (config.sampling.max_new_tokens + 64) * kv_token
+        parts |= {
+            "engine (weights, staging)": copies * count * size if copies > 1 else 0,
+            "KV cache": min(config.engine.kv_memory_bytes, running),
+        }
+    named = ", ".join(f"{name} {_mib(value)}" for name, value in parts.items() if value)
+    return [
+        f"model: {shape.family}, {count / 1e6:.1f} M parameters, {config.model.dtype}",
+        f"memory, roughly: {_mib(sum(parts.values()))} = {named}",
+    ]
+
+
+def _activations(config: RunConfig, shape: DecoderConfig) -> int:
+    """fp32 values kept for backward: 10 hidden vectors and 3 of the feed-forward per token and layer, one vocabulary chunk."""
+    ffn = shape.intermediate_size if not shape.num_experts else shape.num_experts_per_tok * shape.moe_intermediate_size
+    per_token = shape.num_hidden_layers * (10 * shape.hidden_size + 3 * ffn)
+    context = min(shape.max_position_embeddings, 512)
+    sequences = config.rollout.prompts_per_step * config.rollout.group_size
+    tokens = min(config.trainer.max_tokens_per_microbatch, sequences * (config.sampling.max_new_tokens + context // 8))
+    return 4 * tokens * (per_token + min(4096, shape.vocab_size))
+
+
+def _mib(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"

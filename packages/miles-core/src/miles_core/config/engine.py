@@ -1,0 +1,44 @@
+"""The `[engine]` section: the fields of `miles_rollout`'s EmbeddedConfig, with the same defaults (a test compares them)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import model_validator
+
+from miles_core.config.base import Section
+
+if TYPE_CHECKING:
+    from miles_rollout.engines.embedded.config import EmbeddedConfig
+
+
+class EngineConfig(Section):
+    """How much the embedded engine holds and does at once. No field changes a result, only speed and memory."""
+
+    page_size: int = 16
+    """Tokens per page of the KV cache; a positive multiple of 16."""
+    kv_memory_bytes: int = 1 << 30
+    """Most bytes of keys and values, all layers together."""
+    num_pages: int | None = None
+    """Pages in the pool, instead of `kv_memory_bytes`."""
+    max_running: int = 128
+    """Most sequences prefilled or decoded in one engine step."""
+    max_batched_tokens: int = 2048
+    """Most tokens of one engine step, decode and prefill together; at least `max_running`."""
+    prefill_chunk: int = 512
+    """Most prompt tokens of one sequence in one engine step."""
+    max_context: int | None = None
+    """Most tokens of one sequence, prompt and completion; at most, and by default, what the model supports."""
+    prefix_cache: bool = True
+    """Keep the pages of finished sequences and reuse those a later prompt starts with."""
+
+    @model_validator(mode="after")
+    def _as_the_engine_sees_it(self) -> EngineConfig:
+        self.embedded().validate()
+        return self
+
+    def embedded(self) -> EmbeddedConfig:
+        """The same values as the engine's own type."""
+        from miles_rollout.engines.embedded.config import EmbeddedConfig
+
+        return EmbeddedConfig(**self.model_dump())

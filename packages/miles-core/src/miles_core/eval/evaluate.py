@@ -1,0 +1,67 @@
+"""Ask the engine every held-out prompt and score the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from miles_core.data.record import Prompt
+from miles_core.data.source import as_groups
+from miles_core.eval.config import EvalConfig
+from miles_core.eval.scores import eval_metrics
+from miles_core.rollout import RolloutConfig, SamplingConfig, Scorer, produce
+from miles_rollout.engine import Engine
+from miles_rollout.wire import Sample, SamplingParams
+
+_SEED_OFFSET = 1 << 40
+"""Evaluation noise is drawn under another seed than training noise, so equal sample ids do not share it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Metrics and the samples behind them."""
+
+    metrics: dict[str, float]
+    samples: tuple[Sample, ...]
+
+
+class Evaluator:
+    """Evaluates an engine on fixed prompts; the same weights always give the same result.
+
+    Raises ValueError when the reward needs labels and prompts have none.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        scorer: Scorer,
+        config: EvalConfig,
+        sampling: SamplingConfig,
+        rollout: RolloutConfig,
+        *,
+        seed: int,
+    ) -> None:
+        self.prompts = prompts[: config.max_prompts]
+        scorer.check_prompts(self.prompts)
+        self._scorer, self._config, self._rollout = scorer, config, rollout
+        self._params = eval_params(config, sampling, seed)
+
+    async def evaluate(self, engine: Engine) -> Evaluation:
+        """Metrics under the engine's current weights."""
+        groups = await produce(as_groups(self.prompts), engine, self._scorer, self._params, self._rollout)
+        samples = tuple(sample for group in groups for sample in group.samples)
+        return Evaluation(metrics=eval_metrics(groups, self._config), samples=samples)
+
+
+def eval_params(config: EvalConfig, sampling: SamplingConfig, seed: int) -> SamplingParams:
+    """[sampling] with the changes [eval] makes to it."""
+    changed = sampling.model_copy(
+        update={
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "top_k": -1,
+            "min_p": 0.0,
+            "max_new_tokens": config.max_new_tokens or sampling.max_new_tokens,
+        }
+    )
+    return changed.params(seed=(seed + _SEED_OFFSET) % 2**63, n=config.num_samples)

@@ -1,0 +1,100 @@
+"""Find and load the model a configuration names: a folder, a packaged one, a registry package, or random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miles_core.config.schema import RunConfig
+from miles_core.config.sections import ModelConfig
+from miles_core.recipes.catalog import MODEL_PREFIX, packaged_model
+from miles_kernels.contract import Contract
+from miles_kernels.nn.checkpoint import load_config, load_decoder, random_decoder
+from miles_kernels.nn.config import DecoderConfig
+from miles_kernels.nn.decoder import Decoder
+from miles_rollout.text import Tokenizer, load_tokenizer
+
+
+def use_threads(count: int) -> None:
+    """CPU threads of one operation from now on; bits do not depend on it."""
+    torch.set_num_threads(count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A decoder with its tokenizer."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    name: str
+
+    def context(self, config: RunConfig) -> int:
+        """Most tokens of one sequence that the model and the engine's settings allow."""
+        return context_of(self.decoder.config, config)
+
+
+def context_of(decoder: DecoderConfig, config: RunConfig) -> int:
+    """Most tokens of one sequence that the model and the engine's settings allow."""
+    return min(decoder.max_position_embeddings, config.engine.max_context or decoder.max_position_embeddings)
+
+
+def model_dir(config: ModelConfig, say: Callable[[str], None]) -> Path | None:
+    """The folder the model lies in, fetched first if need be; None for random weights. Raises ValueError when it is not there."""
+    if config.path is not None:
+        folder = packaged_model(config.path) if config.path.startswith(MODEL_PREFIX) else Path(config.path)
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"model.path = {config.path!r}: no model folder (no config.json in {folder.absolute()}); it needs config.json, "
+                "model.safetensors and tokenizer files, as save_pretrained or miles export write them"
+            )
+        return folder
+    if config.source is not None:
+        from miles_core.convert.fetch import fetch_model
+
+        return fetch_model(config.source, say)
+    return None
+
+
+def load_shape(config: ModelConfig, say: Callable[[str], None]) -> tuple[DecoderConfig, Tokenizer]:
+    """Shape and tokenizer without the weights."""
+    folder = model_dir(config, say)
+    if folder is not None:
+        return load_config(folder), load_tokenizer(folder)
+    from miles_rollout.text.char import CharTokenizer
+
+    assert config.alphabet is not None
+    tokenizer = CharTokenizer(config.alphabet)
+    return random_shape(config, tokenizer), tokenizer
+
+
+def random_shape(config: ModelConfig, tokenizer: Tokenizer) -> DecoderConfig:
+    """The shape `model.architecture` describes, with the tokenizer's vocabulary and special tokens unless it states its own."""
+    special: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": list(tokenizer.eos_token_ids)}
+    fields = {"vocab_size": tokenizer.vocab_size, **special, **(config.architecture or {})}
+    if fields["vocab_size"] < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.architecture.vocab_size = {fields['vocab_size']} is smaller than the tokenizer's {tokenizer.vocab_size}"
+        )
+    return DecoderConfig.from_hf(fields, where="model.architecture")
+
+
+def load_model(config: RunConfig, say: Callable[[str], None]) -> LoadedModel:
+    """Decoder and tokenizer, ready to train. Raises ValueError naming file and tensor when something does not fit."""
+    folder = model_dir(config.model, say)
+    contract = Contract.reference(dtype=config.model.dtype)
+    dtype = contract.torch_dtype
+    if folder is not None:
+        decoder, tokenizer, name = load_decoder(folder, contract, dtype), load_tokenizer(folder), str(folder)
+    else:
+        shape, tokenizer = load_shape(config.model, say)
+        decoder, name = random_decoder(shape, config.run.seed, contract=contract, dtype=dtype), "random"
+    if tokenizer.vocab_size > decoder.config.vocab_size:
+        raise ValueError(
+            f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {decoder.config.vocab_size}; "
+            "they do not belong together"
+        )
+    return LoadedModel(decoder=decoder, tokenizer=tokenizer, name=name)
