@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import struct
-from collections.abc import AsyncGenerator, Iterable
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from miles_rollout.engine import EngineRefusal
 from miles_rollout.text import IncrementalDecoder, Tokenizer
@@ -20,6 +21,11 @@ from miles_rollout.wire import (
     WeightManifest,
     WeightSpan,
 )
+
+if TYPE_CHECKING:
+    from miles_rollout.engine import Engine
+    from miles_rollout.server import ServerConfig
+    from miles_rollout.server.service import WeightLoader
 
 
 class ScriptedEngine:
@@ -46,6 +52,7 @@ class ScriptedEngine:
         self.num_tokens = 0
         self.num_prompt_tokens = 0
         self.closed = False
+        self._hold_at: int | None = None
         self._live: set[str] = set()
         self._dropped: set[str] = set()
         self._go = asyncio.Event()
@@ -56,11 +63,17 @@ class ScriptedEngine:
         """Let no request make another token."""
         self._go.clear()
 
-    def release(self) -> None:
-        """Let requests go on."""
-        self._go.set()
+    def hold_after(self, num_tokens: int) -> None:
+        """Hold once `num_tokens` more tokens have been made."""
+        self._hold_at = self.num_tokens + num_tokens
 
-    async def until(self, condition: Any, timeout_s: float = 10.0) -> None:
+    async def release(self) -> None:
+        """Let requests go on."""
+        self._hold_at = None
+        self._go.set()
+        await self._tick()
+
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
         """Wait until `condition()` holds; it is looked at whenever the engine has done something. Raises TimeoutError."""
         async with asyncio.timeout(timeout_s), self._changed:
             await self._changed.wait_for(condition)
@@ -123,6 +136,8 @@ class ScriptedEngine:
             return growing.end(self.version)
         token_id, logprob = self.token(request, growing.sample_id, position)
         self.num_tokens += 1
+        if self.num_tokens == self._hold_at:
+            self.hold()
         return growing.add(token_id, logprob, self.version)
 
     async def abort(self, request_id: str) -> bool:
@@ -170,7 +185,10 @@ class ScriptedEngine:
             await self.abort(request_id)
 
     def _check(self, request: GenerateRequest) -> None:
-        request.sampling.validate()
+        try:
+            request.sampling.validate()
+        except ValueError as error:
+            raise EngineRefusal(str(error)) from None
         size = len(request.input_ids) + request.sampling.max_new_tokens
         if size > self.max_context:
             raise EngineRefusal(f"{size} tokens with max_new_tokens; the context holds {self.max_context}")
@@ -258,3 +276,27 @@ def _join(chunks: list[GenerateChunk]) -> Completion:
             WeightSpan(version=versions[a], start=a, stop=b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a
         ),
     )
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    engine: Engine,
+    tokenizer: Tokenizer | None = None,
+    config: ServerConfig | None = None,
+    *,
+    load_weights: WeightLoader | None = None,
+    timeout_s: float = 30.0,
+) -> AsyncIterator[str]:
+    """The HTTP service over `engine` on a free port of 127.0.0.1, as a URL; drained and closed, engine too, on leaving."""
+    from miles_rollout.server import bind, create_app, listen, serve
+
+    sock = bind("127.0.0.1", 0)
+    listen(sock)
+    stop = asyncio.Event()
+    app = create_app(engine, tokenizer, config, load_weights=load_weights)
+    server = asyncio.ensure_future(serve(app, sock, stop=stop, log_level="error"))
+    try:
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+    finally:
+        stop.set()
+        await asyncio.wait_for(server, timeout_s)

@@ -15,7 +15,6 @@ from miles_rollout.engine import Engine
 from miles_rollout.server import admin, chat, completions, info, native
 from miles_rollout.server.errors import Handler, answers_errors, http_error
 from miles_rollout.server.service import ServerConfig, Service, WeightLoader
-from miles_rollout.server.sse import ClientGone
 from miles_rollout.text import Tokenizer
 
 ServiceHandler = Callable[[Service, Request], Awaitable[Response]]
@@ -70,10 +69,7 @@ def create_app(
 
 def _counted(service: Service, path: str, handler: Handler) -> Handler:
     async def endpoint(request: Request) -> Response:
-        try:
-            response = await handler(request)
-        except ClientGone:
-            response = Response(status_code=499)  # nobody reads it; the number is for /metrics
+        response = await handler(request)
         service.num_replies[path, response.status_code] += 1
         return response
 

@@ -86,11 +86,11 @@ def token_logprobs(tokenizer: Tokenizer, ids: Sequence[int], values: Sequence[fl
 def _prompts(service: Service, body: CompletionRequest) -> list[Sequence[int]]:
     """Token ids of every prompt: one text, texts, one id list, or id lists."""
     given = body.prompt
-    parts: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
-    kinds = {type(part) for part in parts} | (
-        {type(each) for each in parts[0]} if parts and isinstance(parts[0], list) else set()
-    )
-    if not parts or kinds not in ({str}, {list, int}, {list}):
+    parts: list[Any] = [given] if isinstance(given, str) or any(isinstance(each, int) for each in given) else list(given)
+    kinds = {type(part) for part in parts}
+    if kinds == {list} and not all(isinstance(each, int) for part in parts for each in part):
+        kinds = set()  # numbers beside something else
+    if kinds not in ({str}, {list}):
         raise RequestError("prompt must be a text, a list of texts, a list of token ids, or a list of such lists", param="prompt")
     if any(not part for part in parts):
         raise RequestError("a prompt is empty; it needs at least one token", param="prompt")

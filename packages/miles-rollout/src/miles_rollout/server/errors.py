@@ -27,6 +27,10 @@ class RequestError(ValueError):
         self.code = status if code is None else code
 
 
+class ClientGone(Exception):
+    """The caller hung up; nobody reads the reply."""
+
+
 class JSONResponse(Response):
     """A reply written by msgspec; structs are welcome."""
 
@@ -78,6 +82,8 @@ def answers_errors(handler: Handler, *, openai: bool) -> Handler:
     async def endpoint(request: Request) -> Response:
         try:
             return await handler(request)
+        except ClientGone:
+            return Response(status_code=499)  # nobody reads it; the number is for /metrics
         except Exception as error:  # the last resort of a route: answered, and logged when unforeseen
             return error_response(as_request_error(error), openai=openai)
 

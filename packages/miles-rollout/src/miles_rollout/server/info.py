@@ -32,20 +32,26 @@ async def health(service: Service, request: Request) -> Response:
     """GET /health and /health_generate: 200 when the engine makes a token, or visibly works on others', within `health_s`."""
     if service.draining:
         return Response(status_code=503)
-    before = service.engine.metrics()
+    before = _progress(service)
     token_id = min(service.engine.info().eos_token_ids, default=0)
     sampling = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
     probe = GenerateRequest(request_id=f"health-{new_id()}", input_ids=(token_id,), sampling=sampling)
     try:
         await asyncio.wait_for(service.engine.generate(probe), service.config.health_s)
     except TimeoutError:
-        if service.engine.metrics() == before:
+        if _progress(service) == before:
             logger.error("the engine made no token and no progress in %g s", service.config.health_s)
             return Response(status_code=503)
     except Exception:  # whatever it is, the engine does not generate
         logger.exception("the health check failed")
         return Response(status_code=503)
     return Response(status_code=200)
+
+
+def _progress(service: Service) -> list[float | None]:
+    """Figures that grow whenever the engine works, and not when a request is merely queued."""
+    figures = service.engine.metrics()
+    return [figures.get(name) for name in ("num_generated_tokens", "num_computed_tokens")]
 
 
 async def model_info(service: Service, request: Request) -> Response:

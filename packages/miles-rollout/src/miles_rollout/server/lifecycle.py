@@ -24,6 +24,8 @@ class PortInUse(ValueError):
 
 def bind(host: str, port: int) -> socket.socket:
     """A bound socket, not listening yet. Raises PortInUse, or ValueError for an address that is not this machine's."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port {port} is no port; give 1 to 65535, or 0 for a free one")
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except socket.gaierror as error:
@@ -50,13 +52,13 @@ def _address_error(error: Exception, host: str, port: int) -> ValueError:
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn, but a signal first lets running requests finish; a second one ends at once."""
+    """uvicorn, but a signal first lets running requests finish; a second one aborts them, a third one ends at once."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._draining: asyncio.Task[None] | None = None
+        self._stopping: list[asyncio.Task[None]] = []
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until stopped."""
@@ -69,39 +71,59 @@ class DrainingServer(uvicorn.Server):
         self._loop.call_soon_threadsafe(self.stop)
 
     def stop(self) -> None:
-        """Begin to drain; called again, end at once."""
-        if self._draining is None:
-            logger.info(
-                "draining: %d requests are running, at most %g s", len(self._service.running), self._service.config.drain_s
-            )
-            self._draining = asyncio.ensure_future(self._drain())
+        """Begin to drain; called again, abort what runs; called a third time, end at once."""
+        steps = (self._drain, self._abort)
+        if len(self._stopping) < len(steps):
+            self._stopping.append(asyncio.ensure_future(steps[len(self._stopping)]()))
         else:
-            logger.warning("stopped before draining was done")
             self.force_exit = self.should_exit = True
 
     async def _drain(self) -> None:
+        logger.info("draining: %d requests, at most %g s", len(self._service.running), self._service.config.drain_s)
         try:
             await self._service.drain()
         finally:
             self.should_exit = True
 
+    async def _abort(self) -> None:
+        logger.warning("%d requests are aborted before draining was done", len(self._service.running))
+        try:
+            await self._service.abort_all()
+        finally:
+            self.should_exit = True
 
-async def serve(app: Starlette, sock: socket.socket, *, log_level: str = "info") -> None:
-    """Serve the app on a bound socket until SIGTERM, Ctrl-C or cancellation, then close engine and socket.
+
+async def serve(app: Starlette, sock: socket.socket, *, stop: asyncio.Event | None = None, log_level: str = "info") -> None:
+    """Serve the app on a bound socket until SIGTERM, Ctrl-C or `stop`, drain, then close engine and socket.
 
     Raises PortInUse when another process began to listen on the address after it was bound.
     """
     service: Service = app.state.service
+    watch: asyncio.Future[None] | None = None
     try:
-        try:
-            sock.listen(2048)
-        except OSError as error:
-            host, port = sock.getsockname()[:2]
-            raise _address_error(error, host, port) from None
-        config = uvicorn.Config(
-            app, log_level=log_level, lifespan="off", timeout_graceful_shutdown=CONNECTIONS_S, access_log=False, ws="none"
-        )
-        await DrainingServer(config, service).serve(sockets=[sock])
+        listen(sock)
+        config = uvicorn.Config(app, log_level=log_level, lifespan="off", access_log=False, ws="none")
+        config.timeout_graceful_shutdown = CONNECTIONS_S
+        server = DrainingServer(config, service)
+        if stop is not None:
+            watch = asyncio.ensure_future(_stop_on(stop, server))
+        await server.serve(sockets=[sock])
     finally:
+        if watch is not None:
+            watch.cancel()
         sock.close()
         await service.engine.close()
+
+
+def listen(sock: socket.socket) -> None:
+    """Let a bound socket take connections; raises PortInUse when another process was faster."""
+    try:
+        sock.listen(2048)
+    except OSError as error:
+        host, port = sock.getsockname()[:2]
+        raise _address_error(error, host, port) from None
+
+
+async def _stop_on(event: asyncio.Event, server: DrainingServer) -> None:
+    await event.wait()
+    server.stop()

@@ -100,7 +100,9 @@ async def generate(service: Service, request: Request) -> Response:
     token_text = service.need_tokenizer("return_text_in_logprobs") if body.return_text_in_logprobs else None
     if body.stream:
         if any(item.return_logprob and item.logprob_start_len >= 0 for item in items):
-            raise RequestError("prompt logprobs do not come with stream; ask without stream", param="logprob_start_len")
+            raise RequestError(
+                "logprob_start_len: prompt logprobs do not come with stream; ask without stream", param="logprob_start_len"
+            )
         events = stream_replies(
             service, items, token_text, incremental=body.stream_incremental, with_index=as_list, started=started
         )

@@ -11,16 +11,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from miles_rollout.server.errors import RequestError, as_request_error, stream_error_body
+from miles_rollout.server.errors import ClientGone, RequestError, as_request_error, stream_error_body
 from miles_rollout.server.service import cancel_all
 
 R = TypeVar("R")
 DONE = b"data: [DONE]\n\n"
 Events = AsyncIterator[Any]
-
-
-class ClientGone(Exception):
-    """The caller hung up; nobody reads the reply."""
 
 
 async def _until_disconnect(receive: Receive) -> None:

@@ -1,0 +1,134 @@
+"""The command line: help, version, one-line errors with exit code 2, a port in use noticed before anything is loaded."""
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from miles_rollout import __version__, launch
+from miles_rollout.cli import app
+from miles_rollout.extras import MissingExtraError
+from miles_rollout.server import bind, listen
+from miles_rollout.testing import ScriptedEngine, serving
+from miles_rollout.text import CharTokenizer
+
+TOKENIZER = CharTokenizer("0123456789+= ")
+
+
+def invoke(*args: str, code: int = 0, **options: Any) -> Any:
+    """Run the command in this process and check its exit code."""
+    result = CliRunner().invoke(app, list(args), **options)
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    """A scripted server in a thread of its own."""
+    ready: list[str] = []
+    up, stop = threading.Event(), threading.Event()
+
+    async def main() -> None:
+        async with serving(ScriptedEngine(TOKENIZER), TOKENIZER) as where:
+            ready.append(where)
+            up.set()
+            await asyncio.to_thread(stop.wait)
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread.start()
+    assert up.wait(20)
+    yield ready[0]
+    stop.set()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_version_and_help() -> None:
+    assert invoke("--version").output == f"miles-rollout {__version__}\n"
+    assert {"serve", "generate"} <= set(invoke("--help").output.split())
+    assert "--admin-token" in invoke("serve", "--help", env={"COLUMNS": "200", "TERM": "dumb"}).output
+
+
+def test_help_in_a_fresh_process_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['miles-rollout', '--version']\nfrom miles_rollout.cli import main\ntry:\n    main()\nfinally:\n"
+    )
+    code += "    print(sorted({'torch', 'starlette', 'uvicorn', 'transformers', 'httpx'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"miles-rollout {__version__}\n[]\n", done
+
+
+def test_a_port_in_use_is_noticed_before_the_model_is_looked_at() -> None:
+    with contextlib.closing(bind("127.0.0.1", 0)) as sock:
+        listen(sock)
+        port = str(sock.getsockname()[1])
+        result = invoke("serve", "no-such-model", "--port", port, code=2)
+        assert result.stderr.startswith(f"error: port {port} on 127.0.0.1 is in use;") and "--port" in result.stderr
+        assert "no-such-model" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["serve", "no-such-model", "--port", "0"], "no-such-model: not a directory"),
+        (["serve", "no-such-model", "--port", "70000"], "--port 70000"),
+        (["serve", "no-such-model", "--port", "0", "--host", "192.0.2.1"], "192.0.2.1"),
+        (["serve", "no-such-model", "--port", "0", "--page-size", "5"], "page_size=5"),
+        (["serve", "no-such-model", "--port", "0", "--threads", "0"], "--threads 0"),
+        (["serve", "no-such-model", "--port", "0", "--log-level", "loud"], "--log-level loud"),
+        (["generate", "no-such-model", "--prompt", "1"], "no-such-model: not a directory"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(args: list[str], words: str) -> None:
+    result = invoke(*args, code=2)
+    assert result.stderr.startswith("error: ") and words in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def require(module: str, *, extra: str, purpose: str) -> Any:
+        raise MissingExtraError(f'{purpose} needs the package "{module}": pip install "miles-rollout[{extra}]"')
+
+    monkeypatch.setattr(launch, "require", require)
+    result = invoke("serve", str(tmp_path), "--port", "0", code=2)
+    assert 'pip install "miles-rollout[embedded]"' in result.stderr
+
+
+def test_generate_asks_a_server(url: str) -> None:
+    args = [
+        "generate",
+        url,
+        "--prompt",
+        "1+1=",
+        "--prompt",
+        "-",
+        "--max-new-tokens",
+        "5",
+        "--seed",
+        "3",
+        "-n",
+        "2",
+        "--ignore-eos",
+    ]
+    first = invoke(*args, input="2+2=").output
+    assert first.count("\n") == 4 and invoke(*args, input="2+2=").output == first
+    replies = [json.loads(line) for line in invoke(*args, "--json", input="2+2=").output.splitlines()]
+    assert [reply["text"] for reply in replies] == first.splitlines()
+    assert all(reply["meta_info"]["sampling_seed"] == 3 for reply in replies)
+    chat = invoke("generate", url, "--prompt", "1+1=", "--chat", "--max-new-tokens", "4", "--seed", "1", "--json")
+    assert json.loads(chat.output)["message"]["role"] == "assistant"
+    for wrong, words in ((["--prompt", "x"], "'x' at 0"), (["--prompt", "1", "--temperature", "-1"], "temperature=-1")):
+        assert words in invoke("generate", url, *wrong, code=2).stderr
+
+
+def test_generate_without_a_server_says_so() -> None:
+    with contextlib.closing(bind("127.0.0.1", 0)) as sock:
+        where = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        assert "is the server running?" in invoke("generate", where, "--prompt", "1", code=2).stderr
