@@ -37,16 +37,17 @@ def addresses(text: str) -> list[str]:
     return [f"line {number}: {line.strip()[:100]}" for number, line in enumerate(text.splitlines(), 1) if "://" in line]
 
 
-def uv(*arguments: str) -> None:
-    """Run the environment's uv in the workspace; its output is the user's. Raises SystemExit when it fails."""
+def uv(*arguments: str, quiet: bool = False) -> int:
+    """Run the environment's uv in the workspace; its exit code. Raises SystemExit when it fails, unless quiet."""
     program = ROOT / ".venv" / "bin" / "uv"
     command = [str(program) if program.exists() else "uv", *arguments]
     try:
-        code = subprocess.run(command, cwd=ROOT).returncode
+        code = subprocess.run(command, cwd=ROOT, stderr=subprocess.DEVNULL if quiet else None).returncode
     except FileNotFoundError:
         raise SystemExit("no uv found: run `make setup` first") from None
-    if code:
+    if code and not quiet:
         raise SystemExit(f"`uv {' '.join(arguments)}` failed with exit code {code}")
+    return code
 
 
 def scrub() -> None:
@@ -74,7 +75,8 @@ def check() -> None:
     """Raise SystemExit when the lock names an address or does not fit the pyprojects."""
     if left := addresses(LOCK.read_text()):
         raise SystemExit(f"uv.lock holds {len(left)} addresses, for example {left[0]}\nrun: .venv/bin/python tools/lock.py scrub")
-    uv("lock", "--check", "--offline", "--quiet")
+    if uv("lock", "--check", "--offline", "--quiet", quiet=True):
+        raise SystemExit("uv.lock does not fit the pyproject.toml files\nrun: .venv/bin/python tools/lock.py update")
 
 
 def main() -> None:

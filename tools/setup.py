@@ -264,7 +264,7 @@ def fetch_torch(requirement, started):
             return say(f"torch {installed_torch()} from pip's find-links (no GPU here)", started)
         if pip_install("--torch-backend=cpu", requirement, what="torch", quiet=True, UV_HTTP_TIMEOUT="20", UV_HTTP_RETRIES="0"):
             return say(f"torch {installed_torch()}, CPU build (no GPU here)", started)
-        say("no CPU build of torch found for this Python; taking the registry's, which is large", started)
+        say(f"no CPU build of {requirement} found; taking the registry's, which is large", started)
     pip_install(requirement, what=f"installing {requirement}")
     say(f"torch {installed_torch()} from the registry", started)
 
