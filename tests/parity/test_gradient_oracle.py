@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections import defaultdict
 from copy import deepcopy
 from datetime import timedelta
@@ -213,38 +214,54 @@ def test_the_oracle_notices_a_wrong_denominator_and_a_wrong_temperature(samples:
 # ---- several processes
 
 
-def launch(directory: Path, size: int, name: str, *options: str) -> list[subprocess.CompletedProcess[str]]:
+def launch(directory: Path, size: int, *names: str) -> None:
+    """Run `size` processes of this file over the cases `names` and wait for all of them."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, __file__, str(directory), str(size), name]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), *options], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(size)
-    ]
-    results = []
-    for process in processes:
-        out, err = process.communicate(timeout=200)
-        results.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-    return results
+    command = [sys.executable, __file__, str(directory), str(size), *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
 
 
-def worker(directory: Path, size: int, name: str, rank: int, *options: str) -> None:
-    """One process: a step for each budget, the gradients and the weights afterwards saved."""
+def fork_workers(directory: Path, size: int, *names: str) -> int:
+    """Fork the processes from one that has imported everything and run nothing yet: importing torch is the slow part."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{directory}/rendezvous", rank=rank, world_size=size, timeout=timedelta(seconds=60))
-    samples = read_samples(directory / "samples.jsonl")
-    if "other-batch" in options and rank == 1:
-        samples = samples[:-1]
-    batch = TrainBatch.from_groups(samples, ALGORITHMS[name])
-    for number, budget in enumerate(budgets(batch)):
-        trainer = build(name, max_tokens_per_microbatch=budget)
-        logprob = trainer.forward_logprobs(batch)
-        gradients, metrics = step_gradients(trainer, batch)
-        weights = {name: tensor.clone() for name, tensor in trainer.export_weights()}
-        save_tensors(directory / f"gradients-{number}-{rank}.safetensors", gradients)
-        save_tensors(directory / f"weights-{number}-{rank}.safetensors", {**weights, "logprob": logprob})
-        (directory / f"metrics-{number}-{rank}.json").write_text(json.dumps(metrics))
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                worker(directory, size, rank, *names)
+                status = 0
+            finally:
+                if status:
+                    traceback.print_exc()
+                os._exit(status)
+        children.append(child)
+    return max(os.waitpid(child, 0)[1] for child in children)
+
+
+def worker(directory: Path, size: int, rank: int, *names: str) -> None:
+    """One process. Per case and budget: a step, then its gradients, weights and metrics saved, or the refusal."""
+    dist.init_process_group("gloo", f"file://{directory}/rendezvous", rank=rank, world_size=size, timeout=timedelta(seconds=120))
+    for name in names:
+        samples = read_samples(directory / f"{name}.jsonl")
+        if name == "unequal" and rank == 1:
+            samples = samples[:-1]
+        batch = TrainBatch.from_groups(samples, ALGORITHMS.get(name, ALGORITHMS["grpo"]))
+        for number, budget in enumerate(budgets(batch)):
+            trainer = build(name if name in ALGORITHMS else "grpo", max_tokens_per_microbatch=budget)
+            place = directory / f"{name}-{number}-{rank}"
+            place.mkdir()
+            try:
+                logprob = trainer.forward_logprobs(batch)
+                gradients, metrics = step_gradients(trainer, batch)
+            except ValueError as error:
+                (place / "refusal.txt").write_text(str(error))
+                continue
+            save_tensors(place / "gradients.safetensors", gradients)
+            save_tensors(place / "weights.safetensors", {**dict(trainer.export_weights()), "logprob": logprob})
+            (place / "metrics.json").write_text(json.dumps(metrics))
     dist.destroy_process_group()
 
 
@@ -254,48 +271,49 @@ def read(file: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-@pytest.mark.parametrize(("size", "name"), [(2, "all_terms"), (3, "grpo")])
-def test_processes_together_give_the_same_gradient(size: int, name: str, samples: list[Sample], tmp_path: Path) -> None:
-    write_samples(tmp_path / "samples.jsonl", samples)
-    for result in launch(tmp_path, size, name):
-        assert result.returncode == 0, result.stderr
+def check_processes(directory: Path, size: int, name: str, samples: list[Sample]) -> None:
+    """Gradients of every process against the oracle, and weights, logprobs and metrics against one process."""
     cfg = ALGORITHMS[name]
     alone = build(name)
     batch = TrainBatch.from_groups(samples, cfg)
     logprob = alone.forward_logprobs(batch)
     expected, loss = oracle(alone, samples, cfg)
     _, own_metrics = step_gradients(alone, batch)
-    like = {name: tensor for name, tensor in alone.export_weights()}
+    like = dict(alone.export_weights())
     for number in range(len(budgets(batch))):
-        gradients = [read(tmp_path / f"gradients-{number}-{rank}.safetensors", like) for rank in range(size)]
-        weights = [read(tmp_path / f"weights-{number}-{rank}.safetensors", {**like, "logprob": logprob}) for rank in range(size)]
-        for rank in range(size):
-            assert distance(gradients[rank], expected) < TOLERANCE
-            assert all(torch.equal(weights[rank][key], weights[0][key]) for key in weights[0])  # replicas stay equal
-            assert torch.equal(weights[rank]["logprob"], logprob)  # bitwise those of one process
-            metrics = json.loads((tmp_path / f"metrics-{number}-{rank}.json").read_text())
+        places = [directory / f"{name}-{number}-{rank}" for rank in range(size)]
+        first = read(places[0] / "weights.safetensors", {**like, "logprob": logprob})
+        for place in places:
+            assert distance(read(place / "gradients.safetensors", like), expected) < TOLERANCE
+            weights = read(place / "weights.safetensors", {**like, "logprob": logprob})
+            assert all(torch.equal(weights[key], first[key]) for key in first)  # replicas stay equal
+            assert torch.equal(weights["logprob"], logprob)  # bitwise those of one process
+            metrics = json.loads((place / "metrics.json").read_text())
             assert metrics["train/loss"] == pytest.approx(loss, rel=1e-5, abs=1e-7)
             for key, value in own_metrics.items():
                 if "num_microbatches" not in key and "num_forward_tokens" not in key:
                     assert metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
 
 
-def test_more_processes_than_groups(tmp_path: Path) -> None:
-    """A process without any work still takes part, and does not know the names of the statistics."""
-    samples = random_samples(3, num_groups=1, max_group=4, temperature=TEMPERATURE)
-    write_samples(tmp_path / "samples.jsonl", samples)
-    for result in launch(tmp_path, 2, "grpo"):
-        assert result.returncode == 0, result.stderr
-    metrics = [json.loads((tmp_path / f"metrics-0-{rank}.json").read_text()) for rank in range(2)]
+def test_two_processes(samples: list[Sample], tmp_path: Path) -> None:
+    """Same gradient together; a process without work takes part; different batches are refused on both sides."""
+    one_group = random_samples(3, num_groups=1, max_group=4, temperature=TEMPERATURE)
+    for name, held in {"all_terms": samples, "one_group": one_group, "unequal": samples}.items():
+        write_samples(tmp_path / f"{name}.jsonl", held)
+    launch(tmp_path, 2, "all_terms", "one_group", "unequal")
+    check_processes(tmp_path, 2, "all_terms", samples)
+    metrics = [json.loads((tmp_path / f"one_group-2-{rank}/metrics.json").read_text()) for rank in range(2)]
     assert metrics[0] == metrics[1] and "train/entropy" in metrics[0]
+    for rank in range(2):
+        assert "the 2 processes do not hold the same batch" in (tmp_path / f"unequal-0-{rank}/refusal.txt").read_text()
 
 
-def test_processes_with_different_batches_are_refused(samples: list[Sample], tmp_path: Path) -> None:
-    write_samples(tmp_path / "samples.jsonl", samples)
-    for result in launch(tmp_path, 2, "grpo", "other-batch"):
-        assert result.returncode != 0
-        assert "the 2 processes do not hold the same batch" in result.stderr
+@pytest.mark.slow
+def test_three_processes(samples: list[Sample], tmp_path: Path) -> None:
+    write_samples(tmp_path / "grpo.jsonl", samples)
+    launch(tmp_path, 3, "grpo")
+    check_processes(tmp_path, 3, "grpo", samples)
 
 
 if __name__ == "__main__":
-    worker(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), *sys.argv[5:])
+    sys.exit(min(1, fork_workers(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from miles_core.algorithm.config import AlgorithmConfig
 from miles_core.trainer.batch import SftExample, TrainBatch
-from miles_core.trainer.packing import Microbatch, cut, pack, shard
+from miles_core.trainer.packing import Microbatch, cut, pack, require_fit, shard
 from miles_core.trainer.testing import random_samples
 from miles_rollout.wire import Sample
 
@@ -188,7 +188,8 @@ def test_bad_input_is_named() -> None:
         [sample(token_ids=(1,) * 9, loss_mask=(False,) + (True,) * 8, rollout_logprobs=(0.0,) * 9)], [0.0]
     )
     with pytest.raises(ValueError, match=r"sample 3.*needs 8 tokens, more than trainer.max_tokens_per_microbatch = 7"):
-        cut(batch, [0], 7)
+        require_fit(batch, 7)
+    require_fit(batch, 8)
 
 
 def test_sft_examples() -> None:

@@ -26,7 +26,7 @@ from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.hashing import combined_hash, tensor_hash
 from miles_core.trainer.optim import AdamW, global_norm
-from miles_core.trainer.packing import Microbatch, microbatches, shard
+from miles_core.trainer.packing import Microbatch, microbatches, require_fit, shard
 from miles_core.trainer.parallel import DataParallel
 from miles_core.trainer.tensorfile import load_tensors, save_tensors
 from miles_kernels.contract import Contract
@@ -105,7 +105,7 @@ class FsdpTrainer:
 
     def forward_logprobs(self, batch: TrainBatch) -> Tensor:
         """log p [N] fp32 of every trained token, in batch order, without gradient."""
-        self._require_same(batch)
+        self._admit(batch)
         return self._forward_all(self.decoder, batch)
 
     def step(self, batch: TrainBatch) -> StepStats:
@@ -115,7 +115,7 @@ class FsdpTrainer:
         one update (the ratio is then exactly 1), else from a forward pass before the first. They are what the engine's
         record is compared with. Raises NonFiniteStep if so configured; the refused update has changed nothing.
         """
-        self._require_same(batch)
+        self._admit(batch)
         policy = batch.kind == "policy"
         parts = batch.split(self.config.updates_per_step if policy else 1)
         old_N = self._forward_all(self.decoder, batch) if len(parts) > 1 else None
@@ -219,7 +219,9 @@ class FsdpTrainer:
             'or set trainer.on_nonfinite = "skip" to go on without such updates'
         )
 
-    def _require_same(self, batch: TrainBatch) -> None:
+    def _admit(self, batch: TrainBatch) -> None:
+        """Refuse, in all processes alike, a batch that does not fit or that they do not share."""
+        require_fit(batch, self.config.max_tokens_per_microbatch)
         if self.parallel.size > 1:
             digest = xxhash.xxh3_64(repr(batch.blocks).encode())
             for tensor in (batch.token_ids, batch.trained, batch.temperature, batch.advantage, batch.rollout_logprobs):

@@ -45,10 +45,23 @@ class Microbatch:
         return int(self.token_ids.numel())
 
 
+def require_fit(batch: TrainBatch, max_tokens: int) -> None:
+    """Raise ValueError naming the longest sequence when it exceeds the budget alone.
+
+    Asked of the whole batch before any work, so that data-parallel processes refuse together and none waits for another.
+    """
+    longest = max(range(batch.num_sequences), key=batch.last.__getitem__)
+    if batch.last[longest] > max_tokens:
+        raise ValueError(
+            f"{batch.names[longest]} needs {batch.last[longest]} tokens, "
+            f"more than trainer.max_tokens_per_microbatch = {max_tokens}; raise that or lower data.max_prompt_tokens or sampling.max_new_tokens"
+        )
+
+
 def cut(batch: TrainBatch, blocks: Sequence[int], max_tokens: int) -> list[list[list[int]]]:
     """Micro-batches as lists of blocks as lists of sequence numbers: filled in order, none above `max_tokens`.
 
-    Raises ValueError naming a sequence that exceeds the budget alone.
+    No sequence may exceed the budget alone (`require_fit`).
     """
     result: list[list[list[int]]] = []
     used = max_tokens + 1
@@ -57,11 +70,7 @@ def cut(batch: TrainBatch, blocks: Sequence[int], max_tokens: int) -> list[list[
         whole = batch.block_tokens(number)
         for s in batch.blocks[number]:
             prompt, own = batch.prompt_len[s], batch.last[s] - batch.prompt_len[s]
-            if prompt + own > max_tokens:
-                raise ValueError(
-                    f"{batch.names[s]} needs {prompt + own} tokens, more than trainer.max_tokens_per_microbatch = {max_tokens}; "
-                    "raise that or lower data.max_prompt_tokens or sampling.max_new_tokens"
-                )
+            assert prompt + own <= max_tokens, batch.names[s]
             cost = own if piece else prompt + own
             fresh = not piece and used + min(whole, max_tokens) > max_tokens
             if fresh or used + cost > max_tokens:
@@ -76,7 +85,9 @@ def cut(batch: TrainBatch, blocks: Sequence[int], max_tokens: int) -> list[list[
 
 def pack(batch: TrainBatch, pieces: Sequence[Sequence[int]], weight_S: Tensor) -> Microbatch:
     """Lay out one micro-batch; `weight_S` [S] float64 is the loss weight of each sequence's tokens."""
-    source, length, parent = [], [], []
+    source: list[int] = []
+    length: list[int] = []
+    parent: list[int] = []
     members: list[int] = []
     prompt_row, own_row, split = [], [], []
     rows = 0
