@@ -98,7 +98,7 @@ def rewards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pooled(rewards: Path) -> Iterator[Scorer]:
-    with Scorer(RewardConfig(name=f"{rewards}/sync.py:score", timeout_s=0.4, options={"scale": 2.0})) as scorer:
+    with Scorer(RewardConfig(name=f"{rewards}/sync.py:score", timeout_s=1.0, options={"scale": 2.0})) as scorer:
         yield scorer
     assert multiprocessing.active_children() == []
 
@@ -125,7 +125,7 @@ def test_a_hang_is_killed_and_the_others_are_scored(pooled: Scorer) -> None:
     scores = asyncio.run(pooled.score(items("yes", "hang", "no", "stubborn", "die", "yes")))
     assert [s.status for s in scores] == ["ok", "timeout", "ok", "timeout", "error", "ok"]
     assert [s.value for s in scores] == [2.0, None, 0.0, None, None, 2.0]
-    assert "sample 1 (t.jsonl:1): took longer than reward.timeout_s = 0.4 and was killed" in scores[1].detail
+    assert "sample 1 (t.jsonl:1): took longer than reward.timeout_s = 1 and was killed" in scores[1].detail
     assert "died with exit code 9" in scores[4].detail
     assert time.monotonic() - start < 30
 
@@ -158,7 +158,7 @@ def test_batched_functions_and_async_results_in_a_process(rewards: Path) -> None
 
 
 def test_async_functions(rewards: Path) -> None:
-    with Scorer(RewardConfig(name=f"{rewards}/async.py:score", timeout_s=0.3)) as scorer:
+    with Scorer(RewardConfig(name=f"{rewards}/async.py:score", timeout_s=0.8)) as scorer:
         scores = asyncio.run(scorer.score(items("yes", "raise", "hang", "cancel", "stubborn", "no")))
         assert [s.status for s in scores] == ["ok", "error", "timeout", "error", "timeout", "ok"]
         assert [s.value for s in scores] == [1.0, None, None, None, None, 0.0]
