@@ -50,7 +50,11 @@ def compose(config: RunConfig, request: Request, say: Say) -> Run:
     """
     use_threads(config.run.threads)
     run_dir = RunDir.of(config)
-    checkpoint = _resumable(config, run_dir, say) if request.resume else run_dir.check_new()
+    checkpoint = None
+    if request.resume:
+        checkpoint = _resumable(config, run_dir, say)
+    else:
+        run_dir.check_new()
     with ExitStack() as stack:
         model = load_model(config, say)
         runner = stack.enter_context(asyncio.Runner())
