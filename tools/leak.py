@@ -130,11 +130,12 @@ def link_torch(python: Path) -> None:
     """Make .venv's torch, and what belongs to its build, visible in a bare environment."""
     target = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     source = Path(str(metadata.distribution("torch").locate_file("")))
+    build = re.compile(r"(torch|torchgen|functorch|triton|nvidia|cuda)\b|(torch|triton|nvidia_\w+|cuda_\w+)-[\d.]+.*dist-info")
     for path in source.iterdir():
-        if re.match(
-            r"(torch|torchgen|functorch|triton|nvidia|cuda)\b|(torch|triton|nvidia_\w+|cuda_\w+)-[\d.]+.*dist-info", path.name
-        ):
-            if not (target / path.name).exists():
+        if build.match(path.name) and not (target / path.name).exists():
+            if path.name.endswith(".dist-info"):
+                shutil.copytree(path, target / path.name)  # uv does not look through a link here
+            else:
                 (target / path.name).symlink_to(path)
 
 
