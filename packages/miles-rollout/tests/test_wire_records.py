@@ -40,9 +40,17 @@ matched = st.one_of(st.none(), st.integers(0, 99), text)
 sampling = st.builds(SamplingParams, temperature=fp32, stop=st.lists(text, max_size=2).map(tuple), seed=st.integers(0, 2**63 - 1))
 floats = st.lists(fp32, max_size=6).map(tuple)
 completions = st.builds(
-    Completion, sample_id=st.integers(0, 2**60), index=st.integers(0, 99), token_ids=ids, logprobs=floats,
-    sampled_logprobs=floats, text=text, finish_reason=reasons, matched_stop=matched, weight_spans=st.lists(spans, max_size=2).map(tuple),
-)  # fmt: skip
+    Completion,
+    sample_id=st.integers(0, 2**60),
+    index=st.integers(0, 99),
+    token_ids=ids,
+    logprobs=floats,
+    sampled_logprobs=floats,
+    text=text,
+    finish_reason=reasons,
+    matched_stop=matched,
+    weight_spans=st.lists(spans, max_size=2).map(tuple),
+)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | fp32 | text,
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(text, inner, max_size=2),

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -61,7 +62,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 30000,
     dtype: Dtype = "float32",
     threads: Threads = None,
-    served_model_name: Annotated[str | None, typer.Option(help="Name under /v1. [default: MODEL]")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="Name under /v1. [default: the last part of MODEL]")] = None,
     admin_token: Annotated[
         str | None,
         typer.Option(
@@ -101,7 +102,8 @@ def serve(
             require(library, extra="embedded", purpose="miles-rollout serve")
         from miles_rollout.server import ServerConfig, bind
 
-        server = ServerConfig(served_model_name=served_model_name, admin_token=admin_token, drain_s=drain_s)
+        name = served_model_name or Path(model).resolve().name
+        server = ServerConfig(served_model_name=name, admin_token=admin_token, drain_s=drain_s)
         sock = bind(host, port)  # before the model is loaded, so that a port in use is known at once
         with sock:
             _serve(model, config, server, sock, dtype=dtype, threads=threads, log_level=log_level)

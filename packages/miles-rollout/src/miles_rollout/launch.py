@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from miles_rollout.engine import Engine
-from miles_rollout.engines.embedded.config import EmbeddedConfig
 from miles_rollout.extras import require
-from miles_rollout.server.service import WeightLoader
-from miles_rollout.text import Tokenizer
+
+if TYPE_CHECKING:
+    from miles_rollout.engine import Engine
+    from miles_rollout.engines.embedded.config import EmbeddedConfig
+    from miles_rollout.server.service import WeightLoader
+    from miles_rollout.text import Tokenizer
 
 
 def load_embedded(model: str, config: EmbeddedConfig, *, dtype: str, threads: int | None) -> tuple[Engine, Tokenizer, WeightLoader]:

@@ -1,0 +1,163 @@
+"""The whole service: a model directory, the embedded engine, HTTP, the client, weights from disk, the command itself."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from miles_kernels.nn.checkpoint import random_decoder, save_decoder
+from miles_kernels.nn.config import DecoderConfig
+from miles_rollout.client import RolloutClient
+from miles_rollout.engine import Engine
+from miles_rollout.engines.embedded.config import EmbeddedConfig
+from miles_rollout.launch import load_embedded
+from miles_rollout.testing import ScriptedEngine, serving
+from miles_rollout.text import CharTokenizer
+from miles_rollout.wire import GenerateRequest, SamplingParams
+
+TOKENIZER = CharTokenizer("0123456789+=")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two tiny models of one shape with different weights."""
+    shape = {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": TOKENIZER.vocab_size, "hidden_size": 32,
+        "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
+        "hidden_act": "silu", "initializer_range": 0.2, "eos_token_id": 2,
+    }  # fmt: skip
+    paths = []
+    for seed in (1, 2):
+        path = tmp_path_factory.mktemp("model") / f"m{seed}"
+        save_decoder(random_decoder(DecoderConfig.from_hf(shape), seed), path)
+        TOKENIZER.save(path)
+        paths.append(path)
+    return paths[0], paths[1]
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run an async test with a deadline."""
+
+    async def limited() -> None:
+        async with asyncio.timeout(60):
+            await main()
+
+    asyncio.run(limited())
+
+
+def ask(number: int, **sampling: Any) -> GenerateRequest:
+    """A prompt of its own per number."""
+    prompt = tuple(TOKENIZER.encode(f"{number}+{number * 7 % 10}="))
+    params = SamplingParams(**{"max_new_tokens": 12, "seed": 5, "n": 2, "ignore_eos": True} | sampling)
+    return GenerateRequest(request_id=f"q{number}", input_ids=prompt, sampling=params, return_prompt_logprobs=True)
+
+
+def test_engines_are_engines(models: tuple[Path, Path]) -> None:
+    engine, tokenizer, _ = load_embedded(str(models[0]), EmbeddedConfig(kv_memory_bytes=1 << 20), dtype="float32", threads=None)
+    assert isinstance(engine, Engine) and isinstance(ScriptedEngine(tokenizer), Engine)
+    asyncio.run(engine.close())
+
+
+def test_over_http_the_tokens_and_logprobs_are_bitwise_the_engines(models: tuple[Path, Path]) -> None:
+    async def main() -> None:
+        config = EmbeddedConfig(kv_memory_bytes=4 << 20)
+        engine, tokenizer, load_weights = load_embedded(str(models[0]), config, dtype="float32", threads=None)
+        asked = [ask(1), ask(2, temperature=0.7, top_k=5), ask(3, temperature=0.0), ask(4, stop=("5",)), ask(5, ignore_eos=False)]
+        async with serving(engine, tokenizer, load_weights=load_weights) as url, RolloutClient(url) as client:
+            over_http = await asyncio.gather(*(client.generate(each) for each in asked))
+            direct = [await engine.generate(each) for each in asked]
+            for one, other in zip(over_http, direct, strict=True):
+                assert one.completions == other.completions
+                assert one.prompt_logprobs == other.prompt_logprobs
+                assert one.contract_digest == other.contract_digest == client.info().contract_digest
+            for each, result in zip(asked, direct, strict=True):
+                chunks = [chunk async for chunk in client.stream(each)]
+                for completion in result.completions:
+                    mine = [chunk for chunk in chunks if chunk.index == completion.index]
+                    assert tuple(i for chunk in mine for i in chunk.token_ids) == completion.token_ids
+                    assert tuple(lp for chunk in mine for lp in chunk.logprobs) == completion.logprobs
+                    assert "".join(chunk.text for chunk in mine) == completion.text
+                    assert (mine[-1].finish_reason, mine[-1].matched_stop) == (completion.finish_reason, completion.matched_stop)
+            async with httpx.AsyncClient(base_url=url) as http:
+                assert (await http.get("/health_generate")).status_code == 200
+                metrics = (await http.get("/metrics")).text
+                assert "sglang:generation_tokens_total" in metrics and "sglang:token_usage" in metrics
+
+    run(main)
+
+
+def test_weights_from_disk_change_the_tokens_and_bad_ones_do_not(models: tuple[Path, Path], tmp_path: Path) -> None:
+    async def main() -> None:
+        config = EmbeddedConfig(kv_memory_bytes=4 << 20)
+        engine, tokenizer, load_weights = load_embedded(str(models[0]), config, dtype="float32", threads=None)
+        other, _, _ = load_embedded(str(models[1]), config, dtype="float32", threads=None)
+        expected = (await other.generate(ask(1))).completions
+        await other.close()
+        async with serving(engine, tokenizer, load_weights=load_weights) as url, RolloutClient(url) as client:
+            before = await client.generate(ask(1))
+            assert [each.token_ids for each in before.completions] != [each.token_ids for each in expected]
+            async with httpx.AsyncClient(base_url=url) as http:
+                for bad in (str(tmp_path), str(tmp_path / "nowhere")):
+                    response = await http.post("/update_weights_from_disk", json={"model_path": bad})
+                    assert response.status_code == 400 and response.json()["success"] is False
+                assert (await client.generate(ask(1))).completions == before.completions
+                response = await http.post("/update_weights_from_disk", json={"model_path": str(models[1]), "weight_version": 4})
+                assert response.json()["success"] is True, response.text
+            after = await client.generate(ask(1))
+            assert [each.token_ids for each in after.completions] == [each.token_ids for each in expected]
+            assert [each.logprobs for each in after.completions] == [each.logprobs for each in expected]
+            assert {span.version for each in after.completions for span in each.weight_spans} == {4}
+            assert after.cached_tokens == 0 and (await client.refresh()).weight_version == 4
+
+    run(main)
+
+
+@pytest.mark.slow
+def test_the_command_serves_and_stops(models: tuple[Path, Path]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "miles_rollout.cli",
+        "serve",
+        str(models[0]),
+        "--port",
+        "0",
+        "--kv-memory-mib",
+        "4",
+        "--threads",
+        "1",
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            line = process.stderr.readline()
+            while "on http://" not in line:
+                assert line, "the server ended before it listened"
+                line = process.stderr.readline()
+            url = line.rsplit(" ", 1)[1].strip()
+            body = {"model": models[0].name, "messages": [{"role": "user", "content": "1+1="}], "max_tokens": 4, "seed": 1}
+            reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+            assert reply["usage"]["completion_tokens"] <= 4 and reply["metadata"]["weight_version"] == "0"
+            process.send_signal(signal.SIGTERM)
+            said = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
+    assert process.returncode == 0, said
+
+
+def test_generate_from_a_model_directory(models: tuple[Path, Path]) -> None:
+    from typer.testing import CliRunner
+
+    from miles_rollout.cli import app
+
+    args = ["generate", str(models[0]), "--prompt", "1+1=", "--seed", "3", "--max-new-tokens", "6", "--ignore-eos"]
+    first, second = [CliRunner().invoke(app, args) for _ in range(2)]
+    assert first.exit_code == 0, first.output
+    assert first.output == second.output and len(first.output) >= 2
