@@ -31,7 +31,7 @@ SHAPE = DecoderConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=16,
-    max_position_embeddings=256,
+    max_position_embeddings=640,
     initializer_range=0.3,
 )
 SMALL = EmbeddedConfig(num_pages=64, max_running=16, max_batched_tokens=64)
@@ -128,7 +128,7 @@ def test_is_an_engine_and_tells_its_limits():
     engine = build(weight_version=4)
     assert isinstance(engine, Engine)
     info = engine.info()
-    assert (info.model, info.weight_version, info.vocab_size, info.max_context, info.max_running) == ("tiny", 4, 24, 256, 16)
+    assert (info.model, info.weight_version, info.vocab_size, info.max_context, info.max_running) == ("tiny", 4, 24, 640, 16)
     assert info.eos_token_ids == (2,) and info.contract_digest.startswith("mk1-")
     run(engine.close())
 
@@ -296,12 +296,12 @@ def test_leaving_a_stream_early_aborts_it():
     engine = build()
 
     async def main() -> None:
-        stream = engine.stream(ask("s", max_new_tokens=250))
+        stream = engine.stream(ask("s", max_new_tokens=600))
         async for _ in stream:
             break
         await stream.aclose()
         await until_idle(engine)
-        assert engine.metrics()["num_generated_tokens"] < 250
+        assert engine.metrics()["num_generated_tokens"] < 600
         await engine.generate(ask("s"))  # the id is free again
 
     run(main())
@@ -312,15 +312,15 @@ def test_abort_ends_running_and_queued_requests_with_what_they_have():
     engine = build(EmbeddedConfig(num_pages=64, max_running=1, max_batched_tokens=64))
 
     async def main() -> None:
-        stream = engine.stream(ask("running", max_new_tokens=240))
+        stream = engine.stream(ask("running", max_new_tokens=600))
         first = await anext(stream)
-        queued = asyncio.create_task(engine.generate(ask("queued", max_new_tokens=240, n=2)))
+        queued = asyncio.create_task(engine.generate(ask("queued", max_new_tokens=600, n=2)))
         await asyncio.sleep(0)
         assert await engine.abort("queued") and await engine.abort("running")
         assert not await engine.abort("queued") and not await engine.abort("unknown")
         rest = [chunk async for chunk in stream]
         assert rest[-1].finish_reason == "abort" and rest[-1].token_ids == ()
-        assert first.finish_reason is None and 1 <= len(rest) < 240
+        assert first.finish_reason is None and 1 <= len(rest) < 600
         result = await queued
         assert [(c.finish_reason, c.token_ids) for c in result.completions] == [("abort", ())] * 2
 
@@ -332,14 +332,14 @@ def test_cancelling_a_call_aborts_its_request():
     engine = build()
 
     async def main() -> None:
-        task = asyncio.create_task(engine.generate(ask("c", max_new_tokens=250)))
+        task = asyncio.create_task(engine.generate(ask("c", max_new_tokens=600)))
         while not engine.metrics()["num_generated_tokens"]:
             await asyncio.sleep(0.001)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         await until_idle(engine)
-        assert engine.metrics()["num_generated_tokens"] < 250 and engine.metrics()["kv_used_ratio"] == 0
+        assert engine.metrics()["num_generated_tokens"] < 600 and engine.metrics()["kv_used_ratio"] == 0
 
     run(main())
     run(engine.close())
@@ -352,7 +352,7 @@ def test_refusals_queue_nothing():
         for bad in (
             ask("a", ()),
             ask("a", (99,)),
-            ask("a", (5,) * 250),
+            ask("a", (5,) * 640),
             ask("a", temperature=-1.0),
             ask("a", n=2, sample_ids=(1,)),
         ):
@@ -411,7 +411,7 @@ def test_weight_update_changes_results_and_drops_the_prefix_cache():
 
 
 def test_running_requests_go_on_under_the_new_weights():
-    engine = build()
+    engine = build(msgspec.structs.replace(SMALL, num_pages=200))
     new = state(1)
     manifest = make_manifest(new, version=1, contract_digest=engine.info().contract_digest)
 
@@ -419,23 +419,23 @@ def test_running_requests_go_on_under_the_new_weights():
         tokens: list[int] = []
         versions: list[int] = []
         logprobs: list[float] = []
-        other = asyncio.create_task(engine.generate(ask("g", (8, 9), max_new_tokens=200, n=2)))
-        async for chunk in engine.stream(ask("s", max_new_tokens=200)):
+        other = asyncio.create_task(engine.generate(ask("g", (8, 9), max_new_tokens=500, n=2)))
+        async for chunk in engine.stream(ask("s", max_new_tokens=500)):
             tokens += chunk.token_ids
             logprobs += chunk.logprobs
             versions.append(chunk.weight_version)
             if len(tokens) == 5:
                 await engine.update_weights(manifest, iter(new))
         cut = versions.index(1)
-        assert versions == [0] * cut + [1] * (200 - cut) and 5 <= cut < 200
-        for old_or_new, seed, part in ((0, 0, slice(0, cut)), (1, 1, slice(cut, 200))):
+        assert versions == [0] * cut + [1] * (500 - cut) and 5 <= cut < 500
+        for old_or_new, seed, part in ((0, 0, slice(0, cut)), (1, 1, slice(cut, 500))):
             reference = build(seed=seed)
             replay = await reference.generate(ask("r", (5, 6, 7, *tokens), max_new_tokens=1, return_prompt_logprobs=True))
             assert list(replay.prompt_logprobs[3:])[part] == logprobs[part], old_or_new
             await reference.close()
         for completion in (await other).completions:
             spans = completion.weight_spans
-            assert [s.version for s in spans] in ([0, 1], [1]) and spans[-1].stop == 200 and spans[0].start == 0
+            assert [s.version for s in spans] in ([0, 1], [1]) and spans[-1].stop == 500 and spans[0].start == 0
 
     run(main())
     assert engine.metrics()["num_retractions"] == 0, "an update is no KV shortage"
@@ -499,6 +499,60 @@ def test_nan_weights_fail_requests_and_not_the_engine():
 # ---------------------------------------------------------------------- failure and end
 
 
+def test_sequences_longer_than_the_first_tables():
+    engine = build(msgspec.structs.replace(SMALL, num_pages=100, prefill_chunk=100, max_batched_tokens=200))
+    short, long = (
+        ask("short", (4, 5), max_new_tokens=40),
+        ask("long", tuple(random.randrange(4, 24) for _ in range(500)), max_new_tokens=12),
+    )
+    results = run(gather(engine, [short, long]))
+    decoder = random_decoder(SHAPE, 0)
+    for request in (short, long):
+        tokens, logprobs, _ = by_hand(decoder, request, 0)
+        assert list(results[request.request_id][0][0].logprobs) == logprobs
+        assert list(results[request.request_id][0][0].token_ids) == tokens
+    run(engine.close())
+
+
+def test_siblings_wait_for_a_row_without_computing_their_prompt_again():
+    config = EmbeddedConfig(num_pages=64, max_running=2, max_batched_tokens=64, prefix_cache=False)
+    requests = [ask("a", tuple(range(4, 24)), n=7, max_new_tokens=4)]
+    narrow, wide = build(config), build()
+    assert run(gather(narrow, requests)) == run(gather(wide, requests))
+    assert narrow.metrics()["num_computed_tokens"] == 20 + 7 * 3
+    run(narrow.close())
+    run(wide.close())
+
+
+def test_a_closed_event_loop_does_not_disturb_the_others():
+    engine = build()
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(engine.generate(ask("a", max_new_tokens=600)))
+    loop.run_until_complete(asyncio.sleep(0.01))
+    loop.close()
+    assert len(run(engine.generate(ask("b"))).completions[0].token_ids) == 8
+    task.get_coro().close()
+    run(until_idle(engine))
+    run(engine.close())
+    del task
+
+
+def test_a_vanished_engine_thread_is_noticed(monkeypatch):
+    monkeypatch.setattr("miles_rollout.engines.embedded.engine._LIVENESS_S", 0.05)
+    engine = build()
+    monkeypatch.setattr(engine, "_run", lambda: None)
+
+    async def main() -> None:
+        with pytest.raises(EngineFailure, match="without a word"):
+            await engine.generate(ask("a"))
+        with pytest.raises(EngineFailure, match="ended"):
+            await engine.abort("a")
+            engine._replies["b"] = None
+            await engine.abort("b")
+
+    run(main())
+
+
 def test_a_failing_step_tells_everybody_why(monkeypatch):
     engine = build()
     core = engine._core
@@ -553,7 +607,7 @@ def test_close_aborts_what_runs_and_is_idempotent():
     engine = build()
 
     async def main() -> None:
-        tasks = [asyncio.create_task(engine.generate(ask(f"{i}", max_new_tokens=250))) for i in range(3)]
+        tasks = [asyncio.create_task(engine.generate(ask(f"{i}", max_new_tokens=600))) for i in range(3)]
         await asyncio.sleep(0)
         await engine.close()
         for task in tasks:

@@ -73,10 +73,7 @@ class Runner:
         keys = self._sampler_arguments(rows)
         keys["position"] = torch.from_numpy(position)
         banned = np.flatnonzero(self._tables.first_stop[rows] > position).tolist() if self._has_minimum else []
-        try:
-            out = _sample(logits, keys, [(i, sequences[i].job.eos) for i in banned])
-        except ValueError:
-            out = self._sample_finite(logits, keys, [(i, sequences[i].job.eos) for i in banned])
+        out = _sample(logits, keys, [(i, sequences[i].job.eos) for i in banned])
         self._tables.last_token[rows] = out.token.numpy()
         return out.token.tolist(), out.logprob.tolist(), out.sampled_logprob.tolist()
 
@@ -143,20 +140,6 @@ class Runner:
             self._has_minimum = bool((tables.first_stop[rows] > tables.position[rows]).any())
         return self._sampler
 
-    def _sample_finite(self, logits: Tensor, keys: dict[str, Any], banned: list[tuple[int, frozenset[int]]]) -> SampleOutput:
-        """Sample the rows that hold finite logits; token -1 for the others. Raises ValueError when there are no others."""
-        finite = torch.isfinite(logits).all(dim=1)
-        if bool(finite.all()):
-            raise ValueError("the sampler refused finite logits")
-        good = torch.nonzero(finite).flatten()
-        place = {row: i for i, row in enumerate(good.tolist())}
-        keys = {name: value[good] if isinstance(value, Tensor) else value for name, value in keys.items()}
-        part = _sample(logits[good], keys, [(place[row], ids) for row, ids in banned if row in place])
-        token = torch.full((len(logits),), -1, dtype=torch.int64)
-        logprob, sampled = torch.zeros(len(logits)), torch.zeros(len(logits))
-        token[good], logprob[good], sampled[good] = part
-        return SampleOutput(token, logprob, sampled)
-
 
 def _sample(logits: Tensor, keys: dict[str, Any], banned: list[tuple[int, frozenset[int]]]) -> SampleOutput:
     """`sample`, with the `banned` ids of a row out of reach (min_new_tokens); `logprob` stays that of the full distribution."""
@@ -171,5 +154,5 @@ def _sample(logits: Tensor, keys: dict[str, Any], banned: list[tuple[int, frozen
     temperature = torch.as_tensor(keys["temperature"], dtype=torch.float32).expand(len(logits))[rows]
     temperature = torch.where(temperature == 0, 1.0, temperature)
     logprob = out.logprob.clone()  # the sampler returns one tensor for both when nothing is filtered
-    logprob[rows] = logprob_from_logits(logits[rows], out.token[rows], temperature).logprob
+    logprob[rows] = logprob_from_logits(logits[rows], out.token[rows].clamp(min=0), temperature).logprob
     return SampleOutput(out.token, logprob, out.sampled_logprob)

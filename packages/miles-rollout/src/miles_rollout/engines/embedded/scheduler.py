@@ -71,6 +71,8 @@ class Scheduler:
         self.decoding: list[Sequence] = []
         self._rows = _NO_ROWS
         self._rows_stale = False
+        self._slack, self._slack_rows = 0, _NO_ROWS
+        """Steps until the first of `_slack_rows` needs a page."""
         self._holders: list[Job] = []
         self._copies: list[tuple[int, int, int]] = []
         self.num_retractions = 0
@@ -183,10 +185,12 @@ class Scheduler:
     def _give_room_to_decode(self) -> None:
         """A page for every decoding sequence whose next token starts one; the youngest give theirs up if need be."""
         rows, tables = self.decode_rows(), self._tables
-        short = np.flatnonzero(tables.position[rows] >= tables.capacity[rows])
-        if not len(short):
-            return
-        needy = sorted((self.decoding[i] for i in short.tolist()), key=lambda seq: seq.order)
+        self._slack -= 1
+        if self._slack > 0 and rows is self._slack_rows:
+            return  # the same sequences as before, and nobody at the end of a page yet
+        room = tables.capacity[rows] - tables.position[rows]
+        needy = sorted((self.decoding[i] for i in np.flatnonzero(room <= 0).tolist()), key=lambda seq: seq.order)
+        self._slack, self._slack_rows = (0 if needy else int(room.min(initial=self._config.page_size))), rows
         for seq in needy:
             while seq.row >= 0:
                 pages = self._pool.take(1)
