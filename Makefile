@@ -1,5 +1,5 @@
 # Needs git, make and Python 3.11 to 3.13; everything else is fetched into .venv.
-#   make quickstart   set up, then train the quickstart recipe
+#   make quickstart   set up, then train the quickstart recipe (again: ARGS='--name second')
 #   make test         set up, then every check and every test that runs without a GPU
 .PHONY: quickstart test setup lint lock-check wheels clean
 .DEFAULT_GOAL := help
@@ -17,7 +17,7 @@ setup:
 	@$(PYTHON) tools/setup.py
 
 quickstart: setup
-	$(BIN)/miles train quickstart
+	$(BIN)/miles train quickstart $(ARGS)
 
 #   make lint         the checks of make test without the tests
 lint: setup
