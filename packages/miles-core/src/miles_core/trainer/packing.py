@@ -54,7 +54,8 @@ def require_fit(batch: TrainBatch, max_tokens: int) -> None:
     if batch.last[longest] > max_tokens:
         raise ValueError(
             f"{batch.names[longest]} needs {batch.last[longest]} tokens, "
-            f"more than trainer.max_tokens_per_microbatch = {max_tokens}; raise that or lower data.max_prompt_tokens or sampling.max_new_tokens"
+            f"more than trainer.max_tokens_per_microbatch = {max_tokens}; "
+            "raise that or lower data.max_prompt_tokens or sampling.max_new_tokens"
         )
 
 
