@@ -96,6 +96,7 @@ class Service:
             raise RequestError("this server is shutting down and takes no new requests", status=503)
         ids: set[str] = set()
         for request in requests:
+            check_ranges(request)
             if request.request_id in ids or request.request_id in self._running:
                 raise RequestError(f'request id "{request.request_id}" is already in use', param="rid")
             ids.add(request.request_id)
@@ -163,6 +164,25 @@ class Service:
         except TimeoutError:
             logger.warning("%d requests did not finish within %g s and are aborted", len(self._running), self.config.drain_s)
             await self.abort_all()
+
+
+def check_ranges(request: GenerateRequest) -> None:
+    """Raise RequestError for numbers no engine can hold: JSON has no largest integer, tensors do."""
+    sampling = request.sampling
+    for name, values, limit in (
+        ("sample_ids", request.sample_ids, 2**63),
+        ("stop_token_ids", sampling.stop_token_ids, 2**31),
+        ("input_ids", request.input_ids, 2**31),
+    ):
+        if values and (min(values) < 0 or max(values) >= limit):
+            wrong = min(values) if min(values) < 0 else max(values)
+            raise RequestError(f"{name} holds {wrong}; values lie in 0..{limit - 1}", param=name)
+    if sampling.top_k >= 2**31:
+        raise RequestError(f"top_k={sampling.top_k} is too large; -1 keeps all tokens", param="top_k")
+    if sampling.temperature != 0.0 and not 1e-6 <= sampling.temperature <= 1e6:
+        raise RequestError(f"temperature={sampling.temperature} must be 0 or lie in 1e-6..1e6", param="temperature")
+    if sampling.top_p < 1e-6:
+        raise RequestError(f"top_p={sampling.top_p} must be at least 1e-6", param="top_p")
 
 
 def new_id() -> str:
