@@ -47,7 +47,7 @@ def hf_tokenizer(model_dir: Path) -> Any:
 
     if not (model_dir / "char_tokenizer.json").exists():
         return AutoTokenizer.from_pretrained(model_dir, padding_side="left")
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     from miles_rollout.text import load_tokenizer
 
@@ -56,6 +56,7 @@ def hf_tokenizer(model_dir: Path) -> Any:
     vocab |= {ours.decode([token]): token for token in range(4, ours.vocab_size) if ours.decode([token])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special)
 
