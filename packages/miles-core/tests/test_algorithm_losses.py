@@ -97,7 +97,7 @@ def test_the_oracle_notices_a_wrong_clip() -> None:
     x = draw()
     x = replace(x, advantage=x.advantage.abs(), old_logprob=x.logprob.detach() - 1.0)  # every ratio is e, all are clipped
     right, wrong = AlgorithmConfig(clip_high=0.2), AlgorithmConfig(clip_high=0.3)
-    assert float(policy_loss(x, wrong).loss) != pytest.approx(naive_policy(x, x.logprob.tolist(), right), rel=1e-3)
+    assert policy_loss(x, wrong).loss.item() != pytest.approx(naive_policy(x, x.logprob.tolist(), right), rel=1e-3)
 
 
 def test_equal_logprobs_give_ratio_exactly_one_and_the_reinforce_gradient() -> None:
