@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
-from miles_kernels.contract import Contract, OpContract
-from miles_kernels.env import prepare_process
-from miles_kernels.probe import ProbeReport, probe
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Contract", "OpContract", "ProbeReport", "prepare_process", "probe"]
+if TYPE_CHECKING:
+    from miles_kernels.contract import Contract, OpContract
+    from miles_kernels.env import prepare_process
+
+__all__ = ["Contract", "OpContract", "prepare_process"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load on first use: `miles_kernels.cli` must be importable before torch, which reads its thread settings once."""
+    if name in ("Contract", "OpContract"):
+        from miles_kernels import contract
+
+        return getattr(contract, name)
+    if name == "prepare_process":
+        from miles_kernels.env import prepare_process
+
+        return prepare_process
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

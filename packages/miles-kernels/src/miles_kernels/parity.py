@@ -180,7 +180,9 @@ def run_packed(model: Model, work: Workload, order: Sequence[int], *, per_forwar
     return trace
 
 
-def run_paged(model: Model, work: Workload, steps: Steps, *, seed: int, page_size: int = 16, cached_prefix: bool = False) -> Trace:
+def run_paged(
+    model: Model, work: Workload, steps: Steps, *, seed: int, page_size: int = 16, cached_prefix: bool = False
+) -> Trace:
     """Engine steps over a paged cache with shuffled physical pages.
 
     With `cached_prefix` the group leaders' prompts are computed first, and the others start on the leader's pages.
