@@ -23,7 +23,7 @@ SURFACE = {
     "miles_kernels": r"(contract|testing|env|ops\.\w+|nn\.\w+)",
     "miles_spec": r"(verify|draft|metrics|decoding)",
     "miles_rollout": r"(wire|engine|client|text(\.\w+)?|engines\.embedded(\.(factory|config))?)",
-    "miles_core": r"((config|data|algorithm|rollout|sync)(\.\w+)?|trainer\.(base|batch)|checkpoint|loop)",
+    "miles_core": r"(config(\.(base|schema))?|data|algorithm(\.\w+)?|rollout|sync|trainer\.(base|batch)|checkpoint|loop)",
     "miles_lean": r"(lexer|scan|extract|statement|doctor)",
 }
 
@@ -58,7 +58,7 @@ def signature(value: object) -> str:
         return "(...)"
     text = re.sub(r" at 0x[0-9a-f]+", "", text)
     text = re.sub(r"frozenset\(\{[^{}]*\}\)", "frozenset(...)", text)  # its order changes from run to run
-    return re.sub(r"= ?<[^<>]*>", "=...", text).replace("'", "").replace("typing.", "")
+    return re.sub(r"= ?<[^<>]*(?:<\w+>)?[^<>]*>", "=...", text).replace("'", "").replace("typing.", "")
 
 
 def describe(name: str, value: object) -> list[str]:
