@@ -14,6 +14,8 @@ from torch import Tensor
 
 from miles_kernels.probe import threads
 
+__all__ = ["SWEEP_SIZES", "SweepReport", "across_threads", "assert_bitwise_equal", "count_unequal", "sweep_rows", "threads"]
+
 SWEEP_SIZES = (*range(1, 18), 23, 31, 32, 33, 48, 63, 64)
 
 

@@ -104,12 +104,12 @@ def _probabilities(q: Tensor, k: Tensor, bucket: AttentionBucket, start: int, st
     scores = bmm_nt(q, k, shape.mode)
     used = min(stop, queries) - start
     mask = bucket.mask(rows, start, start + used, keys, shape.window)
-    real = scores if used == stop - start else scores[:, : used * shape.group]
+    if used == stop - start:
+        masked = scores.view(shape.kv, segments, used, shape.group, keys).add_(mask)
+        return softmax_rows(masked, shape.mode).view_as(scores)
+    real = scores[:, : used * shape.group]
     masked = real.view(shape.kv, segments, used, shape.group, keys) + mask
-    p = softmax_rows(masked, shape.mode).view(shape.kv * segments, used * shape.group, keys)
-    if real is scores:
-        return p
-    real.copy_(p)
+    real.copy_(softmax_rows(masked, shape.mode).view_as(real))
     return scores
 
 
@@ -168,9 +168,7 @@ def _bucket_backward(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: AttentionPlan, scale: float, shape: _Shape
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: AttentionPlan, scale: float, shape: _Shape) -> Tensor:
         ctx.save_for_backward(q, k_pool, v_pool)
         ctx.plan, ctx.scale, ctx.shape = plan, scale, shape
         return _forward(q, k_pool, v_pool, plan, scale, shape)

@@ -27,6 +27,8 @@ NARROW_COLUMNS = 64
 COLUMN_MULTIPLE = 16
 KV_BLOCK = 128
 """Keys per probability-times-value product: longer reductions would change the BLAS' blocking with the length."""
+SUM_GRID = 2.0**32
+"""Exact row sums: values up to 1 on this grid sum without rounding in float64 over rows of up to 2^20."""
 
 _default_mode: Mode | None = None
 
@@ -105,8 +107,8 @@ def softmax_rows(x: Tensor, mode: Mode) -> Tensor:
     if mode == "native":
         return torch.softmax(x, -1)
     p = torch.exp(x - x.amax(-1, keepdim=True))
-    ones = p.new_ones((1, p.shape[-1]))
-    return p / _mm_exact(p.reshape(-1, p.shape[-1]), ones, reduction=1 << 20).view(*p.shape[:-1], 1)
+    grid = torch.round(p.double().mul_(SUM_GRID))
+    return p / grid.sum(-1, keepdim=True).div_(SUM_GRID).float()
 
 
 def _grid_bits(reduction: int) -> int:
@@ -117,12 +119,16 @@ def _grid_bits(reduction: int) -> int:
 def _to_grid(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Integers (as float64) of at most `bits` bits, and the power of two of each row that scales them back."""
     exponent = torch.frexp(x.abs().amax(-1, keepdim=True)).exponent
-    one = torch.ones((), dtype=torch.float64)
-    return torch.round(x.double() * torch.ldexp(one, bits - exponent)), torch.ldexp(one, exponent - bits)
+    return torch.round(x.double() * _power_of_two(bits - exponent)), _power_of_two(exponent - bits)
 
 
-def _mm_exact(a: Tensor, b: Tensor, reduction: int | None = None) -> Tensor:
-    bits = _grid_bits(reduction or a.shape[-1])
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent as float64, by its bits: torch's pow and ldexp go through rounding arithmetic."""
+    return ((exponent.long() + 1023) << 52).view(torch.float64)
+
+
+def _mm_exact(a: Tensor, b: Tensor) -> Tensor:
+    bits = _grid_bits(a.shape[-1])
     a_grid, a_scale = _to_grid(a, bits)
     b_grid, b_scale = _to_grid(b, bits)
     product = torch.matmul(a_grid, b_grid.transpose(-1, -2))

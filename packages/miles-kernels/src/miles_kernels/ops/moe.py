@@ -52,9 +52,7 @@ def combine(y: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
     return _combine(y, weights, dispatch)
 
 
-def moe_mlp(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, *, mode: Mode | None = None
-) -> Tensor:
+def moe_mlp(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, *, mode: Mode | None = None) -> Tensor:
     """SwiGLU experts `gate_up[E, 2 I, H]`, `down[E, H, I]` applied to `x[T, H]` along the routing, as [T, H]."""
     dispatch = plan_dispatch(ids, gate_up.shape[0])
     inner = swiglu(grouped_linear(permute(x, dispatch), gate_up, dispatch.counts, mode=mode))
