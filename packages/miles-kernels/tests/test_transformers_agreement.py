@@ -65,7 +65,8 @@ def pair(request, tmp_path):
                 view.add_(torch.randn(view.shape) * 0.3)
             assert not name.endswith(".bias") or view.abs().sum() > 0
     save_decoder(decoder, tmp_path / "export", max_shard_bytes=60_000)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32, attn_implementation="eager")
+    folder = tmp_path / "export"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     return SimpleNamespace(config=config, decoder=decoder, model=model.eval(), dir=tmp_path)
 
 

@@ -11,9 +11,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from miles_kernels.nn.config import Family
     from miles_kernels.parity import ParityRow
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
 DTYPES = ("float32", "bfloat16")
 _HEADER = f"  {'schedule':<32} {'threads':>7} {'tokens':>7} {'unequal logprob':>16} {'unequal hidden':>15} {'max abs':>10}"
 
@@ -107,7 +108,8 @@ def _parity(options: argparse.Namespace) -> int:
     from miles_kernels.parity import run_parity, tiny_config
 
     unequal = 0
-    for family in FAMILIES if options.family == "all" else (options.family,):
+    families: tuple[Family, ...] = FAMILIES if options.family == "all" else (options.family,)
+    for family in families:
         for dtype in DTYPES if options.dtype == "all" else (options.dtype,):
             model = random_decoder(tiny_config(family), options.seed, dtype=getattr(torch, dtype))
             if not options.json:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Model(Protocol):
 
 def tiny_config(family: Family, *, tie_word_embeddings: bool = False) -> DecoderConfig:
     """A two-layer model whose vocabulary is longer than one log-probability chunk."""
-    moe = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    moe: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
     return DecoderConfig(
         family=family,
         vocab_size=4500,

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from miles_rollout.text import Tokenizer
 
 
-def load_embedded(model: str, config: EmbeddedConfig, *, dtype: str, threads: int | None) -> tuple[Engine, Tokenizer, WeightLoader]:
+def load_embedded(
+    model: str, config: EmbeddedConfig, *, dtype: str, threads: int | None
+) -> tuple[Engine, Tokenizer, WeightLoader]:
     """Engine, tokenizer and weight loader of a local model directory.
 
     Raises ValueError naming what is wrong with model or settings, MissingExtraError naming the extra to install.
@@ -23,7 +25,7 @@ def load_embedded(model: str, config: EmbeddedConfig, *, dtype: str, threads: in
     if threads is not None and threads < 1:
         raise ValueError(f"--threads {threads} must be at least 1")
     if not Path(model).is_dir():
-        raise ValueError(f"{model}: not a directory; give a local model directory with config.json, safetensors and tokenizer files")
+        raise ValueError(f"{model}: not a directory; give a local one with config.json, safetensors and tokenizer files")
     purpose = "the embedded engine"
     torch = require("torch", extra="embedded", purpose=purpose)
     require("xxhash", extra="embedded", purpose=purpose)
