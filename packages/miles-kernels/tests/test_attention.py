@@ -223,6 +223,7 @@ def test_plans_split_uneven_buckets() -> None:
     table = torch.zeros(33, 4096, dtype=torch.long)
     assert len(decode_plan(table, torch.tensor([50] * 32 + [60])).buckets) == 1
     assert len(decode_plan(table, torch.tensor([50] * 32 + [4000])).buckets) == 2
+    assert [b.q_index.shape[0] for b in decode_plan(table, torch.full((33,), 4096)).buckets] == [16, 16, 1]
     mixed = table_plan(table, [1] * 32 + [500], [40] * 32 + [0])
     assert sorted(tuple(b.q_index.shape) for b in mixed.buckets) == [(1, 500), (32, 1)]
     assert all(b.kv_index.shape[1] % 16 == 0 for b in mixed.buckets)

@@ -26,6 +26,8 @@ BUCKET_OVERHEAD = 1 << 14
 """Padded query x key pairs that cost about as much as one more bucket (some ten small torch calls)."""
 BUCKET_PAIRS = 1 << 22
 """Most query x key pairs in one bucket; bounds the memory of the scores."""
+BUCKET_KEYS = 1 << 16
+"""Most keys gathered for one bucket; bounds the memory of its keys and values."""
 
 
 class Segment(NamedTuple):
@@ -190,7 +192,8 @@ def decode_plan(slot_table: Tensor, kv_len: Tensor) -> AttentionPlan:
     lens = kv_len.tolist()
     width = _round_up(max(lens, default=1), KEY_MULTIPLE)
     waste = width * len(lens) - sum(lens)
-    if waste * MIN_ROWS > BUCKET_OVERHEAD and waste > 0.25 * sum(lens):
+    uneven = waste * MIN_ROWS > BUCKET_OVERHEAD and waste > 0.25 * sum(lens)
+    if uneven or width * len(lens) > BUCKET_KEYS:
         ones = [1] * len(lens)
         firsts = [length - 1 for length in lens]
         return _build(range(len(lens)), ones, firsts, len(lens), lambda rows, columns: slot_table[rows[:, None], columns])
@@ -262,7 +265,8 @@ def _group(q_lens: Sequence[int], kv_lens: Sequence[int]) -> list[tuple[list[int
         padded = (len(members) + 1) * new_queries * new_keys
         useful_now = useful + q * k
         waste = (padded - useful_now) * (MIN_ROWS if new_queries == 1 else 1)
-        if members and (padded > BUCKET_PAIRS or (waste > BUCKET_OVERHEAD and padded > 1.25 * useful_now)):
+        too_large = padded > BUCKET_PAIRS or (len(members) + 1) * new_keys > BUCKET_KEYS
+        if members and (too_large or (waste > BUCKET_OVERHEAD and padded > 1.25 * useful_now)):
             groups.append((members, queries, keys))
             members, new_queries, new_keys, useful_now = [], q, k, q * k
         members.append(i)
