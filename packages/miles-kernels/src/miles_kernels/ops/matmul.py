@@ -5,7 +5,7 @@ Two modes, chosen per process by `miles_kernels.probe`:
 - `native`: the BLAS of this machine, kept inside the shape range in which its bits for one output row do not depend on
   the other rows, on the row's position or on the number of threads (at least 16 rows; few columns in multiples of 16).
 - `exact`: rows are rounded to a power-of-two grid coarse enough that every partial sum of the float64 GEMM is exact,
-  so that any order, blocking or BLAS gives the same bits by construction. Slower (about 2x) and coarser (19 to 22
+  so that any order, blocking or BLAS gives the same bits by construction. Slower (about 2x) and coarser (19 to 23
   significant bits), for machines on which the native path is not proven.
 
 Inputs of any float dtype are up-cast to float32; results are float32.
