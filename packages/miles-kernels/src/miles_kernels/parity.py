@@ -108,8 +108,8 @@ class Trace:
     def __init__(self, work: Workload, hidden_size: int, dtype: torch.dtype) -> None:
         self.work, self.offsets = work, work.offsets
         total = self.offsets[-1]
-        flat = torch.cat(work.tokens)
-        self.targets = flat.roll(-1)  # the last token of a sequence predicts some token, always the same
+        self.token_ids = torch.cat(work.tokens)
+        self.targets = self.token_ids.roll(-1)  # the last token of a sequence predicts some token, always the same
         self.temperature = torch.cat([torch.full((len(t),), x) for t, x in zip(work.tokens, work.temperature, strict=True)])
         self.hidden = torch.zeros(total, hidden_size, dtype=dtype)
         self.logprob = torch.zeros(total)
@@ -212,27 +212,25 @@ def run_paged(
 
 def _step(model: Model, trace: Trace, store: SlotStore, table: Tensor, done: list[int], advance: list[tuple[int, int]]) -> None:
     """One engine step; plans through the three planners an engine may use."""
-    segments, rows, slots, positions = [], [], [], []
-    length = 0
-    for seq, count in advance:
-        first = done[seq]
-        segments.append(Segment(length, count, first, table[seq, : first + count]))
-        rows.append(trace.rows(seq, first, first + count))
-        slots.append(table[seq, first : first + count])
-        positions.append(torch.arange(first, first + count))
-        done[seq] += count
-        length += count
-    chosen = torch.tensor([seq for seq, _ in advance])
-    if all(count == 1 for _, count in advance):
-        plan = decode_plan(table[chosen], torch.tensor([done[seq] for seq, _ in advance]))
+    seqs, counts = torch.tensor([seq for seq, _ in advance]), torch.tensor([count for _, count in advance])
+    firsts = torch.tensor([done[seq] for seq, _ in advance])
+    starts = counts.cumsum(0) - counts
+    length = int(counts.sum())
+    owner = torch.repeat_interleave(seqs, counts)
+    positions = torch.arange(length) + torch.repeat_interleave(firsts - starts, counts)
+    if length == len(advance):
+        plan = decode_plan(table[seqs], firsts + 1)
     elif length % 2:
-        plan = plan_attention(segments)
+        runs = zip(seqs.tolist(), starts.tolist(), counts.tolist(), firsts.tolist(), strict=True)
+        plan = plan_attention([Segment(start, n, first, table[seq, : first + n]) for seq, start, n, first in runs])
     else:
-        plan = table_plan(table[chosen], [count for _, count in advance], [s.first_position for s in segments])
-    flat = torch.cat(rows)
-    store.begin(plan, torch.cat(slots))
-    hidden = model(torch.cat(trace.work.tokens)[flat], torch.cat(positions), store)
-    trace.put(flat, hidden, logprob_from_logits(model.logits(hidden), trace.targets[flat], trace.temperature[flat]).logprob)
+        plan = table_plan(table[seqs], counts.tolist(), firsts.tolist())
+    for seq, count in advance:
+        done[seq] += count
+    rows = torch.tensor(trace.offsets)[owner] + positions
+    store.begin(plan, table[owner, positions])
+    hidden = model(trace.token_ids[rows], positions, store)
+    trace.put(rows, hidden, logprob_from_logits(model.logits(hidden), trace.targets[rows], trace.temperature[rows]).logprob)
 
 
 def _trace(model: Model, work: Workload) -> Trace:
