@@ -4,124 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+from engine_cases import SHAPE, SMALL, TOKENIZER, ask, batch_of, build, by_hand, gather, outcome, run, state, until_idle
 
 from miles_kernels.nn.checkpoint import random_decoder
-from miles_kernels.nn.config import DecoderConfig
-from miles_kernels.nn.decoder import Decoder, PackedKV
+from miles_kernels.nn.decoder import PackedKV
 from miles_kernels.ops.attention import packed_plan
-from miles_kernels.ops.sample import sample
 from miles_rollout.engine import Engine, EngineRefusal
-from miles_rollout.engines.embedded import EmbeddedConfig, EmbeddedEngine, EngineFailure, load_engine, make_manifest
-from miles_rollout.text import CharTokenizer
-from miles_rollout.wire import Completion, GenerateChunk, GenerateRequest, SamplingParams, WeightSpan
-
-TOKENIZER = CharTokenizer("abcdefghijklmnopqrst")
-SHAPE = DecoderConfig(
-    family="qwen3",
-    vocab_size=TOKENIZER.vocab_size,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=640,
-    initializer_range=0.3,
-)
-SMALL = EmbeddedConfig(num_pages=64, max_running=16, max_batched_tokens=64)
-
-
-def build(config: EmbeddedConfig = SMALL, seed: int = 0, **options: Any) -> EmbeddedEngine:
-    return EmbeddedEngine(random_decoder(SHAPE, seed), TOKENIZER, config, model="tiny", **options)
-
-
-def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    async def limited() -> Any:
-        async with asyncio.timeout(60):
-            return await coroutine
-
-    return asyncio.run(limited())
-
-
-def ask(request_id: str, ids: tuple[int, ...] = (5, 6, 7), **sampling: Any) -> GenerateRequest:
-    options = {"max_new_tokens": 8, "ignore_eos": True, **sampling}
-    fields = {name: options.pop(name) for name in ("sample_ids", "return_prompt_logprobs") if name in options}
-    return GenerateRequest(request_id=request_id, input_ids=ids, sampling=SamplingParams(**options), **fields)
-
-
-def batch_of(count: int, seed: int, *, most_prompt: int = 40, most_new: int = 30) -> list[GenerateRequest]:
-    """Random requests, half of which start alike, with all kinds of sampling."""
-    rng = random.Random(seed)
-    common = tuple(rng.randrange(4, 24) for _ in range(35))
-    requests = []
-    for i in range(count):
-        ids = common[: rng.choice([0, 0, 16, 35])] + tuple(rng.randrange(4, 24) for _ in range(rng.randint(1, most_prompt)))
-        n = rng.choice([1, 1, 2, 5])
-        sampling = {
-            "temperature": rng.choice([1.0, 0.7, 0.0, 1.3]),
-            "top_k": rng.choice([-1, -1, 5]),
-            "top_p": rng.choice([1.0, 0.8]),
-            "min_p": rng.choice([0.0, 0.05]),
-            "max_new_tokens": rng.randint(1, most_new),
-            "ignore_eos": rng.random() < 0.5,
-            "seed": rng.randrange(2**40),
-        }
-        requests.append(
-            ask(
-                f"r{i}",
-                ids,
-                n=n,
-                sample_ids=tuple(rng.randrange(2**50) for _ in range(n)),
-                return_prompt_logprobs=rng.random() < 0.3,
-                **sampling,
-            )
-        )
-    return requests
-
-
-async def gather(engine: EmbeddedEngine, requests: list[GenerateRequest]) -> dict[str, Any]:
-    results = await asyncio.gather(*[engine.generate(request) for request in requests])
-    return {result.request_id: outcome(result) for result in results}
-
-
-def outcome(result: Any) -> tuple[Any, ...]:
-    """What must not depend on how a request was served."""
-    return result.completions, result.prompt_logprobs
-
-
-@torch.no_grad()
-def by_hand(decoder: Decoder, request: GenerateRequest, index: int) -> tuple[list[int], list[float], list[float]]:
-    """Oracle: one packed forward of the whole sequence per token, no cache, no batch."""
-    s, ids = request.sampling, list(request.input_ids)
-    tokens: list[int] = []
-    logprobs: list[float] = []
-    sampled: list[float] = []
-    for _ in range(s.max_new_tokens):
-        plan, positions = packed_plan([len(ids)])
-        hidden = decoder(torch.tensor(ids), positions, PackedKV(plan))
-        out = sample(
-            decoder.logits(hidden[-1:]),
-            seed=s.seed,
-            sample_id=torch.tensor([request.sample_ids[index] if request.sample_ids else index]),
-            position=torch.tensor([len(ids)]),
-            temperature=s.temperature,
-            top_k=s.top_k,
-            top_p=s.top_p,
-            min_p=s.min_p,
-        )
-        ids.append(int(out.token))
-        tokens.append(ids[-1])
-        logprobs.append(float(out.logprob))
-        sampled.append(float(out.sampled_logprob))
-        if ids[-1] in s.stop_token_ids or (not s.ignore_eos and ids[-1] == 2):
-            break
-    return tokens, logprobs, sampled
+from miles_rollout.engines.embedded import EmbeddedConfig, make_manifest
+from miles_rollout.wire import Completion, GenerateChunk, GenerateRequest, WeightSpan
 
 
 def test_is_an_engine_and_tells_its_limits():
@@ -287,11 +182,6 @@ def test_stream_gives_the_same_tokens_and_text():
     run(engine.close())
 
 
-async def until_idle(engine: EmbeddedEngine) -> None:
-    while engine.metrics()["num_running"] or engine.metrics()["num_queued"]:
-        await asyncio.sleep(0.001)
-
-
 def test_leaving_a_stream_early_aborts_it():
     engine = build()
 
@@ -383,10 +273,6 @@ def test_config_without_room_is_refused():
 
 
 # ---------------------------------------------------------------------- weights
-
-
-def state(seed: int) -> list[tuple[str, torch.Tensor]]:
-    return [(name, tensor.detach().clone()) for name, tensor in random_decoder(SHAPE, seed).hf_state()]
 
 
 def test_weight_update_changes_results_and_drops_the_prefix_cache():
@@ -494,147 +380,3 @@ def test_nan_weights_fail_requests_and_not_the_engine():
 
     run(main())
     run(engine.close())
-
-
-# ---------------------------------------------------------------------- failure and end
-
-
-def test_sequences_longer_than_the_first_tables():
-    engine = build(msgspec.structs.replace(SMALL, num_pages=100, prefill_chunk=100, max_batched_tokens=200))
-    short, long = (
-        ask("short", (4, 5), max_new_tokens=40),
-        ask("long", tuple(random.randrange(4, 24) for _ in range(500)), max_new_tokens=12),
-    )
-    results = run(gather(engine, [short, long]))
-    decoder = random_decoder(SHAPE, 0)
-    for request in (short, long):
-        tokens, logprobs, _ = by_hand(decoder, request, 0)
-        assert list(results[request.request_id][0][0].logprobs) == logprobs
-        assert list(results[request.request_id][0][0].token_ids) == tokens
-    run(engine.close())
-
-
-def test_siblings_wait_for_a_row_without_computing_their_prompt_again():
-    config = EmbeddedConfig(num_pages=64, max_running=2, max_batched_tokens=64, prefix_cache=False)
-    requests = [ask("a", tuple(range(4, 24)), n=7, max_new_tokens=4)]
-    narrow, wide = build(config), build()
-    assert run(gather(narrow, requests)) == run(gather(wide, requests))
-    assert narrow.metrics()["num_computed_tokens"] == 20 + 7 * 3
-    run(narrow.close())
-    run(wide.close())
-
-
-def test_a_closed_event_loop_does_not_disturb_the_others():
-    engine = build()
-    loop = asyncio.new_event_loop()
-    task = loop.create_task(engine.generate(ask("a", max_new_tokens=600)))
-    loop.run_until_complete(asyncio.sleep(0.01))
-    loop.close()
-    assert len(run(engine.generate(ask("b"))).completions[0].token_ids) == 8
-    task.get_coro().close()
-    run(until_idle(engine))
-    run(engine.close())
-    del task
-
-
-def test_a_vanished_engine_thread_is_noticed(monkeypatch):
-    monkeypatch.setattr("miles_rollout.engines.embedded.engine._LIVENESS_S", 0.05)
-    engine = build()
-    monkeypatch.setattr(engine, "_run", lambda: None)
-
-    async def main() -> None:
-        with pytest.raises(EngineFailure, match="without a word"):
-            await engine.generate(ask("a"))
-        with pytest.raises(EngineFailure, match="ended"):
-            await engine.abort("a")
-            engine._replies["b"] = None
-            await engine.abort("b")
-
-    run(main())
-
-
-def test_a_failing_step_tells_everybody_why(monkeypatch):
-    engine = build()
-    core = engine._core
-    assert core is not None
-    step, count = core.step, 0
-
-    def failing() -> Any:
-        nonlocal count
-        count += 1
-        if count == 5:
-            raise MemoryError("no memory for the step")
-        return step()
-
-    monkeypatch.setattr(core, "step", failing)
-
-    async def main() -> None:
-        calls = [engine.generate(ask(f"{i}", max_new_tokens=100)) for i in range(4)]
-        for result in await asyncio.gather(*calls, return_exceptions=True):
-            assert isinstance(result, EngineFailure) and isinstance(result.__cause__, MemoryError)
-            assert "no memory for the step" in str(result)
-        with pytest.raises(EngineFailure, match="no memory"):
-            await engine.generate(ask("later"))
-        with pytest.raises(EngineFailure, match="no memory"):
-            new = state(1)
-            await engine.update_weights(make_manifest(new, version=1, contract_digest=engine.info().contract_digest), new)
-        await engine.close()
-
-    run(main())
-
-
-def test_a_tokenizer_that_fails_fails_one_request():
-    class Picky(CharTokenizer):
-        def decode(self, ids: Any, **options: Any) -> str:
-            if len(ids) == 3:
-                raise ValueError("three tokens are too much")
-            return super().decode(ids, **options)
-
-    engine = EmbeddedEngine(random_decoder(SHAPE, 0), Picky(TOKENIZER.alphabet), SMALL)
-
-    async def main() -> None:
-        bad, good = await asyncio.gather(
-            engine.generate(ask("bad", max_new_tokens=3)), engine.generate(ask("good", max_new_tokens=9)), return_exceptions=True
-        )
-        assert isinstance(bad, ValueError) and "three tokens" in str(bad)
-        assert len(good.completions[0].token_ids) == 9
-        await engine.close()
-
-    run(main())
-
-
-def test_close_aborts_what_runs_and_is_idempotent():
-    engine = build()
-
-    async def main() -> None:
-        tasks = [asyncio.create_task(engine.generate(ask(f"{i}", max_new_tokens=600))) for i in range(3)]
-        await asyncio.sleep(0)
-        await engine.close()
-        for task in tasks:
-            assert (await task).completions[0].finish_reason == "abort"
-        await engine.close()
-        with pytest.raises(EngineFailure, match="closed"):
-            await engine.generate(ask("late"))
-
-    run(main())
-    assert engine.metrics()["num_running"] == 0 and engine.info().vocab_size == 24
-    idle = build()
-    run(idle.close())
-    run(idle.close())
-
-
-def test_load_engine_from_a_directory(tmp_path):
-    from miles_kernels.nn.checkpoint import save_decoder
-
-    save_decoder(random_decoder(SHAPE, 0), tmp_path)
-    TOKENIZER.save(tmp_path)
-    engine, direct = load_engine(tmp_path, SMALL, weight_version=2), build()
-    a, b = run(engine.generate(ask("a"))), run(direct.generate(ask("a")))
-    assert a.completions[0].logprobs == b.completions[0].logprobs
-    assert engine.info().model == str(tmp_path) and engine.info().weight_version == 2
-    run(engine.close())
-    run(direct.close())
-    with pytest.raises(ValueError, match="not a directory"):
-        load_engine(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="float32, bfloat16"):
-        load_engine(tmp_path, dtype="float16")
