@@ -15,10 +15,10 @@ from miles_core.config.dump import differences, read_config
 from miles_core.config.schema import RunConfig
 from miles_core.data.load import load_prompts, load_sft
 from miles_core.data.source import PromptSource
-from miles_core.eval.evaluate import Evaluation, Evaluator, eval_params
+from miles_core.eval.evaluate import Evaluation, Evaluator
 from miles_core.feed import Feed, ReplayFeed, RolloutFeed, SftFeed
 from miles_core.interrupt import StopRequest
-from miles_core.models import LoadedModel, load_model, use_threads
+from miles_core.models import LoadedModel, load_model, prompt_room, use_threads
 from miles_core.progress import make_progress
 from miles_core.rollout import Scorer
 from miles_core.run import Run
@@ -114,7 +114,7 @@ def _feed(
         count = config.sft.sequences_per_step
         return SftFeed(examples, sequences_per_step=count, seed=seed, shuffle=data.shuffle, max_epochs=data.max_epochs)
     assert engine is not None and scorer is not None
-    prompts, report = load_prompts(data.train, model.tokenizer, data, max_tokens=prompt_room(config, model))
+    prompts, report = load_prompts(data.train, model.tokenizer, data, max_tokens=prompt_room(model.decoder.config, config))
     _report(report.lines(), "train", say)
     scorer.check_prompts(prompts)
     source = PromptSource(prompts, seed=seed, shuffle=data.shuffle, max_epochs=data.max_epochs)
@@ -125,8 +125,8 @@ def _feed(
 def _evaluator(config: RunConfig, model: LoadedModel, scorer: Scorer, say: Say) -> Evaluator | None:
     if config.eval.every is None:
         return None
-    longest = eval_params(config.eval, config.sampling, 0).max_new_tokens
-    prompts, report = load_prompts(config.data.eval, model.tokenizer, config.data, max_tokens=model.context(config) - longest)
+    room = prompt_room(model.decoder.config, config, held_out=True)
+    prompts, report = load_prompts(config.data.eval, model.tokenizer, config.data, max_tokens=room)
     _report(report.lines(), "eval", say)
     return Evaluator(prompts, scorer, config.eval, config.sampling, config.rollout, seed=config.run.seed)
 
@@ -138,17 +138,6 @@ def _engine(config: RunConfig, model: LoadedModel, decoder: Any, *, weight_versi
     from miles_rollout.engines.embedded.engine import EmbeddedEngine
 
     return EmbeddedEngine(decoder, model.tokenizer, config.engine.embedded(), model=model.name, weight_version=weight_version)
-
-
-def prompt_room(config: RunConfig, model: LoadedModel) -> int:
-    """Most tokens a training prompt may have."""
-    room = model.context(config) - config.sampling.max_new_tokens
-    if room < 1:
-        raise ValueError(
-            f"sampling.max_new_tokens = {config.sampling.max_new_tokens} leaves no room for a prompt: "
-            f"the context holds {model.context(config)} tokens"
-        )
-    return room
 
 
 def _report(lines: list[str], what: str, say: Say) -> None:

@@ -80,12 +80,3 @@ class StepClock:
         """Seconds per part and since the clock was made."""
         parts = {f"perf/{name}_s": seconds for name, seconds in self._parts.items()}
         return parts | {"perf/step_s": time.perf_counter() - self._start}
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -32,14 +32,21 @@ class LoadedModel:
     tokenizer: Tokenizer
     name: str
 
-    def context(self, config: RunConfig) -> int:
-        """Most tokens of one sequence that the model and the engine's settings allow."""
-        return context_of(self.decoder.config, config)
-
 
 def context_of(decoder: DecoderConfig, config: RunConfig) -> int:
     """Most tokens of one sequence that the model and the engine's settings allow."""
     return min(decoder.max_position_embeddings, config.engine.max_context or decoder.max_position_embeddings)
+
+
+def prompt_room(decoder: DecoderConfig, config: RunConfig, *, held_out: bool = False) -> int:
+    """Most tokens a prompt may have so that its completion fits. Raises ValueError when there is no room at all."""
+    context = context_of(decoder, config)
+    own = held_out and config.eval.max_new_tokens is not None
+    longest = config.eval.max_new_tokens if held_out and config.eval.max_new_tokens else config.sampling.max_new_tokens
+    if longest >= context:
+        key = "eval.max_new_tokens" if own else "sampling.max_new_tokens"
+        raise ValueError(f"{key} = {longest} leaves no room for a prompt: the context holds {context} tokens")
+    return context - longest
 
 
 def model_dir(config: ModelConfig, say: Callable[[str], None]) -> Path | None:

@@ -13,7 +13,8 @@ from miles_core.config.schema import RunConfig
 from miles_core.eval.evaluate import Evaluation, Evaluator
 from miles_core.feed import Feed, Portion
 from miles_core.interrupt import StopRequest
-from miles_core.metrics import StepClock, peak_rss_bytes
+from miles_core.memory import peak_rss_bytes, release_freed
+from miles_core.metrics import StepClock
 from miles_core.progress import Progress
 from miles_core.rundir import RunDir
 from miles_core.sync.inprocess import publish
@@ -84,6 +85,7 @@ class Run:
         """Bring the engine to the trainer's weights, as version `step`."""
         if self.engine is not None and self.trainer is not None:
             self.runner.run(publish(self.trainer, self.engine, self.step))
+            release_freed()
 
     def evaluate(self, *, at_start: bool = False, at_end: bool = False) -> dict[str, float] | None:
         """Metrics on the held-out prompts if that is due now. Their tokens, too, are compared with the trainer bit by bit."""

@@ -8,8 +8,7 @@ from typing import Literal
 
 from miles_core.config.schema import RunConfig
 from miles_core.data.load import load_prompts, load_sft
-from miles_core.eval.evaluate import eval_params
-from miles_core.models import context_of, load_shape
+from miles_core.models import load_shape, prompt_room
 from miles_core.rollout import Scorer, load_filters
 from miles_kernels.nn.config import DecoderConfig
 from miles_rollout.text import Tokenizer
@@ -27,8 +26,7 @@ def explain(config: RunConfig, mode: Literal["train", "sft", "rollout"], say: Ca
 
 
 def _policy(config: RunConfig, shape: DecoderConfig, tokenizer: Tokenizer, *, trains: bool) -> list[str]:
-    context = context_of(shape, config)
-    prompts, report = load_prompts(config.data.train, tokenizer, config.data, max_tokens=context - config.sampling.max_new_tokens)
+    prompts, report = load_prompts(config.data.train, tokenizer, config.data, max_tokens=prompt_room(shape, config))
     load_filters(config.rollout)
     with Scorer(config.reward) as scorer:
         scorer.check_prompts(prompts)
@@ -79,8 +77,8 @@ def _schedule(config: RunConfig) -> str:
 def _evaluation(config: RunConfig, shape: DecoderConfig, tokenizer: Tokenizer) -> list[str]:
     if config.eval.every is None:
         return ["evaluation: none (eval.every is unset)"]
-    longest = eval_params(config.eval, config.sampling, 0).max_new_tokens
-    prompts, _ = load_prompts(config.data.eval, tokenizer, config.data, max_tokens=context_of(shape, config) - longest)
+    room = prompt_room(shape, config, held_out=True)
+    prompts, _ = load_prompts(config.data.eval, tokenizer, config.data, max_tokens=room)
     count = min(len(prompts), config.eval.max_prompts or len(prompts))
     how = "greedy" if config.eval.temperature == 0 else f"temperature {config.eval.temperature:g}"
     return [

@@ -164,7 +164,7 @@ def _message(detail: Any, source: Source, overrides: Sequence[Override]) -> str:
         if len(location) == 1:
             what = f"unknown section{_nearest(key, known)}; sections: {', '.join(known)}"
     elif detail["type"] == "missing":
-        what = "is required"
+        what = f"is required{_purpose(location)}"
     else:
         what = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
         if detail["type"] != "value_error" and not isinstance(detail["input"], dict):
@@ -192,6 +192,13 @@ def _fields_at(location: KeyPath) -> list[str]:
         if model is None:
             return []
     return list(model.model_fields)
+
+
+def _purpose(location: KeyPath) -> str:
+    """What a required section is for: the first line of its documentation."""
+    field = RunConfig.model_fields.get(str(location[0])) if len(location) == 1 else None
+    section = None if field is None else _section_in(field.annotation)
+    return f": {(section.__doc__ or '').splitlines()[0]}" if section is not None else ""
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:

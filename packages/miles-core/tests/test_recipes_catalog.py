@@ -1,0 +1,60 @@
+"""Packaged recipes: they resolve, their data has two disjoint halves, their model is the one they describe."""
+
+from __future__ import annotations
+
+import pytest
+
+from miles_core.config.load import load_config
+from miles_core.data.load import load_rows
+from miles_core.recipes import addition, sorting
+from miles_core.recipes.catalog import packaged_model, recipe_command, recipe_names, recipe_summary
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_resolve_and_their_splits_are_disjoint(name: str) -> None:
+    config = load_config(name)
+    assert config.run.name == name and recipe_summary(name) and recipe_command(name) in ("train", "sft")
+    train = {row.columns["prompt"] for spec in config.data.train for row in load_rows(spec)}
+    held_out = {row.columns["prompt"] for spec in config.data.eval for row in load_rows(spec)}
+    shown = {shot.prompt for shot in config.data.fewshot}
+    assert train and held_out and not train & held_out and not shown & (train | held_out)
+
+
+def test_the_quickstart_model_is_the_one_its_recipe_describes() -> None:
+    from miles_core.models import load_model, random_shape
+
+    loaded = load_model(load_config("quickstart"), lambda line: None)
+    described = random_shape(load_config("quickstart-sft").model, loaded.tokenizer)
+    assert loaded.decoder.config == described
+    assert sum(p.numel() for p in loaded.decoder.parameters()) < 500_000
+    folder = packaged_model("recipe:quickstart")
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 2 << 20
+    with pytest.raises(ValueError, match="recipe:quickstart"):
+        packaged_model("recipe:other")
+
+
+def test_sorting_problems() -> None:
+    rows = list(sorting.problems(size=2000, seed=5, careless=0.5))
+    assert len({row["prompt"] for row in rows}) == 2000
+    assert rows[:10] == list(sorting.problems(size=10, seed=5, careless=0.5))
+    assert rows[:10] != list(sorting.problems(size=10, seed=6, careless=0.5))
+    for row in rows:
+        digits = row["prompt"].removesuffix("=")
+        assert row["label"] == "".join(sorted(digits)) and 4 <= len(digits) <= 6 and not sorting.is_held_out(digits)
+        assert row["completion"] in (row["label"], "".join(sorted(digits[:-2])) + digits[-2:])
+    wrong = sum(row["completion"] != row["label"] for row in rows) / 2000
+    assert 0.35 < wrong < 0.5
+    assert all(row["completion"] == row["label"] for row in sorting.problems(size=50, split="eval"))
+    for bad in ({"split": "test"}, {"min_length": 1}, {"min_length": 7}, {"size": 10**9}):
+        with pytest.raises(ValueError):
+            list(sorting.problems(**bad))  # type: ignore[arg-type]
+
+
+def test_addition_problems_cover_the_table() -> None:
+    train, held_out = list(addition.problems()), list(addition.problems(split="eval"))
+    assert len(train) + len(held_out) == 96 and 20 <= len(held_out) <= 35
+    for row in train + held_out:
+        a, b = row["prompt"].removesuffix("=").split("+")
+        assert int(a) + int(b) == int(row["label"])
+    with pytest.raises(ValueError, match="train or eval"):
+        list(addition.problems(split="x"))
