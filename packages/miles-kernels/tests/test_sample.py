@@ -176,7 +176,8 @@ def oracle(logits, temperature, top_k, top_p, min_p):
             break
         kept.append(token)
         before += p[token]
-    return kept, {t: math.log(p[t] / math.fsum(p[k] for k in kept)) for t in kept}
+    mass = math.fsum(p[token] for token in kept)
+    return kept, {token: math.log(p[token] / mass) for token in kept}
 
 
 FILTERS = [

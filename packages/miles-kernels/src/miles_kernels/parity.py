@@ -83,19 +83,19 @@ class Workload:
 
     @classmethod
     def random(cls, vocab: int, seed: int, *, groups: int = 8, group_size: int = 8) -> Workload:
-        """Prompts of 1 to 40 tokens and one longer than a key block of 128; completions of 1 to 16."""
+        """Prompts of 1 to 30 tokens and one longer than a key block of 128; completions of 1 to 10."""
         generator = torch.Generator().manual_seed(seed)
 
         def number(low: int, high: int) -> int:
             return int(torch.randint(low, high + 1, (), generator=generator))
 
-        lengths = [139, 1] + [number(2, 40) for _ in range(groups)]
+        lengths = [139, 1] + [number(2, 30) for _ in range(groups)]
         tokens, prompt_lens, leaders, temperature = [], [], [], []
         for group in range(groups):
             prompt = torch.randint(vocab, (lengths[group],), generator=generator)
             leader = len(tokens)
             for _ in range(group_size):
-                tokens.append(torch.cat((prompt, torch.randint(vocab, (number(1, 16),), generator=generator))))
+                tokens.append(torch.cat((prompt, torch.randint(vocab, (number(1, 10),), generator=generator))))
                 prompt_lens.append(len(prompt))
                 leaders.append(leader)
                 temperature.append((1.0, 0.7, 1.3)[number(0, 2)])

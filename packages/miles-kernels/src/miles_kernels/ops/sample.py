@@ -97,6 +97,12 @@ def _token_bits(token_ids: Tensor) -> Tensor:
     return _xor_shift((token_ids * constants.narrow[0]).add_(constants.narrow[4]), 16, constants)
 
 
+@functools.lru_cache(maxsize=8)
+def _vocab_bits(vocab: int, device: torch.device) -> Tensor:
+    """`_token_bits` of the whole vocabulary [1, V]."""
+    return _token_bits(torch.arange(vocab, dtype=torch.int32, device=device)[None])
+
+
 def _gumbel(keys: tuple[Tensor, Tensor], token_bits: Tensor) -> Tensor:
     """Gumbel noise fp32 of hashed token ids [1, V] or [B, K] under row keys [B, 1].
 
@@ -109,8 +115,8 @@ def _gumbel(keys: tuple[Tensor, Tensor], token_bits: Tensor) -> Tensor:
     _xor_shift(bits.mul_(constants.narrow[1]), 15, constants, spare).add_(keys[1])
     _xor_shift(bits.mul_(constants.narrow[2]), 13, constants, spare)
     _xor_shift(bits.mul_(constants.narrow[3]), 16, constants, spare)
-    v = bits.view(torch.uint32).to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
-    return v.neg_().log1p_().neg_().log_().neg_()
+    minus_v = bits.view(torch.uint32).to(torch.float32).add_(0.5).mul_(-(2.0**-32)).clamp_(min=2.0**-24 - 1)
+    return minus_v.log1p_().abs_().log_().neg_()
 
 
 def keyed_gumbel(seed: Tensor | int, sample_id: Tensor, position: Tensor, vocab: int) -> Tensor:
@@ -118,8 +124,7 @@ def keyed_gumbel(seed: Tensor | int, sample_id: Tensor, position: Tensor, vocab:
 
     Example: argmax(logits / temperature + keyed_gumbel(...)) is one draw from softmax(logits / temperature).
     """
-    ids = torch.arange(vocab, dtype=torch.int32, device=sample_id.device)[None]
-    return _gumbel(_row_keys(seed, sample_id, position), _token_bits(ids))
+    return _gumbel(_row_keys(seed, sample_id, position), _vocab_bits(vocab, sample_id.device))
 
 
 def sample(
@@ -161,7 +166,7 @@ def sample(
             token[rest] = _draw_unfiltered(logits[rest], _rows_of(keys, rest), _row_of(temperature, rest), _row_of(greedy, rest))
         token[cut.rows], conditional = _draw_filtered(logits, keys, temperature, cut)
     logprob = logprob_from_logits(logits, token, temperature, entropy=False).logprob
-    token.masked_fill_(~torch.isfinite(logprob), -1)
+    token.masked_fill_(logprob - logprob != 0, -1)  # true of NaN and infinities only
     if cut is None:
         return SampleOutput(token, logprob, logprob)
     sampled = logprob.clone()
@@ -236,7 +241,7 @@ def _draw_unfiltered(logits: Tensor, keys: tuple[Tensor, Tensor], temperature: T
     if greedy is True:
         return logits.argmax(dim=1)
     rows, vocab = logits.shape
-    bits = _token_bits(torch.arange(vocab, dtype=torch.int32, device=logits.device)[None])
+    bits = _vocab_bits(vocab, logits.device)
     step = max(1, _CHUNK_ELEMENTS // vocab)
     tokens = []
     for start in range(0, rows, step):
