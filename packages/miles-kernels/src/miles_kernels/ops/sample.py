@@ -272,8 +272,8 @@ def _draw_filtered(logits: Tensor, keys: tuple[Tensor, Tensor], temperature: Ten
     todo = torch.arange(cut.rows.shape[0], device=logits.device)
     for prefix in (*PREFIXES, vocab):
         # A finite top-k needs no more than its k; what is left over had its boundary beyond the prefix.
-        limited = torch.where(cut.most[todo] < vocab, cut.most[todo], 0)
-        count = min(vocab, max(prefix, int(limited.max())))
+        needed = torch.where(cut.most[todo] < vocab, cut.most[todo], prefix)
+        count = min(vocab, int(needed.max()))
         left = []
         for part in todo.split(max(1, _CHUNK_RANKED // vocab)):
             group = cut.take(part)
