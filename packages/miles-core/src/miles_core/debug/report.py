@@ -12,6 +12,7 @@ from typing import Any
 from miles_core.debug.page import CSS, page
 from miles_core.debug.plots import Plot, Series, draw
 from miles_core.metrics import Row, read_metrics
+from miles_rollout.text import Tokenizer, load_tokenizer
 from miles_rollout.wire import Sample, read_samples
 
 _NUM_SAMPLES = 8
@@ -137,11 +138,12 @@ def _samples(run: Path) -> str:
     if not files:
         return ""
     shown = list(dict.fromkeys([files[0], files[-1]]))
+    tokenizer = _tokenizer(run)
     parts = ["<h2>Samples</h2>"]
     for file in shown:
         samples = read_samples(file)
         stride = max(1, len(samples) // _NUM_SAMPLES)
-        rows = "".join(_sample_row(sample) for sample in samples[::stride][:_NUM_SAMPLES])
+        rows = "".join(_sample_row(sample, tokenizer) for sample in samples[::stride][:_NUM_SAMPLES])
         step = int(file.stem.removeprefix("step_"))
         parts.append(
             f"<h3>Step {step}</h3><table><tr><th>prompt</th><th>completion</th><th>label</th><th>reward</th></tr>{rows}</table>"
@@ -149,9 +151,17 @@ def _samples(run: Path) -> str:
     return "".join(parts)
 
 
-def _sample_row(sample: Sample) -> str:
+def _tokenizer(run: Path) -> Tokenizer | None:
+    """The tokenizer of the newest checkpoint, to show prompts as text; a run without checkpoints shows the rows' names."""
+    models = sorted(run.glob("checkpoints/step_*/trainer/model"))
+    return load_tokenizer(models[-1]) if models else None
+
+
+def _sample_row(sample: Sample, tokenizer: Tokenizer | None) -> str:
     reward = f"{sample.reward:g}" if sample.reward is not None else f"{sample.reward_status}: {sample.reward_detail}"
-    cells = (sample.prompt_id, sample.text, sample.label or "", reward)
+    num_prompt = next((i for i, sampled in enumerate(sample.loss_mask) if sampled), len(sample.token_ids))
+    prompt = sample.prompt_id if tokenizer is None else tokenizer.decode(sample.token_ids[:num_prompt], skip_special_tokens=False)
+    cells = (prompt, sample.text, sample.label or "", reward)
     return "<tr>" + "".join(f"<td><code>{escape(_cut(cell))}</code></td>" for cell in cells) + "</tr>"
 
 
