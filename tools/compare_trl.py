@@ -125,6 +125,7 @@ class TrlSide:
             start = inputs["input_ids"].shape[1]
             wanted = [lengths[row // group] for row in range(rows)]
             out = generate(**inputs, stopping_criteria=[RowLengths(start, wanted)])
+            out[:, start:][out[:, start:] == tokenizer.eos_token_id] = tokenizer.eos_token_id + 1  # nothing ends by itself
             for row, count in enumerate(wanted):
                 out[row, start + count - 1] = tokenizer.eos_token_id
             return out

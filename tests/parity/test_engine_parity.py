@@ -49,7 +49,7 @@ CONFIGS = {
     "all together": ROOMY,
     "small chunks": msgspec.structs.replace(ROOMY, prefill_chunk=13, max_batched_tokens=80),
     "large chunks, no cache": msgspec.structs.replace(ROOMY, prefix_cache=False),
-    "short of memory": EmbeddedConfig(num_pages=12, max_running=16, max_batched_tokens=256, prefill_chunk=33),
+    "short of memory": EmbeddedConfig(num_pages=9, max_running=16, max_batched_tokens=256, prefill_chunk=33),
 }
 
 

@@ -84,8 +84,9 @@ class PlainDecoder:
         sizes = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
         q, k, v = F.linear(x, layer.qkv_proj).view(len(x), -1, c.head_dim).split(sizes, 1)
         if c.qk_norm:
-            q = F.rms_norm(q, (c.head_dim,), layer.q_norm, c.rms_norm_eps)
-            k = F.rms_norm(k, (c.head_dim,), layer.k_norm, c.rms_norm_eps)
+            q_norm, k_norm = layer.qk_norm.view(2, -1)
+            q = F.rms_norm(q, (c.head_dim,), q_norm, c.rms_norm_eps)
+            k = F.rms_norm(k, (c.head_dim,), k_norm, c.rms_norm_eps)
         q, k = (t * cos + torch.cat((-t.chunk(2, -1)[1], t.chunk(2, -1)[0]), -1) * sin for t in (q, k))
         k_pool, v_pool = kv.update(layer.index, k, v)
         return F.linear(_sdpa(q, k_pool, v_pool, kv.plan).flatten(1), layer.o_proj)

@@ -57,7 +57,7 @@ def test_probe_detects_a_gemm_that_depends_on_its_batch(monkeypatch: pytest.Monk
     monkeypatch.setattr(probe, "mm", lambda a, b, mode: F.linear(a, b))
     failures = tuple(name for name, ok in probe._cases("native") if not ok)
     assert any("rows=1 " in name for name in failures)
-    report = ProbeReport("exact", "0" * 12, 1, failures, 0.0)
+    report = ProbeReport("exact", "0" * 12, 4, 1, failures, 0.0)
     monkeypatch.setattr(contract, "probe", lambda: report)
     assert Contract.reference().matmul == "exact"
     with pytest.raises(ValueError, match="not batch-invariant in this process, e.g. mm"):

@@ -67,8 +67,9 @@ class DecoderLayer(nn.Module):
         self.input_norm = _parameter(hidden)
         self.qkv_proj = _parameter(q_size + 2 * kv_size, hidden)
         self.qkv_bias = _parameter(q_size + 2 * kv_size) if config.attention_bias else None
-        self.q_norm = _parameter(dim) if config.qk_norm else None
-        self.k_norm = _parameter(dim) if config.qk_norm else None
+        self.qk_norm = _parameter(2 * dim) if config.qk_norm else None  # a vector, so that weight decay spares it
+        kinds = torch.tensor([0] * config.num_attention_heads + [1] * config.num_key_value_heads)
+        self.register_buffer("head_kinds", kinds, persistent=False)
         self.o_proj = _parameter(hidden, q_size)
         self.o_bias = _parameter(hidden) if config.output_bias else None
         self.post_norm = _parameter(hidden)
@@ -95,9 +96,9 @@ class DecoderLayer(nn.Module):
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         qkv = linear(x, self.qkv_proj, self.qkv_bias, mode=mode).view(-1, heads + 2 * kv_heads, config.head_dim)
         qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = qk.split((heads, kv_heads), dim=1)
-            qk = torch.cat((rms_norm(q, self.q_norm, config.rms_norm_eps), rms_norm(k, self.k_norm, config.rms_norm_eps)), dim=1)
+        if self.qk_norm is not None:
+            weight = self.qk_norm.view(2, -1).index_select(0, self.head_kinds)
+            qk = rms_norm(qk, weight, config.rms_norm_eps)
         q, k = apply_rope(qk, cos, sin).split((heads, kv_heads), dim=1)
         k_pool, v_pool = kv.update(self.index, k, v)
         out = attention(q, k_pool, v_pool, kv.plan, scale=self.scale, window=self.window, mode=mode)
@@ -229,8 +230,7 @@ def _hf_layer(layer: DecoderLayer) -> Iterator[tuple[str, Tensor]]:
     yield "input_layernorm.weight", layer.input_norm.detach()
     yield from _parts("self_attn", names, ".weight", layer.qkv_proj, sizes)
     yield from _parts("self_attn", names, ".bias", layer.qkv_bias, sizes)
-    yield from _parts("self_attn", ("q_norm",), ".weight", layer.q_norm, (dim,))
-    yield from _parts("self_attn", ("k_norm",), ".weight", layer.k_norm, (dim,))
+    yield from _parts("self_attn", ("q_norm", "k_norm"), ".weight", layer.qk_norm, (dim, dim))
     yield from _parts("self_attn", ("o_proj",), ".weight", layer.o_proj, (config.hidden_size,))
     yield from _parts("self_attn", ("o_proj",), ".bias", layer.o_bias, (config.hidden_size,))
     yield "post_attention_layernorm.weight", layer.post_norm.detach()

@@ -21,7 +21,7 @@ from miles_kernels.ops.attention_plan import (
     plan_attention,
     table_plan,
 )
-from miles_kernels.ops.matmul import MIN_ROWS, Mode, bmm_nt, bmm_pv, default_mode, softmax_rows
+from miles_kernels.ops.matmul import Mode, attention_rows, bmm_nt, bmm_pv, default_mode, softmax_rows
 
 __all__ = [
     "AttentionBucket",
@@ -97,11 +97,14 @@ def _gather_keys(pool: Tensor, bucket: AttentionBucket, shape: _Shape) -> Tensor
 
 
 def _probabilities(q: Tensor, k: Tensor, bucket: AttentionBucket, start: int, stop: int, shape: _Shape) -> Tensor:
-    """[Hkv * S, (stop - start) * G, keys]; rows that only pad a short segment hold raw scores instead (never read)."""
+    """[Hkv * S, (stop - start) * G, keys]; rows that only pad a short segment hold something else (never read)."""
     segments, queries = bucket.q_index.shape
     rows = bucket.layout(shape.group).rows
     keys = k.shape[1]
     scores = bmm_nt(q, k, shape.mode)
+    if queries == 1:
+        mask = bucket.mask(1, 0, 1, keys, shape.window).squeeze(1)
+        return softmax_rows(scores.view(shape.kv, segments, -1, keys).add_(mask), shape.mode).view_as(scores)
     used = min(stop, queries) - start
     mask = bucket.mask(rows, start, start + used, keys, shape.window)
     if used == stop - start:
@@ -114,7 +117,7 @@ def _probabilities(q: Tensor, k: Tensor, bucket: AttentionBucket, start: int, st
 
 
 def _tiles(bucket: AttentionBucket, shape: _Shape) -> list[tuple[int, int, int]]:
-    return bucket.tiles(bucket.layout(shape.group).rows, -(-MIN_ROWS // shape.group))
+    return bucket.tiles(bucket.layout(shape.group).rows, -(-attention_rows() // shape.group))
 
 
 def _bucket_forward(q: Tensor, k: Tensor, v: Tensor, bucket: AttentionBucket, shape: _Shape) -> Tensor:

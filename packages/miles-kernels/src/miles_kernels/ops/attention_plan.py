@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from miles_kernels.ops.matmul import MIN_ROWS
+from miles_kernels.ops.matmul import attention_rows
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class Segment(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A bucket's queries padded so that `rows` * G >= 16 (padding repeats the segment's first query)."""
+    """A bucket's queries padded so that `rows` * G >= `attention_rows()` (padding repeats the segment's first query)."""
 
     rows: int
     q_gather: Tensor
@@ -96,7 +96,9 @@ class AttentionBucket:
 
     def _make_layout(self, group: int) -> Layout:
         segments, queries = self.q_index.shape
-        rows = max(queries, -(-MIN_ROWS // group))
+        rows = max(queries, -(-attention_rows() // group))
+        if self.q_index is _column(segments):
+            return _decode_layout(segments, rows)
         if queries == 1 and bool((self.q_index[:, 0] >= 0).all()):
             valid = _first_of(segments, rows)
         else:
@@ -192,7 +194,7 @@ def decode_plan(slot_table: Tensor, kv_len: Tensor) -> AttentionPlan:
     lens = kv_len.tolist()
     width = _round_up(max(lens, default=1), KEY_MULTIPLE)
     waste = width * len(lens) - sum(lens)
-    uneven = waste * MIN_ROWS > BUCKET_OVERHEAD and waste > 0.25 * sum(lens)
+    uneven = waste * attention_rows() > BUCKET_OVERHEAD and waste > 0.25 * sum(lens)
     if uneven or width * len(lens) > BUCKET_KEYS:
         ones = [1] * len(lens)
         firsts = [length - 1 for length in lens]
@@ -264,7 +266,7 @@ def _group(q_lens: Sequence[int], kv_lens: Sequence[int]) -> list[tuple[list[int
         new_queries, new_keys = max(queries, q), max(keys, k)
         padded = (len(members) + 1) * new_queries * new_keys
         useful_now = useful + q * k
-        waste = (padded - useful_now) * (MIN_ROWS if new_queries == 1 else 1)
+        waste = (padded - useful_now) * (attention_rows() if new_queries == 1 else 1)
         too_large = padded > BUCKET_PAIRS or (len(members) + 1) * new_keys > BUCKET_KEYS
         if members and (too_large or (waste > BUCKET_OVERHEAD and padded > 1.25 * useful_now)):
             groups.append((members, queries, keys))
@@ -298,6 +300,12 @@ def _round_up(x: int, multiple: int) -> int:
 @lru_cache(maxsize=256)
 def _column(size: int) -> Tensor:
     return torch.arange(size).unsqueeze(1)
+
+
+@lru_cache(maxsize=256)
+def _decode_layout(segments: int, rows: int) -> Layout:
+    """One query per segment, query s belonging to segment s."""
+    return Layout(rows, _column(segments).expand(segments, rows).reshape(-1), _first_of(segments, rows))
 
 
 @lru_cache(maxsize=256)

@@ -25,12 +25,15 @@ MIN_ROWS = 16
 NARROW_COLUMNS = 64
 """Below this many columns, column counts off the multiple of 16 split badly over threads; they are padded too."""
 COLUMN_MULTIPLE = 16
+ATTENTION_ROWS = (4, 16)
+"""Fewest query rows per matrix of a batched product: the first count that the probe proves (see `attention_rows`)."""
 KV_BLOCK = 128
 """Keys per probability-times-value product: longer reductions would change the BLAS' blocking with the length."""
 SUM_GRID = 2.0**32
 """Exact row sums: values up to 1 on this grid sum without rounding in float64 over rows of up to 2^20."""
 
 _default_mode: Mode | None = None
+_attention_rows: int | None = None
 
 
 def default_mode() -> Mode:
@@ -41,6 +44,16 @@ def default_mode() -> Mode:
 
         _default_mode = probe().mode
     return _default_mode
+
+
+def attention_rows() -> int:
+    """Query rows to which a matrix of a batched product is padded at least, as proved by this process' probe."""
+    global _attention_rows
+    if _attention_rows is None:
+        from miles_kernels.probe import probe
+
+        _attention_rows = probe().attention_rows
+    return _attention_rows
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:
@@ -81,10 +94,17 @@ def mm_wgrad(grad: Tensor, a: Tensor) -> Tensor:
 
 
 def bmm_nt(q: Tensor, k: Tensor, mode: Mode) -> Tensor:
-    """`q[B, R, D] @ k[B, n, D]^T` as float32 [B, R, n] for float32 inputs, R >= 16 and n a multiple of 16."""
+    """`q[B, R, D] @ k[B, n, D]^T` as float32 [B, R, n] for float32 inputs, R >= `attention_rows()`, n a multiple of 16."""
     if mode == "exact":
         return _mm_exact(q, k)
-    return torch.bmm(q, k.transpose(1, 2))
+    return _bmm(q, k.transpose(1, 2))
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    """torch.bmm, but a lone small matrix gets a twin: alone it would be one GEMM, whose rows are split over threads."""
+    if a.shape[0] == 1 and a.shape[1] < MIN_ROWS:
+        return torch.bmm(a.repeat(2, 1, 1), b.repeat(2, 1, 1))[:1]
+    return torch.bmm(a, b)
 
 
 def bmm_pv(p: Tensor, v: Tensor, mode: Mode) -> Tensor:
@@ -92,7 +112,7 @@ def bmm_pv(p: Tensor, v: Tensor, mode: Mode) -> Tensor:
 
     Keys whose probability is zero add exact zeros, so a row's bits do not depend on how far n reaches beyond its keys.
     """
-    product = _pv_exact if mode == "exact" else torch.bmm
+    product = _pv_exact if mode == "exact" else _bmm
     n = p.shape[2]
     if n <= KV_BLOCK:
         return product(p, v)

@@ -11,6 +11,8 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / rms(x)` over the last dimension, rounded to x's dtype, then times `weight[H]`; any leading shape.
 
+    With a weight per head, `weight[heads, D]` for `x[..., heads, D]`, queries and keys can share one call.
+
     The mean square and the scaling are float32. Backward is float32, deterministic.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -45,7 +47,7 @@ class _RMSNorm(torch.autograd.Function):
         dx = dw = None
         if ctx.needs_input_grad[1]:
             rounded = normed.to(x.dtype).float()
-            dw = (grad * rounded).reshape(-1, weight.shape[0]).sum(0).to(weight.dtype)
+            dw = (grad * rounded).reshape(-1, *weight.shape).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             inner = grad * weight.float()
             projection = (inner * normed).mean(-1, keepdim=True)
