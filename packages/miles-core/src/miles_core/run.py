@@ -97,6 +97,7 @@ class Run:
         result = self.runner.run(self.evaluator.evaluate(self.engine))
         write_samples(self.dir.eval_samples(self.step), result.samples)
         metrics = {**result.metrics, **self._verify(result)}
+        release_freed()
         if at_start and "eval/tokens_unequal" in metrics:
             metrics |= {
                 "mismatch/tokens_unequal": metrics["eval/tokens_unequal"],
