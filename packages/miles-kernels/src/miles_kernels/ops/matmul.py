@@ -62,6 +62,15 @@ def _pad_rows(x: Tensor, rows: int) -> Tensor:
 
 def mm(a: Tensor, b: Tensor, mode: Mode | None = None) -> Tensor:
     """`a[M, K] @ b[N, K]^T` as float32 [M, N]; each row's bits depend on that row and on `b` only."""
+    if (
+        mode == "native"
+        and a.dtype is b.dtype is torch.float32
+        and a.shape[0] >= MIN_ROWS
+        and b.shape[0] >= NARROW_COLUMNS
+        and a.is_contiguous()
+        and b.is_contiguous()
+    ):
+        return torch.mm(a, b.t())  # the common case, without further questions
     if a.dtype is not torch.float32:
         a = a.float()
     if b.dtype is not torch.float32:
