@@ -8,6 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && exit; done; echo python3)
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= passive
 
 help:
 	@sed -n 's/^#   //p' Makefile

@@ -18,6 +18,7 @@ from miles_core.data.source import PromptSource
 from miles_core.eval.evaluate import Evaluation, Evaluator
 from miles_core.feed import Feed, ReplayFeed, RolloutFeed, SftFeed
 from miles_core.interrupt import StopRequest
+from miles_core.memory import prepare_heap
 from miles_core.models import LoadedModel, load_model, prompt_room, use_threads
 from miles_core.progress import make_progress
 from miles_core.rollout import Scorer
@@ -57,6 +58,7 @@ def compose(config: RunConfig, request: Request, say: Say) -> Run:
         run_dir.check_new()
     with ExitStack() as stack:
         model = load_model(config, say)
+        prepare_heap(sum(weight.nbytes for weight in model.decoder.parameters()))
         runner = stack.enter_context(asyncio.Runner())
         run = Run(
             config=config,
