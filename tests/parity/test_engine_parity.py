@@ -67,8 +67,9 @@ def make_requests(rng: random.Random, count: int) -> list[GenerateRequest]:
     for i in range(count):
         own = tuple(rng.randrange(4, TOKENIZER.vocab_size) for _ in range(rng.randint(1, 60)))
         sampling = SamplingParams(
-            max_new_tokens=rng.randint(1, 24),
-            n=rng.choice([1, 3]),
+            max_new_tokens=rng.randint(1, 24) if i % 2 else 24,
+            ignore_eos=i % 2 == 0,  # the longest ones do run out of memory where there is little
+            n=rng.choice([1, 3]) if i % 2 else 3,
             temperature=rng.choice([1.0, 0.8, 0.0]),
             seed=rng.randrange(2**31),
         )
