@@ -18,11 +18,12 @@ import torch
 
 
 def draw_lengths(kind: str, count: int, longest: int, *, shortest: int = 4, seed: int = 0) -> list[int]:
-    """New tokens per request: all `longest` ("even"), or uniform in shortest..longest ("uneven")."""
+    """New tokens per request: all `longest` ("even"), or evenly spaced over shortest..longest in random order ("uneven")."""
     if kind == "even":
         return [longest] * count
-    rng = random.Random(seed)
-    return [rng.randint(shortest, longest) for _ in range(count)]
+    lengths = [round(shortest + (longest - shortest) * i / max(1, count - 1)) for i in range(count)]
+    random.Random(seed).shuffle(lengths)
+    return lengths
 
 
 def draw_prompts(count: int, length: int, vocab_size: int, *, lowest: int = 4, seed: int = 1) -> list[list[int]]:

@@ -27,7 +27,7 @@ def test_probe_prints_mode_and_failures(capsys, monkeypatch):
     assert capsys.readouterr().out.startswith("mode ")
     import miles_kernels.probe as probe_module
 
-    report = probe_module.ProbeReport("exact", "abc", 4, 2, ("mm K=64 N=192 rows=1 threads=2",), 0.01)
+    report = probe_module.ProbeReport("exact", "abc", 4, 4, 2, ("mm K=64 N=192 rows=1 threads=2",), 0.01)
     monkeypatch.setattr(probe_module, "probe", lambda: report)
     assert cli.main(["probe"]) == 0
     out = capsys.readouterr().out

@@ -49,15 +49,18 @@ def test_probe_is_quick_and_cached() -> None:
     assert report is probe.probe() and report.num_cases > 80
     assert report.mode == ("exact" if report.failures else "native")
     assert matmul.default_mode() == report.mode
-    assert all(ok for _, ok in probe._cases("exact"))
+    assert report.gemm_rows in matmul.GEMM_ROWS and report.attention_rows in matmul.ATTENTION_ROWS
+    x, w = fixed_values(80, 64), fixed_values(192, 64, salt=1)
+    exact = [*probe._compare("exact", lambda rows: matmul.mm(x[rows], w, "exact"), 80), *probe._attention_cases("exact", 4)]
+    assert exact and all(ok for _, ok in exact)
 
 
 def test_probe_detects_a_gemm_that_depends_on_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: the probe must reject torch's own linear, and the contract must then refuse `native`."""
-    monkeypatch.setattr(probe, "mm", lambda a, b, mode: F.linear(a, b))
-    failures = tuple(name for name, ok in probe._cases("native") if not ok)
+    monkeypatch.setattr(probe, "mm_native", lambda a, b, least: F.linear(a, b))
+    failures = tuple(name for name, ok in probe._product_cases(4) if not ok)
     assert any("rows=1 " in name for name in failures)
-    report = ProbeReport("exact", "0" * 12, 4, 1, failures, 0.0)
+    report = ProbeReport("exact", "0" * 12, 4, 4, 1, failures, 0.0)
     monkeypatch.setattr(contract, "probe", lambda: report)
     assert Contract.reference().matmul == "exact"
     with pytest.raises(ValueError, match="not batch-invariant in this process, e.g. mm"):

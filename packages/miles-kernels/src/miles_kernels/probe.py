@@ -10,17 +10,30 @@ import functools
 import hashlib
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from miles_kernels.ops.matmul import ATTENTION_ROWS, Mode, bmm_nt, bmm_pv, mm, softmax_rows
+from miles_kernels.ops.matmul import (
+    ATTENTION_ROWS,
+    GEMM_ROWS,
+    MIN_ROWS,
+    NARROW_COLUMNS,
+    Mode,
+    bmm_nt,
+    bmm_pv,
+    mm,
+    mm_native,
+    softmax_rows,
+)
 
 ROW_COUNTS = {1: (1, 3, 8, 16, 17, 31, 64), 2: (1, 17)}
 """Row counts to try, by thread count. Two threads on a busy machine wait for each other, so they try fewer."""
+SMALL_ROW_COUNTS = (2, 5, 7, 11, 13)
+"""Tried as well where fewer than 16 rows are to be trusted."""
 MAX_ROWS = 80
 GEMM_SHAPES = ((64, 192), (128, 100), (1088, 272), (47, 20), (50, 1))
 """(K, N): an ordinary, a ragged, a long-K and two narrow layers."""
@@ -33,6 +46,8 @@ class ProbeReport:
     mode: Mode
     fingerprint: str
     """12 hex digits over the bits of fixed inputs through the ops in `mode`: equal processes compute equal bits"""
+    gemm_rows: int
+    """fewest rows of a GEMM that keep a row's bits, where it has columns enough"""
     attention_rows: int
     """fewest query rows per matrix of a batched product that keep a row's bits"""
     num_cases: int
@@ -46,7 +61,11 @@ def probe() -> ProbeReport:
     """Run the probe once per process and remember its answer."""
     began = time.perf_counter()
     with torch.no_grad():
-        cases = list(_cases("native"))
+        for least in GEMM_ROWS:
+            products = list(_product_cases(least))
+            if all(ok for _, ok in products):
+                break
+        cases = products + list(_other_cases())
         for rows in ATTENTION_ROWS:
             attention = list(_attention_cases("native", rows))
             if all(ok for _, ok in attention):
@@ -55,7 +74,7 @@ def probe() -> ProbeReport:
         failures = tuple(name for name, ok in cases if not ok)
         mode: Mode = "exact" if failures else "native"
         fingerprint = _fingerprint(mode)
-    return ProbeReport(mode, fingerprint, rows, len(cases), failures, time.perf_counter() - began)
+    return ProbeReport(mode, fingerprint, least, rows, len(cases), failures, time.perf_counter() - began)
 
 
 def fixed_values(*shape: int, salt: int = 0) -> Tensor:
@@ -77,15 +96,22 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _cases(mode: Mode) -> Iterator[tuple[str, bool]]:
+def _product_cases(least: int) -> Iterator[tuple[str, bool]]:
+    """GEMMs padded to `least` rows."""
+
     def product(x: Tensor, w: Tensor) -> Callable[[slice], Tensor]:
-        return lambda rows: mm(x[rows], w, mode)
+        return lambda rows: mm_native(x[rows], w, least)
 
     for salt, (k, n) in enumerate(GEMM_SHAPES):
         x, w = fixed_values(MAX_ROWS, k, salt=salt), fixed_values(n, k, salt=salt + 100)
+        small = {1: SMALL_ROW_COUNTS, 2: SMALL_ROW_COUNTS} if n >= NARROW_COLUMNS and least < MIN_ROWS else {}
         yield from _compare(f"mm K={k} N={n}", product(x, w), MAX_ROWS)
+        yield from _compare(f"mm K={k} N={n}", product(x, w), MAX_ROWS, small)
     x, w = fixed_values(40, 96), fixed_values(320, 96, salt=1)
-    yield "mm columns", torch.equal(mm(x, w, mode)[:, 64:192], mm(x, w[64:192], mode))
+    yield "mm columns", torch.equal(mm_native(x, w, least)[:, 64:192], mm_native(x, w[64:192], least))
+
+
+def _other_cases() -> Iterator[tuple[str, bool]]:
     values = fixed_values(33, 1000, salt=5) * 6
     positive = values.abs() + 1e-3
     yield from _compare("exp", lambda rows: torch.exp(values[rows, 3:]), 33)
@@ -94,11 +120,13 @@ def _cases(mode: Mode) -> Iterator[tuple[str, bool]]:
     yield from _compare("row sum", lambda rows: values[rows].sum(-1), 33)
 
 
-def _compare(name: str, fn: Callable[[slice], Tensor], size: int) -> Iterator[tuple[str, bool]]:
+def _compare(
+    name: str, fn: Callable[[slice], Tensor], size: int, counts: Mapping[int, tuple[int, ...]] = ROW_COUNTS
+) -> Iterator[tuple[str, bool]]:
     """fn(slice) against the same rows of fn(all), on one thread and on two."""
     with threads(1):
         whole = fn(slice(0, size))
-    for count, row_counts in ROW_COUNTS.items():
+    for count, row_counts in counts.items():
         with threads(count):
             for rows in (r for r in row_counts if r <= size):
                 start = min(5, size - rows)

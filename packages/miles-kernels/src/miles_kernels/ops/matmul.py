@@ -21,7 +21,7 @@ from torch import Tensor
 Mode = Literal["native", "exact"]
 
 MIN_ROWS = 16
-"""GEMMs with fewer rows take other kernels (gemv, small-M); they are padded with zero rows."""
+"""Narrow GEMMs with fewer rows take other kernels (gemv, small-M); they are padded with zero rows."""
 NARROW_COLUMNS = 64
 """Below this many columns, column counts off the multiple of 16 split badly over threads; they are padded too."""
 COLUMN_MULTIPLE = 16
@@ -32,7 +32,12 @@ KV_BLOCK = 128
 SUM_GRID = 2.0**32
 """Exact row sums: values up to 1 on this grid sum without rounding in float64 over rows of up to 2^20."""
 
+GEMM_ROWS = (4, 16)
+"""Fewest rows of a GEMM with at least `NARROW_COLUMNS` columns: the first count that the probe proves (see `gemm_rows`).
+A decode step of a few sequences reads all weights for few rows, so every row of padding costs."""
+
 _default_mode: Mode | None = None
+_gemm_rows: int | None = None
 _attention_rows: int | None = None
 
 
@@ -44,6 +49,16 @@ def default_mode() -> Mode:
 
         _default_mode = probe().mode
     return _default_mode
+
+
+def gemm_rows() -> int:
+    """Rows to which the left side of a wide product is padded at least, as proved by this process' probe."""
+    global _gemm_rows
+    if _gemm_rows is None:
+        from miles_kernels.probe import probe
+
+        _gemm_rows = probe().gemm_rows
+    return _gemm_rows
 
 
 def attention_rows() -> int:
@@ -81,15 +96,19 @@ def mm(a: Tensor, b: Tensor, mode: Mode | None = None) -> Tensor:
         a = a.contiguous()
     if b.stride(1) != 1:
         b = b.contiguous()
+    return mm_native(a, b, gemm_rows())
+
+
+def mm_native(a: Tensor, b: Tensor, least: int) -> Tensor:
+    """`a[M, K] @ b[N, K]^T` of float32 rows, padded to `least` rows; to 16 where b is narrow."""
     rows, columns = a.shape[0], b.shape[0]
-    narrow = columns < NARROW_COLUMNS and columns % COLUMN_MULTIPLE != 0
-    if narrow:
+    narrow = columns < NARROW_COLUMNS
+    padded = narrow and columns % COLUMN_MULTIPLE != 0
+    if padded:
         b = _pad_rows(b, columns + -columns % COLUMN_MULTIPLE)
-    if rows < MIN_ROWS:
-        out = torch.mm(_pad_rows(a, MIN_ROWS), b.t())[:rows]
-    else:
-        out = torch.mm(a, b.t())
-    return out[:, :columns].contiguous() if narrow else out
+    least = MIN_ROWS if narrow else least
+    out = torch.mm(a, b.t()) if rows >= least else torch.mm(_pad_rows(a, least), b.t())[:rows]
+    return out[:, :columns].contiguous() if padded else out
 
 
 def mm_dgrad(grad: Tensor, b: Tensor) -> Tensor:
