@@ -8,7 +8,6 @@ import resource
 import sys
 from collections.abc import Callable
 
-
 LARGE_MODEL_BYTES = 256 << 20
 LARGE_BLOCK_BYTES = 4 << 20
 _M_MMAP_THRESHOLD = -3  # of glibc's mallopt
