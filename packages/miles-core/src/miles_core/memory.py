@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable
 
 LARGE_MODEL_BYTES = 256 << 20
-LARGE_BLOCK_BYTES = 4 << 20
+LARGE_BLOCK_BYTES = 1 << 20
 _M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 def prepare_heap(model_bytes: int) -> None:
-    """For a large model, let freed blocks of 4 MiB and more go back to the operating system at once.
+    """For a large model, let freed blocks of 1 MiB and more go back to the operating system at once.
 
     glibc raises that bound to 32 MiB by itself and then keeps freed gradients in its heap, which raised the peak of a model
     of 135 M parameters by 0.2 GB. A small model keeps the default: reusing warm pages is faster, and there is little to keep.
