@@ -81,6 +81,8 @@ async def score(text, label):
 def no_new_children() -> Iterator[None]:
     before = set(multiprocessing.active_children())
     yield
+    for child in set(multiprocessing.active_children()) - before:
+        child.join(timeout=10)  # told to end; a loaded machine may take a moment to reap it
     assert set(multiprocessing.active_children()) <= before
 
 
