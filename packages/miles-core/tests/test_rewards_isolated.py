@@ -102,6 +102,8 @@ def rewards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pooled(rewards: Path) -> Iterator[Scorer]:
     with Scorer(RewardConfig(name=f"{rewards}/sync.py:score", timeout_s=1.0, options={"scale": 2.0})) as scorer:
         yield scorer
+    for child in multiprocessing.active_children():
+        child.join(timeout=10)
     assert multiprocessing.active_children() == []
 
 
