@@ -1,0 +1,1 @@
+"""Ways of running Lean behind one protocol."""
