@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
 import pytest
 
 from miles_core.config.load import load_config
 from miles_core.data.load import load_rows
 from miles_core.recipes import addition, sorting
-from miles_core.recipes.catalog import packaged_model, recipe_command, recipe_names, recipe_summary
+from miles_core.recipes.catalog import packaged_model, recipe_command, recipe_files, recipe_folders, recipe_for, recipe_summary
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", recipe_files(plugins=()))
 def test_recipes_resolve_and_their_splits_are_disjoint(name: str) -> None:
     config = load_config(name)
     assert config.run.name == name and recipe_summary(name) and recipe_command(name) in ("train", "sft")
@@ -58,3 +61,23 @@ def test_addition_problems_cover_the_table() -> None:
         assert int(a) + int(b) == int(row["label"])
     with pytest.raises(ValueError, match="train or eval"):
         list(addition.problems(split="x"))
+
+
+def test_other_packages_bring_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "brought_recipes"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "mine.toml").write_text("# Mine\n[run]\nnum_steps = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    plugin = EntryPoint("mine", "brought_recipes", "miles.core.recipes")
+    assert recipe_files([plugin])["mine"] == package / "mine.toml" and "mine" not in recipe_files([])
+    (package / "quickstart.toml").write_text("# Not mine\n")
+    with pytest.raises(ValueError, match="'quickstart' exists twice"):
+        recipe_files([plugin])
+    with pytest.raises(ValueError, match="no package 'absent_recipes'"):
+        recipe_folders([EntryPoint("gone", "absent_recipes", "miles.core.recipes")])
+
+
+def test_sft_takes_the_warm_up_of_a_recipe() -> None:
+    assert recipe_for("sft", "quickstart") == "quickstart-sft" and recipe_for("train", "quickstart") == "quickstart"
+    assert recipe_for("sft", "smollm2") == "smollm2" and recipe_for("sft", "my.toml") == "my.toml"

@@ -33,11 +33,12 @@ def start(
 
     prepare_process()
     from miles_core.config.load import load_config
+    from miles_core.recipes.catalog import recipe_for
 
     recorded = None if replay is None else find_run(replay)
     if recorded is not None and resume:
         raise ValueError("--replay and --resume together: a replay is short, start it again instead")
-    config = load_config(target, settings, extra=_flags(name, steps))
+    config = load_config(recipe_for(mode, target), settings, extra=_flags(name, steps))
     if name is None and (recorded is not None or mode == "rollout"):
         config = config.with_name(f"{config.run.name}-{'replay' if recorded else 'rollout'}")
     if recorded is not None:
