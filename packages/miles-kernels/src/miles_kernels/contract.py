@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from miles_kernels import native
 from miles_kernels.ops.attention_plan import KEY_MULTIPLE
 from miles_kernels.ops.logprob import VOCAB_CHUNK
 from miles_kernels.ops.matmul import COLUMN_MULTIPLE, KV_BLOCK, MIN_ROWS, NARROW_COLUMNS, Mode
@@ -49,6 +50,10 @@ def _reference_ops() -> dict[str, OpContract]:
     }
 
 
+def _kernels() -> str:
+    return native.status() if native.library() is not None else "torch"
+
+
 @dataclass(frozen=True)
 class Contract:
     """Frozen description of the forward pass. Two sides with equal digests compute equal bits.
@@ -65,6 +70,8 @@ class Contract:
     """how products are computed: "native" BLAS (proved by the probe) or "exact" grid arithmetic"""
     platform: str
     """fingerprint of this machine's bits (`ProbeReport.fingerprint`): another BLAS or CPU may round differently"""
+    kernels: str = "torch"
+    """who computes float32 ops other than products: "torch", or "c1-" and the digest of the C kernels' sources"""
     ops: dict[str, OpContract] = field(default_factory=_reference_ops)
     schema: str = SCHEMA
 
@@ -110,7 +117,7 @@ class Contract:
         report = probe()
         if matmul == "native" and report.failures:
             raise ValueError(f"native GEMM is not batch-invariant in this process, e.g. {report.failures[0]}; use matmul=None")
-        contract = cls(dtype=dtype, matmul=matmul or report.mode, platform=report.fingerprint)
+        contract = cls(dtype=dtype, matmul=matmul or report.mode, platform=report.fingerprint, kernels=_kernels())
         return contract
 
     def with_dtype(self, dtype: str) -> Contract:
@@ -119,6 +126,6 @@ class Contract:
 
     def difference(self, other: Contract) -> list[str]:
         """Names of the fields and ops in which two contracts differ, for error messages."""
-        names = [name for name in ("schema", "dtype", "matmul", "platform") if getattr(self, name) != getattr(other, name)]
+        names = [name for name in ("schema", "dtype", "matmul", "platform", "kernels") if getattr(self, name) != getattr(other, name)]
         ops = sorted(self.ops.keys() | other.ops.keys())
         return names + [f"ops.{name}" for name in ops if self.ops.get(name) != other.ops.get(name)]

@@ -165,6 +165,10 @@ class Decoder(nn.Module):
             x = checkpoint(layer, x, cos, sin, kv, routed, use_reentrant=False) if recompute else layer(x, cos, sin, kv, routed)
         return rms_norm(x, self.norm, self.config.rms_norm_eps)
 
+    def rope_tables(self, last: int) -> tuple[Tensor, Tensor]:
+        """`(cos, sin)` float32 [P, 1, D] by absolute position, with P > `last`; sin carries the sign of rotate-half."""
+        return self._rope.tables(last)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores [N, V] fp32 of the next token, for hidden states [N, hidden]."""
         return linear(hidden, self.head, mode=self.contract.matmul, out_dtype=torch.float32)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miles_kernels.native import kernels_for
+
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` as [..., I] for `gate_up[..., 2 I]` = gate then up; float32 maths, one rounding at the end."""
@@ -18,6 +20,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def _forward(gate_up: Tensor) -> Tensor:
     if gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu needs an even last dimension (gate then up), got shape {tuple(gate_up.shape)}")
+    kernels = kernels_for(gate_up)
+    if kernels is not None:
+        return kernels.swiglu(gate_up)
     gate, up = gate_up.float().chunk(2, -1)
     return torch.div(gate, torch.neg(gate).exp_().add_(1.0)).mul_(up).to(gate_up.dtype)
 
@@ -31,6 +36,9 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
+        kernels = kernels_for(gate_up, grad)
+        if kernels is not None:
+            return kernels.swiglu_backward(gate_up, grad)
         gate, up = gate_up.float().chunk(2, -1)
         grad = grad.float()
         sigmoid = torch.neg(gate).exp_().add_(1.0).reciprocal_()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from miles_kernels.native import Library, kernels_for
 from miles_kernels.ops.attention_plan import (
     AttentionBucket,
     AttentionPlan,
@@ -35,6 +36,8 @@ __all__ = [
 ]
 
 HEAD_MULTIPLE = 8
+NATIVE_DIM = 512
+"""Largest head of the C kernel."""
 
 
 class _Shape(NamedTuple):
@@ -132,6 +135,9 @@ def _bucket_forward(q: Tensor, k: Tensor, v: Tensor, bucket: AttentionBucket, sh
 
 
 def _forward(q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: AttentionPlan, scale: float, shape: _Shape) -> Tensor:
+    kernels = kernels_for(q, k_pool, v_pool)
+    if kernels is not None and shape.dim <= NATIVE_DIM:
+        return _native(kernels, q, k_pool, v_pool, plan, scale, shape)
     by_head = _by_head(q.float() * scale, shape)
     width = shape.group * shape.dim
     outs = []
@@ -144,6 +150,20 @@ def _forward(q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: AttentionPlan, sca
     else:
         packed = _to_tokens(outs, plan, shape)
     return packed.reshape(q.shape).to(q.dtype)
+
+
+def _native(
+    kernels: Library, q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: AttentionPlan, scale: float, shape: _Shape
+) -> Tensor:
+    """Query by query, over the visible keys only."""
+    q = q.contiguous()
+    if k_pool.stride(2) != 1 or k_pool.stride() != v_pool.stride():
+        k_pool, v_pool = k_pool.contiguous(), v_pool.contiguous()
+    out = torch.empty_like(q)
+    for bucket in plan.buckets:
+        index = (bucket.q_index, bucket.q_pos, bucket.kv_index)
+        kernels.attention(q, k_pool, v_pool, index, out, scale=scale, window=shape.window)
+    return out
 
 
 def _to_tokens(outs: list[Tensor], plan: AttentionPlan, shape: _Shape) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from miles_kernels.native import kernels_for
 from miles_kernels.ops.matmul import Mode, mm, mm_dgrad, mm_wgrad
 
 VOCAB_CHUNK = 4096
@@ -35,6 +36,8 @@ class _State(NamedTuple):
     total: Tensor
     weighted: Tensor | None
     target: Tensor
+    packed: Tensor | None = None
+    """[N, 4] of all four, when the C kernels keep it"""
 
 
 def logprob_from_logits(
@@ -50,9 +53,8 @@ def logprob_from_logits(
         raise ValueError("logprob_from_logits has no backward; train through linear_logprob or detach the logits")
     divisor = _divisor(temperature, logits.shape[0])
     vocab = logits.shape[1]
-    spans = ((start, min(start + chunk, vocab)) for start in range(0, vocab, chunk))
-    chunks = ((start, _scaled(logits[:, start:stop], divisor)) for start, stop in spans)
-    return _finish(_accumulate(chunks, targets, vocab, chunk, entropy))
+    chunks = ((start, logits[:, start : start + chunk]) for start in range(0, vocab, chunk))
+    return _finish(_accumulate(chunks, targets, divisor, vocab, chunk, entropy))
 
 
 def linear_logprob(
@@ -75,8 +77,8 @@ def linear_logprob(
     if torch.is_grad_enabled() and needs:
         logprob, ent = _LinearLogprob.apply(hidden, weight, bias, targets, divisor, chunk, entropy, mode)
         return LogprobOutput(logprob, ent)
-    chunks = _chunks(hidden, weight, bias, divisor, chunk, mode)
-    return _finish(_accumulate(chunks, targets, weight.shape[0], chunk, entropy))
+    chunks = _chunks(hidden, weight, bias, chunk, mode)
+    return _finish(_accumulate(chunks, targets, divisor, weight.shape[0], chunk, entropy))
 
 
 def _divisor(temperature: Tensor | float, rows: int) -> Tensor | None:
@@ -93,8 +95,9 @@ def _scaled(logits: Tensor, divisor: Tensor | None) -> Tensor:
 
 
 def _chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, divisor: Tensor | None, chunk: int, mode: Mode | None
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk: int, mode: Mode | None
 ) -> Iterator[tuple[int, Tensor]]:
+    """(first column, logits fp32) of each chunk, not yet divided by the temperature."""
     vocab = weight.shape[0]
     hidden = hidden.float()
     for start in range(0, vocab, chunk):
@@ -102,18 +105,30 @@ def _chunks(
         logits = mm(hidden, weight[start:stop], mode)
         if bias is not None:
             logits += bias[start:stop]
-        yield start, _scaled(logits, divisor)
+        yield start, logits
 
 
-def _accumulate(chunks: Iterator[tuple[int, Tensor]], targets: Tensor, vocab: int, chunk: int, entropy: bool) -> _State:
-    targets = targets.view(-1, 1)
-    if vocab > chunk and targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
+def _accumulate(
+    chunks: Iterator[tuple[int, Tensor]], targets: Tensor, divisor: Tensor | None, vocab: int, chunk: int, entropy: bool
+) -> _State:
+    targets = targets.reshape(-1, 1)
+    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
         raise IndexError(f"targets must lie in [0, {vocab}), got {int(targets.min())} to {int(targets.max())}")
-    state: _State | None = None
-    for start, z in chunks:
-        state = _step(state, start, z, targets, entropy, only=vocab <= chunk)
-    if state is None:
+    if vocab == 0:
         raise ValueError("the vocabulary is empty")
+    state: _State | None = None
+    running: Tensor | None = None
+    for start, logits in chunks:
+        kernels = kernels_for(logits)
+        if kernels is not None:
+            running = logits.new_zeros(len(logits), 4) if running is None else running
+            kernels.lse(logits, start, divisor, targets.contiguous(), running, entropy)
+        else:
+            state = _step(state, start, _scaled(logits, divisor), targets, entropy, only=vocab <= chunk)
+    if running is not None:
+        top, total, weighted, target = running.split(1, 1)
+        return _State(top, total, weighted if entropy else None, target, running)
+    assert state is not None
     return state
 
 
@@ -140,6 +155,9 @@ def _step(state: _State | None, start: int, z: Tensor, targets: Tensor, entropy:
 
 
 def _finish(state: _State) -> LogprobOutput:
+    kernels = None if state.packed is None else kernels_for(state.packed)
+    if kernels is not None and state.packed is not None:
+        return LogprobOutput(*kernels.lse_finish(state.packed, state.weighted is not None))
     log_total = torch.log(state.total)
     logprob = (state.target - state.top) - log_total
     if state.weighted is None:
@@ -160,8 +178,8 @@ class _LinearLogprob(torch.autograd.Function):
         entropy: bool,
         mode: Mode | None,
     ) -> tuple[Tensor, Tensor | None]:
-        chunks = _chunks(hidden, weight, bias, divisor, chunk, mode)
-        state = _accumulate(chunks, targets, weight.shape[0], chunk, entropy)
+        chunks = _chunks(hidden, weight, bias, chunk, mode)
+        state = _accumulate(chunks, targets, divisor, weight.shape[0], chunk, entropy)
         out = _finish(state)
         normaliser = torch.log(state.total) + state.top
         ctx.save_for_backward(hidden, weight, bias, targets, divisor, normaliser, out.entropy)
@@ -180,9 +198,9 @@ class _LinearLogprob(torch.autograd.Function):
         d_hidden = torch.zeros_like(wide) if need_hidden else None
         d_weight = torch.empty_like(weight) if need_weight else None
         d_bias = torch.empty_like(bias) if need_bias else None
-        for start, z in _chunks(wide, weight, bias, divisor, ctx.chunk, ctx.mode):
-            stop = start + z.shape[1]
-            dz = _logit_grad(z - normaliser, start, targets.view(-1, 1), g_logprob, g_entropy, entropy)
+        for start, logits in _chunks(wide, weight, bias, ctx.chunk, ctx.mode):
+            stop = start + logits.shape[1]
+            dz = _logit_grad(_scaled(logits, divisor) - normaliser, start, targets.view(-1, 1), g_logprob, g_entropy, entropy)
             if divisor is not None:
                 dz /= divisor
             if d_hidden is not None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miles_kernels.native import kernels_for
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / rms(x)` over the last dimension, rounded to x's dtype, then times `weight[H]`; any leading shape.
@@ -25,6 +27,9 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    kernels = kernels_for(x, weight)
+    if kernels is not None:
+        return kernels.norm(x, weight, eps)
     if x.dtype is torch.float32:
         return (x * _inverse_rms(x, eps)).mul_(weight)
     wide = x.float()
@@ -41,6 +46,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
+        kernels = kernels_for(x, weight, grad)
+        if kernels is not None:
+            return *kernels.norm_backward(x, weight, grad, ctx.eps), None
         grad, wide = grad.float(), x.float()
         scale = _inverse_rms(wide, ctx.eps)
         normed = wide * scale

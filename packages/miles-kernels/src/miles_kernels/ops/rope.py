@@ -77,6 +77,12 @@ class RopeTable:
         self.cos = torch.cat((cos, cos), 1)[:, None].to(self.device)
         self.sin = torch.cat((-sin, sin), 1)[:, None].to(self.device)
 
+    def tables(self, last: int) -> tuple[Tensor, Tensor]:
+        """The whole tables `(cos, sin)`, float32 [P, 1, D] with P > `last`."""
+        if last >= len(self.cos):
+            self._grow(1 << last.bit_length())
+        return self.cos, self.sin
+
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """`(cos, sin)` for `positions[T]`, each float32 [T, 1, D]; sin carries the sign of rotate-half."""
         try:

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from miles_kernels.ops.logprob import logprob_from_logits
+from miles_kernels.native import kernels_for, library
+from miles_kernels.ops.logprob import VOCAB_CHUNK, logprob_from_logits
 
 PREFIXES = (256, 8192)
 """Candidates ranked before the whole row is: a nucleus is seldom larger than the first."""
@@ -81,14 +82,13 @@ def _mix64(x: Tensor, constants: _Constants) -> Tensor:
     return _xor_shift(x, 31, constants)
 
 
-def _row_keys(seed: Tensor | int, sample_id: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Two int32 keys [B, 1] of each row. Multiples of the golden ratio keep (seed, id) pairs apart before the first mix."""
+def _row_keys(seed: Tensor | int, sample_id: Tensor, position: Tensor) -> Tensor:
+    """Two int32 keys of each row, [B, 2]. Multiples of the golden ratio keep (seed, id) pairs apart before the first mix."""
     constants = _constants(sample_id.device)
     if not isinstance(seed, Tensor):
         seed = torch.tensor(seed, dtype=torch.int64, device=sample_id.device)
     state = _mix64((seed * constants.wide[2] + sample_id).add_(constants.wide[4]), constants)
-    keys = _mix64(state + position * constants.wide[3], constants).view(torch.int32).view(-1, 2)
-    return keys[:, :1], keys[:, 1:]
+    return _mix64(state + position * constants.wide[3], constants).view(torch.int32).view(-1, 2)
 
 
 def _token_bits(token_ids: Tensor) -> Tensor:
@@ -98,21 +98,31 @@ def _token_bits(token_ids: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
+def _vocab_ids(vocab: int, device: torch.device) -> Tensor:
+    """Every token id, int32 [1, V]."""
+    return torch.arange(vocab, dtype=torch.int32, device=device)[None]
+
+
+@functools.lru_cache(maxsize=8)
 def _vocab_bits(vocab: int, device: torch.device) -> Tensor:
     """`_token_bits` of the whole vocabulary [1, V]."""
-    return _token_bits(torch.arange(vocab, dtype=torch.int32, device=device)[None])
+    return _token_bits(_vocab_ids(vocab, device))
 
 
-def _gumbel(keys: tuple[Tensor, Tensor], token_bits: Tensor) -> Tensor:
-    """Gumbel noise fp32 of hashed token ids [1, V] or [B, K] under row keys [B, 1].
+def _gumbel(keys: Tensor, token_ids: Tensor | int) -> Tensor:
+    """Gumbel noise fp32 of int32 token ids [B, K], or of the whole vocabulary (its size given), under row keys [B, 2].
 
     Keyed rounds of a 32-bit finaliser give 32 bits k; v = (k + 0.5) / 2^32, -log1p(-v) is exponential, its -log is Gumbel.
     Small v, which make the large values that win, keep their full resolution.
     """
-    constants = _constants(token_bits.device)
-    bits = torch.bitwise_xor(token_bits, keys[0])
+    kernels = None if keys.device.type != "cpu" else library()
+    if kernels is not None:
+        return kernels.gumbel(keys, _vocab_ids(token_ids, keys.device) if isinstance(token_ids, int) else token_ids)
+    constants = _constants(keys.device)
+    token_bits = _vocab_bits(token_ids, keys.device) if isinstance(token_ids, int) else _token_bits(token_ids)
+    bits = torch.bitwise_xor(token_bits, keys[:, :1])
     spare = torch.empty_like(bits)
-    _xor_shift(bits.mul_(constants.narrow[1]), 15, constants, spare).add_(keys[1])
+    _xor_shift(bits.mul_(constants.narrow[1]), 15, constants, spare).add_(keys[:, 1:])
     _xor_shift(bits.mul_(constants.narrow[2]), 13, constants, spare)
     _xor_shift(bits.mul_(constants.narrow[3]), 16, constants, spare)
     minus_v = bits.view(torch.uint32).to(torch.float32).add_(0.5).mul_(-(2.0**-32)).clamp_(min=2.0**-24 - 1)
@@ -124,7 +134,7 @@ def keyed_gumbel(seed: Tensor | int, sample_id: Tensor, position: Tensor, vocab:
 
     Example: argmax(logits / temperature + keyed_gumbel(...)) is one draw from softmax(logits / temperature).
     """
-    return _gumbel(_row_keys(seed, sample_id, position), _vocab_bits(vocab, sample_id.device))
+    return _gumbel(_row_keys(seed, sample_id, position), vocab)
 
 
 def sample(
@@ -155,15 +165,20 @@ def sample(
         empty = torch.empty(0, device=logits.device)
         return SampleOutput(torch.empty(0, dtype=torch.int64, device=logits.device), empty, empty)
     greedy, temperature = _split_greedy(temperature, logits)
-    keys = (logits.new_empty(0), logits.new_empty(0)) if greedy is True else _row_keys(seed, sample_id, position)
     cut = _filtered_rows(logits, greedy, top_k, top_p, min_p)
+    kernels = kernels_for(logits)
+    if cut is None and kernels is not None:
+        heat = _heat(greedy, temperature, rows)
+        token, logprob = kernels.sample(logits, heat, (_column_of(seed, sample_id), sample_id, position), VOCAB_CHUNK)
+        return SampleOutput(token, logprob, logprob)
+    keys = sample_id.new_empty((rows, 2)) if greedy is True else _row_keys(seed, sample_id, position)
     if cut is None:
         token = _draw_unfiltered(logits, keys, temperature, greedy)
     else:
         token = torch.empty(rows, dtype=torch.int64, device=logits.device)
         if cut.rows.numel() < rows:
             rest = torch.ones(rows, dtype=torch.bool, device=logits.device).index_fill_(0, cut.rows, False).nonzero().flatten()
-            token[rest] = _draw_unfiltered(logits[rest], _rows_of(keys, rest), _row_of(temperature, rest), _row_of(greedy, rest))
+            token[rest] = _draw_unfiltered(logits[rest], keys[rest], _row_of(temperature, rest), _row_of(greedy, rest))
         token[cut.rows], conditional = _draw_filtered(logits, keys, temperature, cut)
     logprob = logprob_from_logits(logits, token, temperature, entropy=False).logprob
     token.masked_fill_(logprob - logprob != 0, -1)  # true of NaN and infinities only
@@ -207,8 +222,19 @@ def _row_of(value: Tensor | float | bool, rows: Tensor | slice) -> Tensor | floa
     return value[rows] if isinstance(value, Tensor) else value
 
 
-def _rows_of(keys: tuple[Tensor, Tensor], rows: Tensor | slice) -> tuple[Tensor, Tensor]:
-    return keys[0][rows], keys[1][rows]
+def _column_of(seed: Tensor | int, like: Tensor) -> Tensor:
+    """The seed of each row, int64 [B]."""
+    return seed.expand(like.shape) if isinstance(seed, Tensor) else torch.full_like(like, seed)
+
+
+def _heat(greedy: Tensor | bool, temperature: Tensor | float, rows: int) -> Tensor | None:
+    """Temperature of each row for the C kernel, fp32 [B], 0 where greedy; None when all are 1."""
+    if greedy is True:
+        return torch.zeros(rows)
+    if not isinstance(temperature, Tensor):
+        return None  # a number is 1 by now
+    heat = temperature.to(torch.float32).expand(rows)
+    return heat.masked_fill(greedy, 0.0) if isinstance(greedy, Tensor) else heat
 
 
 def _filtered_rows(
@@ -236,17 +262,16 @@ def _filtered_rows(
     return _Cut(rows, most, torch.where(nucleus < 1.0, nucleus, torch.inf), floor)
 
 
-def _draw_unfiltered(logits: Tensor, keys: tuple[Tensor, Tensor], temperature: Tensor | float, greedy: Tensor | bool) -> Tensor:
+def _draw_unfiltered(logits: Tensor, keys: Tensor, temperature: Tensor | float, greedy: Tensor | bool) -> Tensor:
     """argmax(logits / temperature + noise) per row [B]; greedy rows get no noise."""
     if greedy is True:
         return logits.argmax(dim=1)
     rows, vocab = logits.shape
-    bits = _vocab_bits(vocab, logits.device)
     step = max(1, _CHUNK_ELEMENTS // vocab)
     tokens = []
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        score = _gumbel(_rows_of(keys, part), bits)
+        score = _gumbel(keys[part], vocab)
         if isinstance(greedy, Tensor):
             score.masked_fill_(greedy[part, None], 0.0)
         score += logits[part] / temperature[part, None] if isinstance(temperature, Tensor) else logits[part]
@@ -264,7 +289,7 @@ def _ranked(logits: Tensor, count: int) -> Tensor:
     return (vocab - 1) - (best & 0xFFFFFFFF)
 
 
-def _draw_filtered(logits: Tensor, keys: tuple[Tensor, Tensor], temperature: Tensor | float, cut: _Cut) -> tuple[Tensor, Tensor]:
+def _draw_filtered(logits: Tensor, keys: Tensor, temperature: Tensor | float, cut: _Cut) -> tuple[Tensor, Tensor]:
     """Tokens [R] of the cut rows and their fp32 log-probability among the kept tokens (NaN where all V are kept)."""
     vocab = logits.shape[1]
     tokens = torch.empty_like(cut.rows)
@@ -278,7 +303,7 @@ def _draw_filtered(logits: Tensor, keys: tuple[Tensor, Tensor], temperature: Ten
         for part in todo.split(max(1, _CHUNK_RANKED // vocab)):
             group = cut.take(part)
             scale = _row_of(temperature, group.rows)
-            inside, token, logprob = _draw_ranked(logits[group.rows], _rows_of(keys, group.rows), scale, group, count)
+            inside, token, logprob = _draw_ranked(logits[group.rows], keys[group.rows], scale, group, count)
             tokens[part], conditional[part] = token, logprob
             left.append(part[~inside])
         todo = torch.cat(left)
@@ -288,7 +313,7 @@ def _draw_filtered(logits: Tensor, keys: tuple[Tensor, Tensor], temperature: Ten
 
 
 def _draw_ranked(
-    logits: Tensor, keys: tuple[Tensor, Tensor], temperature: Tensor | float, cut: _Cut, count: int
+    logits: Tensor, keys: Tensor, temperature: Tensor | float, cut: _Cut, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rank `count` tokens of each row, cut, draw: (whether the cut lies inside the ranked prefix, token, log-probability) [R]."""
     vocab = logits.shape[1]
@@ -303,7 +328,7 @@ def _draw_ranked(
         top = logprob_from_logits(logits, ids[:, 0], temperature, entropy=False).logprob
         keep[:, 1:] &= mass[:, :-1] < (cut.top_p * torch.exp(-top.double()))[:, None]
     kept = torch.minimum(keep.sum(dim=1), cut.most)[:, None]
-    score = scaled + _gumbel(keys, _token_bits(ids.to(torch.int32)))
+    score = scaled + _gumbel(keys, ids.to(torch.int32))
     score.masked_fill_(torch.arange(count, device=logits.device)[None] >= kept, -torch.inf)
     choice = score.argmax(dim=1, keepdim=True)
     logprob = torch.log(torch.gather(odds, 1, choice) / torch.gather(mass, 1, (kept - 1).clamp(min=0)))

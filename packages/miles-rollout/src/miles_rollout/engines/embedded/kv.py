@@ -33,6 +33,11 @@ class PagedKV:
         self._layers = [(self._pool[layer, 0], self._pool[layer, 1]) for layer in range(layers)]
         self._slots = torch.empty(0, dtype=torch.int64, device=device)
 
+    @property
+    def pools(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [Hkv, num_slots, D] of each layer."""
+        return list(self._layers)
+
     @staticmethod
     def page_bytes(*, layers: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> int:
         """Bytes of one page, keys and values of all layers."""

@@ -5,13 +5,14 @@ Legend: T = tokens of the pass, R = decoding rows, S = sequences that sample, V 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from miles_kernels.nn.decoder import Decoder
+from miles_kernels.nn.fused import MAX_TOKENS, FusedForward
 from miles_kernels.ops.attention import AttentionPlan, decode_plan, table_plan
 from miles_kernels.ops.attention_plan import KEY_MULTIPLE
 from miles_kernels.ops.logprob import logprob_from_logits
@@ -24,6 +25,19 @@ from miles_rollout.engines.embedded.tables import Tables
 _FILTERS = (("top_k", -1), ("top_p", 1.0), ("min_p", 0.0))
 
 
+class _Step(NamedTuple):
+    """The tokens of one pass, decode rows first."""
+
+    token_ids: Tensor
+    """int64 [T]"""
+    positions: Tensor
+    """int64 [T]"""
+    slots: Tensor
+    """int64 [T]: where their keys and values go"""
+    token_rows: np.ndarray
+    """int64 [T]: the table row of each"""
+
+
 class Runner:
     """Runs batches through the decoder and samples from what comes out."""
 
@@ -33,6 +47,7 @@ class Runner:
         self._decoder = decoder
         self._kv = kv
         self._tables = tables
+        self._fused = FusedForward(decoder, kv.pools) if FusedForward.refusal(decoder) is None else None
         self._sampler_rows: np.ndarray | None = None
         self._sampler: dict[str, Any] = {}
         self._has_minimum = False
@@ -41,16 +56,23 @@ class Runner:
         """Logits fp32 [R + finished chunks, V] of a batch: decode rows first, then chunks that reach their last token."""
         if batch.is_empty:
             return None
-        token_ids, positions, slots, plan = self._inputs(batch)
-        self.num_tokens += len(slots)
-        self._kv.begin(plan, slots)
-        hidden = self._decoder(token_ids, positions, self._kv)
-        if not batch.chunks:
-            return self._decoder.logits(hidden)
-        self._note_prompt_logprobs(batch, hidden)
-        ends = np.cumsum([chunk.stop - chunk.start for chunk in batch.chunks]) + len(batch.rows) - 1
-        last = [*range(len(batch.rows)), *(end for chunk, end in zip(batch.chunks, ends.tolist(), strict=True) if chunk.is_last)]
-        return self._decoder.logits(hidden[last]) if last else None
+        step = self._inputs(batch)
+        self.num_tokens += len(step.slots)
+        last = None
+        if batch.chunks:
+            ends = np.cumsum([chunk.stop - chunk.start for chunk in batch.chunks]) + len(batch.rows) - 1
+            finished = [end for chunk, end in zip(batch.chunks, ends.tolist(), strict=True) if chunk.is_last]
+            last = torch.tensor([*range(len(batch.rows)), *finished], dtype=torch.int64)
+        if self._fused is not None and len(step.slots) <= MAX_TOKENS:
+            table, rows = self._tables.slots_torch, torch.from_numpy(step.token_rows)
+            hidden, logits = self._fused(step.token_ids, step.positions, step.slots, table, rows, last)
+        else:
+            self._kv.begin(self._plan(batch, step), step.slots)
+            hidden = self._decoder(step.token_ids, step.positions, self._kv)
+            logits = self._decoder.logits(hidden if last is None else hidden[last])
+        if batch.chunks:
+            self._note_prompt_logprobs(batch, hidden)
+        return logits if len(logits) else None
 
     def copy_pages(self, copies: list[tuple[int, int, int]]) -> None:
         """Copy the first tokens of pages: (source, target, tokens)."""
@@ -79,17 +101,16 @@ class Runner:
 
     # ------------------------------------------------------------------ inputs
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, AttentionPlan]:
-        """Token ids, positions, slots (int64 [T]) and the attention plan; enters the new slots into the tables."""
+    def _inputs(self, batch: Batch) -> _Step:
+        """What every token of the pass is; enters the new slots into the tables."""
         tables, rows = self._tables, batch.rows
         positions = tables.position[rows]
         slots = positions + tables.slot_offset[rows]
         tables.slots[rows, positions] = slots
         token_ids = torch.from_numpy(tables.last_token[rows])
         if not batch.chunks:
-            plan = decode_plan(self._table(rows, int(positions.max()) + 1), torch.from_numpy(positions + 1))
-            return token_ids, torch.from_numpy(positions), torch.from_numpy(slots), plan
-        chunk_ids, all_positions, all_slots = [token_ids], [positions], [slots]
+            return _Step(token_ids, torch.from_numpy(positions), torch.from_numpy(slots), rows)
+        chunk_ids, all_positions, all_slots, all_rows = [token_ids], [positions], [slots], [rows]
         for chunk in batch.chunks:
             assert chunk.seq.tokens is not None
             new = tables.slots_of(chunk.seq.pages, chunk.start, chunk.stop)
@@ -97,12 +118,19 @@ class Runner:
             chunk_ids.append(chunk.seq.tokens[chunk.start : chunk.stop])
             all_positions.append(np.arange(chunk.start, chunk.stop))
             all_slots.append(new)
-        query_lens = [1] * len(rows) + [chunk.stop - chunk.start for chunk in batch.chunks]
-        firsts = positions.tolist() + [chunk.start for chunk in batch.chunks]
-        rows = np.concatenate((rows, [chunk.seq.row for chunk in batch.chunks]))
+            all_rows.append(np.full(len(new), chunk.seq.row))
         positions, slots = np.concatenate(all_positions), np.concatenate(all_slots)
-        plan = table_plan(self._table(rows, int(positions.max()) + 1), query_lens, firsts)
-        return torch.cat(chunk_ids), torch.from_numpy(positions), torch.from_numpy(slots), plan
+        return _Step(torch.cat(chunk_ids), torch.from_numpy(positions), torch.from_numpy(slots), np.concatenate(all_rows))
+
+    def _plan(self, batch: Batch, step: _Step) -> AttentionPlan:
+        """The attention plan of a pass, for the decoder's own forward."""
+        rows, keys = batch.rows, int(step.positions.max()) + 1
+        if not batch.chunks:
+            return decode_plan(self._table(rows, keys), step.positions + 1)
+        query_lens = [1] * len(rows) + [chunk.stop - chunk.start for chunk in batch.chunks]
+        firsts = step.positions[: len(rows)].tolist() + [chunk.start for chunk in batch.chunks]
+        rows = np.concatenate((rows, [chunk.seq.row for chunk in batch.chunks]))
+        return table_plan(self._table(rows, keys), query_lens, firsts)
 
     def _table(self, rows: np.ndarray, keys: int) -> Tensor:
         """Slots int64 [R, keys rounded up to 16] of some rows."""

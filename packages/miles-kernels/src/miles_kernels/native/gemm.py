@@ -1,0 +1,52 @@
+"""Does the C product give the bits of this process' BLAS? Found out by trial, never assumed.
+
+A BLAS sums K in blocks of a depth of its own. With the right depth our product is bit for bit `torch.mm`, so a decode step of a
+few rows can read the weights in place while the trainer's large products stay with the BLAS.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from miles_kernels.native import library
+from miles_kernels.ops.matmul import default_mode
+from miles_kernels.probe import fixed_values
+
+DEPTHS = (192, 256, 384, 320, 336, 240, 288, 352, 400, 448, 512, 128, 640, 768, 1024)
+"""Depths known of BLAS kernels, most frequent first."""
+TRIAL = (16, 72, 1600)
+"""(M, N, K) of the trial: two or more blocks at every depth."""
+
+
+@functools.cache
+def gemm_depth() -> int | None:
+    """The depth at which the C product equals `torch.mm` of this process; None where no known depth does."""
+    kernels = library()
+    if kernels is None or default_mode() != "native":
+        return None
+    m, n, k = TRIAL
+    x, w = fixed_values(m, k, salt=21), fixed_values(n, k, salt=22)
+    wanted = torch.mm(x, w.t())
+    return next((depth for depth in DEPTHS if torch.equal(kernels.linear(x, w, depth), wanted)), None)
+
+
+def disagreement(weights: Iterable[Tensor]) -> str | None:
+    """Try the C product on weights [N, K] of a model, one of each shape: the first that differs, in words; None if none does."""
+    kernels, depth = library(), gemm_depth()
+    if kernels is None or depth is None:
+        return "this process has no C product that equals its BLAS"
+    seen: set[torch.Size] = set()
+    for weight in weights:
+        if weight.shape in seen:
+            continue
+        seen.add(weight.shape)
+        x = fixed_values(16, weight.shape[1], salt=23)
+        wanted = torch.mm(x, weight.t())
+        for rows in (16, 5, 1):
+            if not torch.equal(kernels.linear(x[:rows], weight, depth), wanted[:rows]):
+                return f"the product with a weight of shape {list(weight.shape)} differs from the BLAS at {rows} rows"
+    return None
