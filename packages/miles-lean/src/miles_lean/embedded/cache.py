@@ -108,12 +108,14 @@ def _alone(root: Path) -> Iterator[None]:
 def modules(sources: Path) -> list[str]:
     """Module names below a folder, each after the ones it imports."""
     files = {".".join(path.relative_to(sources).with_suffix("").parts): path for path in sources.rglob("*.lean")}
+    files[bindings.MODULE] = sources / "Init" / "Bindings.lean"
     order: list[str] = []
 
     def visit(name: str) -> None:
         if name in order or name not in files:
             return
-        for imported in re.findall(r"^(?:public )?import (?:all )?([\w.]+)", files[name].read_text(), re.MULTILINE):
+        text = bindings.HEADER if name == bindings.MODULE else files[name].read_text(encoding="utf-8")
+        for imported in re.findall(r"^import ([\w.]+)", text, re.MULTILINE):
             visit(imported)
         order.append(name)
 
@@ -130,7 +132,10 @@ def _build(wheel: Wheel, scratch: Path, final: Path) -> Built:
         raise BuildFailed(f"{wheel.library} does not answer --version: {done.stdout or done.stderr}")
     for name in modules(scratch):
         if name == bindings.MODULE:
-            bindings.generate(wheel, scratch, lambda module: compile_module(wheel, scratch, module))
+            try:
+                bindings.generate(wheel, scratch, lambda module: compile_module(wheel, scratch, module))
+            except RuntimeError as error:
+                raise BuildFailed(str(error)) from error
         elif errors := compile_module(wheel, scratch, name):
             raise BuildFailed(f"the prelude's module {name} does not compile:\n" + "\n".join(errors[:10]))
     return Built(final, found[1], found[2], identity(wheel), round(time.monotonic() - started, 3))

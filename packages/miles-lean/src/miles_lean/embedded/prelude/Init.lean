@@ -1,2 +1,3 @@
+-- What a file without a header imports: the whole prelude.
 prelude
-import Init.Core
+import Init.Bindings
