@@ -21,6 +21,7 @@ def replay(module: Module, builder: Builder, roots: Iterable[Name] | None = None
     Raises KernelError for the first declaration refused, Malformed for one that cannot be read.
     """
     done: set[Name] = set()
+    opened: set[Name] = set()  # being waited for; a circle is left to the kernel, which then misses a constant
     generated: list[Constant] = []
     count = 0
     for root in sorted(module, key=_key) if roots is None else roots:
@@ -36,7 +37,8 @@ def replay(module: Module, builder: Builder, roots: Iterable[Name] | None = None
                 continue
             group = _group(module, constant)
             waiting = _needs(module, group) - done - {member.name for member in group}
-            waiting = {need for need in waiting if need in module and need not in stack}
+            waiting = {need for need in waiting if need in module and need not in opened}
+            opened.add(name)
             if waiting:
                 stack.extend(sorted(waiting, key=_key))
                 continue

@@ -22,6 +22,7 @@ from miles_lean.sandbox.layers import (
     mount_private,
     probe,
     seal,
+    try_seal,
     unmount,
 )
 
@@ -37,5 +38,6 @@ __all__ = [
     "mount_private",
     "probe",
     "seal",
+    "try_seal",
     "unmount",
 ]

@@ -222,24 +222,34 @@ def _drop_capabilities() -> str:
     return _errno(_libc().syscall(_CAPSET, header, (ctypes.c_uint32 * 6)()))
 
 
+def try_seal(policy: Policy) -> list[Layer]:
+    """What `seal` will give in each child, found by sealing one. Raises SandboxError as seal does."""
+
+    def attempt(write_end: int) -> list[Layer]:
+        return seal(Policy(read=policy.read, write=policy.write, allow_processes=policy.allow_processes), (write_end,))
+
+    return _checked(_in_child(attempt), policy)
+
+
 def probe() -> list[Layer]:
     """Which layers this machine gives, found by trying them in a child process."""
+
+    def attempt(write_end: int) -> list[Layer]:
+        layers = isolate()
+        layers += [can_separate(), mount_private("/tmp", Policy())]
+        return [*layers, *seal(Policy(), (write_end,))]
+
+    return _in_child(attempt)
+
+
+def _in_child(attempt: Callable[[int], list[Layer]]) -> list[Layer]:
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
             os.close(read_end)
-            layers = isolate()
-            with suppress(OSError):
-                os.makedirs("/tmp", exist_ok=True)
-            layers.append(mount_private("/tmp", Policy()))
-            layers.append(can_separate())
-            child = os.fork()
-            if child == 0:
-                layers += [*seal(Policy(), keep_fds=(write_end,))]
-                os.write(write_end, "\n".join(f"{x.name}\t{int(x.on)}\t{x.detail}" for x in layers).encode())
-                os._exit(0)
-            os.waitpid(child, 0)
+            text = "\n".join(f"{layer.name}\t{int(layer.on)}\t{layer.detail}" for layer in attempt(write_end))
+            os.write(write_end, text.encode())
         finally:
             os._exit(0)
     os.close(write_end)

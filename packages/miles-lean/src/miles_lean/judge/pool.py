@@ -1,0 +1,154 @@
+"""Zygotes from outside: start, ask, restart, and never wait without an end."""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from miles_lean.judge.channel import Channel, Closed, Late
+from miles_lean.workers.process import kill_group
+
+Role = Literal["compile", "check"]
+START_S = 120.0
+"""A zygote must be ready within this; a checking one replays the library first."""
+GRACE_S = 0.25
+"""What an answer may be late after its deadline before the zygote itself counts as hung."""
+
+
+class Infra(RuntimeError):
+    """Nothing was learned about the submission; says what broke."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What a zygote needs to know."""
+
+    library: Path
+    search_path: tuple[Path, ...]
+    sandbox: bool = True
+    fail_closed: bool = False
+
+
+@dataclass(slots=True)
+class Zygote:
+    """One process, started at the first call, restarted after it was lost. For one thread at a time."""
+
+    role: Role
+    setup: Setup
+    layers: tuple[tuple[str, bool, str], ...] = ()
+    starts: int = 0
+    _process: subprocess.Popen[bytes] | None = field(default=None)
+    _channel: Channel | None = field(default=None)
+    _root: str = ""
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id; None while it does not run."""
+        return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        """Start it if it does not run. Raises Infra when it does not get ready."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                return
+            self.stop()
+        ours, theirs = socket.socketpair()
+        self._root = tempfile.mkdtemp(prefix="miles-lean-")
+        environment = {"LEAN_PATH": ":".join(map(str, self.setup.search_path))}
+        command = [sys.executable, "-I", "-m", "miles_lean.judge.zygote", str(theirs.fileno())]
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,
+                )
+            self._channel = Channel(ours)
+            setup = {"role": self.role, "library": str(self.setup.library), "sandbox": self.setup.sandbox, "root": self._root}
+            setup |= {"search_path": [str(path) for path in self.setup.search_path], "fail_closed": self.setup.fail_closed}
+            self._channel.send(setup)
+            answer, _ = self._channel.receive(time.monotonic() + START_S)
+        except (OSError, Closed, Late) as error:
+            self.stop()
+            raise Infra(f"the {self.role} process did not start: {error}") from error
+        if "failed" in answer:
+            self.stop()
+            raise Infra(f"the {self.role} process did not start: {answer['failed']}")
+        self.layers = tuple((name, on, detail) for name, on, detail in answer["layers"])
+        self.starts += 1
+
+    def call(self, message: dict[str, Any], blobs: Sequence[bytes], deadline_s: float) -> tuple[dict[str, Any], list[bytes]]:
+        """One job. Raises Infra when the process was lost or does not answer; it is then stopped."""
+        self.start()
+        assert self._channel is not None
+        try:
+            self._channel.send(message | {"deadline_s": deadline_s}, blobs)
+            return self._channel.receive(time.monotonic() + deadline_s + GRACE_S)
+        except (Closed, Late) as error:
+            self.stop()
+            raise Infra(f"the {self.role} process was lost: {error}") from error
+
+    def stop(self) -> None:
+        """Kill it and everything it started, and remove its folder."""
+        process, self._process = self._process, None
+        if self._channel is not None:
+            self._channel.sock.close()
+            self._channel = None
+        if process is not None:
+            kill_group(process.pid)
+            process.wait()
+        if self._root:
+            shutil.rmtree(self._root, ignore_errors=True)
+            self._root = ""
+
+
+class Pool:
+    """`size` zygotes of one role, each doing one job at a time. Safe to use from many threads."""
+
+    def __init__(self, role: Role, setup: Setup, size: int) -> None:
+        self.zygotes = [Zygote(role, setup) for _ in range(size)]
+        self._free: queue.LifoQueue[Zygote] = queue.LifoQueue()
+        for zygote in self.zygotes:
+            self._free.put(zygote)
+        self._closed = threading.Event()
+
+    def call(
+        self, message: dict[str, Any], blobs: Sequence[bytes], deadline_s: float, wait_s: float
+    ) -> tuple[dict[str, Any], list[bytes]]:
+        """One job on the first zygote that is free within `wait_s`. Raises Infra."""
+        try:
+            zygote = self._free.get(timeout=wait_s)
+        except queue.Empty as error:
+            raise Infra(f"no worker became free within {wait_s:g} s") from error
+        try:
+            if self._closed.is_set():
+                raise Infra("the judge is closed")
+            return zygote.call(message, blobs, deadline_s)
+        finally:
+            self._free.put(zygote)
+
+    def close(self) -> None:
+        """Stop all; a job under way ends as Infra."""
+        self._closed.set()
+        for zygote in self.zygotes:
+            if zygote.pid is not None:
+                kill_group(zygote.pid)
+        deadline = time.monotonic() + 10
+        for _ in self.zygotes:
+            try:
+                self._free.get(timeout=max(0.0, deadline - time.monotonic())).stop()
+            except queue.Empty:
+                return
