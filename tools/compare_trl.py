@@ -160,7 +160,8 @@ class TrlSide:
             report_to=[],
             disable_tqdm=True,
             shuffle_dataset=False,
-            generation_kwargs={"eos_token_id": None, "pad_token_id": tokenizer.pad_token_id},
+            # transformers fills an absent end token in from the model, so it is forbidden instead: one masked column a step
+            generation_kwargs={"suppress_tokens": [tokenizer.eos_token_id], "pad_token_id": tokenizer.pad_token_id},
         )
         self.trainer = GRPOTrainer(
             model=model,
