@@ -46,7 +46,7 @@ class Install:
 
 
 INSTALLS = (
-    Install("miles-lean", "miles-lean", forbidden=(*TORCH_FREE, "miles_core", "miles_kernels")),
+    Install("miles-lean", "miles-lean", skip=r"\.server\.app\b", forbidden=(*TORCH_FREE, "miles_core", "miles_kernels")),
     Install(
         "miles-rollout", "miles-rollout", skip=r"\.(engines|server)\b", forbidden=(*TORCH_FREE, "miles_kernels", "starlette")
     ),

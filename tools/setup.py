@@ -35,6 +35,8 @@ EXPORT = (
     "--frozen",
     "--all-packages",
     "--all-extras",
+    "--no-extra",
+    "lean-dojo",  # ray and seventy more, for a library that only traces repositories
     "--all-groups",
     "--no-emit-workspace",
     "--no-annotate",

@@ -1,0 +1,51 @@
+"""`miles-lean serve`: checks and verdicts over HTTP, for our clients and for Kimina's."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+
+from miles_lean.server.service import Limits
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    usual = Limits()
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this machine only")
+    parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one and prints it")
+    parser.add_argument("--backend", default="auto", help="auto, embedded, toolchain, or the address of another server")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="checks at one time")
+    parser.add_argument("--queue", type=int, default=usual.queue_size, help="checks that may wait; more are answered 429")
+    parser.add_argument("--max-wait", type=float, default=usual.max_wait_s, help="longest wait for a worker, seconds")
+    parser.add_argument("--max-timeout", type=float, default=usual.max_timeout_s, help="longest time for one check, seconds")
+    parser.add_argument("--drain", type=float, default=usual.drain_s, help="seconds for running checks after SIGTERM")
+    parser.add_argument("--cache", default="", help="file of remembered verdicts; read at the start, appended to")
+    parser.add_argument("--no-audit", action="store_true", help="answer Kimina clients from Lean's messages alone")
+    parser.add_argument(
+        "--api-key-env", default="MILES_LEAN_API_KEY", help="variable that holds the API key; no key is wanted when it is unset"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """0 after a complete drain, 1 when running checks had to be cut off."""
+    from miles_lean.reward.connect import audit_function, connect
+    from miles_lean.server.serve import serve
+    from miles_lean.server.service import Service
+
+    limits = Limits(
+        slots=options.workers,
+        queue_size=options.queue,
+        max_wait_s=options.max_wait,
+        max_timeout_s=options.max_timeout,
+        drain_s=options.drain,
+    )
+
+    async def main() -> bool:
+        verifier = connect(options.backend, workers=options.workers, cache=options.cache)
+        audit = None if options.no_audit else audit_function(verifier)
+        service = Service(verifier, limits, audit=audit)
+        key = os.environ.get(options.api_key_env)
+        return await serve(service, host=options.host, port=options.port, api_key=key)
+
+    return 0 if asyncio.run(main()) else 1
