@@ -10,6 +10,9 @@ from importlib import import_module
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("miles_lean.commands.doctor", "report which Lean installations this machine has"),
     "extract": ("miles_lean.commands.extract", "print the Lean code of a model's output"),
+    "judge": ("miles_lean.commands.judge", "say whether a solution proves what a challenge leaves open"),
+    "corpus": ("miles_lean.commands.corpus", "attack the judge with every trick that is known, and with honest twins"),
+    "serve": ("miles_lean.commands.serve", "answer checks and verdicts over HTTP; Kimina clients work unchanged"),
 }
 """Subcommand: its module (see miles_lean.commands) and one line of help."""
 

@@ -107,7 +107,7 @@ class Judge:
             compiled = self._compile(solution, limits)
             times["compile"] = compiled.result.seconds
             if not compiled.olean:
-                return self._verdict(times, started, *_refusal(compiled.result), compiled.result)
+                return self._verdict(times, started, *refusal(compiled.result), compiled.result)
             result = self._check(given.olean, compiled.olean, rules, limits)
         except Infra as error:
             return self._verdict(times, started, "infra", "infra", str(error))
@@ -251,7 +251,7 @@ def _odd(result: CompileResult, problem: str) -> CompileResult:
     )
 
 
-def _refusal(result: CompileResult) -> tuple[str, str, str]:
+def refusal(result: CompileResult) -> tuple[str, str, str]:
     """Status, reason and detail of a source that gave no module."""
     if result.outcome == "rejected":
         return "rejected", "lean_error", str(result.errors[0]) if result.errors else result.detail
