@@ -46,7 +46,7 @@ class Capabilities:
     can_olean: bool = False
     """compile() writes .olean files."""
     can_lsp: bool = False
-    """lsp_command() starts a Lean server worker."""
+    """command(["--worker"]) is a Lean server worker."""
     can_replay: bool = False
     """The kernel can be run on .olean files in a process of its own (see miles_lean.judge)."""
     default_header: str = ""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from miles_lean.backends.base import Capabilities, CompileResult
 from miles_lean.embedded.cache import Built, built, launcher
-from miles_lean.embedded.wheel import find_wheel
-from miles_lean.workers.cli import compile_file, elaborate_text
+from miles_lean.embedded.wheel import Wheel, find_wheel
+from miles_lean.workers.cli import compile_file
+from miles_lean.workers.forked import ForkedWorker
+from miles_lean.workers.lsp import LspWorker
 
 
 class EmbeddedBackend:
@@ -20,9 +25,11 @@ class EmbeddedBackend:
 
     def __init__(self, *, cache: Path | None = None) -> None:
         self._cache = cache
+        self._lock = threading.Lock()
+        self._worker: LspWorker | None = None
 
     @cached_property
-    def wheel(self):  # type: ignore[no-untyped-def]
+    def wheel(self) -> Wheel:
         """The installed wheel."""
         return find_wheel()
 
@@ -62,8 +69,21 @@ class EmbeddedBackend:
         return compile_file(self, source, out=out, deadline=deadline)
 
     def elaborate(self, source: str, *, deadline: float) -> CompileResult:
-        """See Backend."""
-        return elaborate_text(self, source, deadline=deadline)
+        """See Backend. One worker, one check at a time; for more, see workers.Pool."""
+        with self._lock:
+            if self._worker is None:
+                self._worker = LspWorker(self)
+                weakref.finalize(self, self._worker.close)
+            elif self._worker.worn:
+                self._worker.close()
+            return self._worker.check(source, deadline)
+
+    def forked_worker(self, **options: Any) -> ForkedWorker:
+        """A worker that forks a Lean for each check; the options are ForkedWorker's. Its owner closes it."""
+        return ForkedWorker(self.wheel.library, self.environment(), **options)
 
     def close(self) -> None:
         """See Backend."""
+        with self._lock:
+            if self._worker is not None:
+                self._worker.close()

@@ -8,6 +8,8 @@ An object of Lean starts with 8 bytes (count, size, number of fields, constructo
 a pointer with its lowest bit set is a small number. A string keeps its length in bytes at 8 and its text from 32.
 """
 
+from __future__ import annotations
+
 import ctypes
 import json
 import os
@@ -24,7 +26,7 @@ MEMORY = os.open("/proc/self/mem", os.O_RDONLY)
 """Read through the kernel, so that a wrong address is an error and not the end of the process."""
 
 
-def read(address, size):
+def read(address: int, size: int) -> bytes:
     """Bytes at an address; ValueError when nothing is there."""
     try:
         found = os.pread(MEMORY, size, address)
@@ -35,12 +37,12 @@ def read(address, size):
     return found
 
 
-def word(address):
+def word(address: int) -> int:
     """The 8 bytes at an address."""
     return int.from_bytes(read(address, 8), "little")
 
 
-def text(address):
+def text(address: int) -> str:
     """A string object."""
     size = word(address + 8)
     if not 1 <= size < 10000 or read(address + 7, 1) != b"\xf9":
@@ -48,9 +50,9 @@ def text(address):
     return read(address + 32, size - 1).decode()
 
 
-def name(address):
+def name(address: int) -> list[str | int]:
     """A Lean.Name object as a list of its parts."""
-    parts = []
+    parts: list[str | int] = []
     while not address & 1:
         tag = read(address + 7, 1)[0]
         field = word(address + 16)
@@ -62,7 +64,7 @@ def name(address):
 class Description:
     """A ParserDescr object."""
 
-    def __init__(self, address):
+    def __init__(self, address: int) -> None:
         if address & 1 or not address:
             raise ValueError("not an object")
         self.tag = read(address + 7, 1)[0]
@@ -71,25 +73,25 @@ class Description:
             raise ValueError("not a parser description")
         self.fields = [word(address + 8 + 8 * index) for index in range(count)]
 
-    def children(self):
+    def children(self) -> list[Description]:
         """The descriptions inside, in reading order."""
         places = {UNARY: (1,), BINARY: (1, 2), NODE: (2,), TRAILING: (3,), ALIAS: (2,), SEP: (0, 2), SEP1: (0, 2)}
         return [Description(self.fields[place]) for place in places.get(self.tag, ())]
 
-    def first(self):
+    def first(self) -> Description:
         """The leftmost leaf: what such a phrase begins with."""
         inside = self.children()
         if self.tag == BINARY and name(self.fields[0]) == ["orelse"]:
             return inside[0].first()
         return inside[0].first() if inside else self
 
-    def categories(self):
+    def categories(self) -> set[str]:
         """Names of all categories below, as text."""
-        own = {".".join(map(str, name(self.fields[0])))} if self.tag == CATEGORY else set()
+        own: set[str] = {".".join(map(str, name(self.fields[0])))} if self.tag == CATEGORY else set()
         return own.union(*(child.categories() for child in self.children()))
 
 
-def symbols(path):
+def symbols(path: str) -> list[str]:
     """Names of the dynamic symbols of an ELF library."""
     with open(path, "rb") as file:
         header = file.read(64)
@@ -106,7 +108,7 @@ def symbols(path):
     raise SystemExit(f"{path} has no dynamic symbols")
 
 
-def parser(library, symbol):
+def parser(library: ctypes.CDLL, symbol: str) -> list[object] | None:
     """[name, kind, first token, first category, categories] of a symbol that is a category's parser; None for others."""
     try:
         address = word(ctypes.addressof(ctypes.c_void_p.in_dll(library, symbol)))
@@ -122,7 +124,7 @@ def parser(library, symbol):
         return None
 
 
-def main():
+def main() -> None:
     """Print what the library holds."""
     library = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
     library.lean_initialize()
@@ -145,10 +147,10 @@ def main():
     os._exit(0)
 
 
-_CODE: list = []
+_CODE: list[tuple[int, int]] = []
 
 
-def is_code(library, symbol):
+def is_code(library: ctypes.CDLL, symbol: str) -> bool:
     """Whether a symbol lies in an executable part of the library, and is therefore a function."""
     if not _CODE:
         with open("/proc/self/maps") as file:

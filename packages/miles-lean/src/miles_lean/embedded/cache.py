@@ -20,7 +20,7 @@ from pathlib import Path
 from miles_lean.embedded import bindings
 from miles_lean.embedded.wheel import Wheel, find_wheel
 from miles_lean.workers.outcome import judge_exit
-from miles_lean.workers.process import run_process
+from miles_lean.workers.process import Finished, run_process
 
 SOURCES = Path(__file__).parent / "prelude"
 ROOT = "Init"
@@ -152,5 +152,5 @@ def compile_module(wheel: Wheel, folder: Path, name: str) -> list[str]:
     return [str(message) for message in result.errors] or [f"0:0: error: {result.outcome}: {result.detail}"]
 
 
-def _lean(wheel: Wheel, folder: Path, arguments: list[str]):  # type: ignore[no-untyped-def]
+def _lean(wheel: Wheel, folder: Path, arguments: list[str]) -> Finished:
     return run_process([*launcher(wheel), *arguments], cwd=folder, env={"LEAN_PATH": str(folder)}, deadline=_BUILD_S)
