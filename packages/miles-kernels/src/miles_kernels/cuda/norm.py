@@ -1,0 +1,167 @@
+"""RMSNorm on CUDA: plain, with a residual, per head, or with the rotation behind it. Gradients without atomics.
+
+Legend: R = rows, H = row length, W = rows of the weight (1, or one per head).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miles_kernels.cuda.launch import cdiv, next_power_of_2
+
+PART_ROWS = 64
+"""Rows whose weight gradients one program sums: fixed, so the fold of the partials never changes."""
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`round(x / rms(x)) * weight` over the last dimension of x[..., H]; weight [H], or [heads, H] for x[..., heads, H]."""
+    return torch.ops.miles_cuda.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(s), s) of s = round(x + residual), both [..., H]: the residual stream and the next block's input in one pass."""
+    return torch.ops.miles_cuda.add_rms_norm(x, residual, weight, eps)
+
+
+def _rows(x: Tensor, weight: Tensor) -> tuple[Tensor, int, int]:
+    """(x as [tokens, heads, H] with unit last stride, tokens, heads)."""
+    heads = weight.shape[0] if weight.ndim == 2 else 1
+    if x.shape[-weight.ndim :] != weight.shape:
+        raise ValueError(f"rms_norm: x {tuple(x.shape)} does not end in the shape of weight {tuple(weight.shape)}")
+    flat = x.reshape(-1, heads, x.shape[-1])
+    if flat.stride(2) != 1:
+        flat = flat.contiguous()
+    return flat, flat.shape[0], heads
+
+
+def _sizes(width: int) -> tuple[int, int, int]:
+    """(padded width, rows per program, warps): a function of the width alone."""
+    pad = next_power_of_2(width)
+    if pad <= 256:
+        return pad, 2048 // pad, 4
+    return pad, 1, 4 if pad <= 4096 else 8
+
+
+def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
+    from miles_kernels.cuda.norm_kernels import rms_forward
+
+    flat, tokens, heads = _rows(x, weight)
+    other = None if residual is None else _rows(residual, weight)[0]
+    width = x.shape[-1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = None if residual is None else torch.empty_like(out)
+    pad, rows, warps = _sizes(width)
+    if x.numel():
+        rms_forward[(cdiv(tokens * heads, rows),)](
+            flat, flat if other is None else other, weight.contiguous(), out, out if total is None else total,
+            tokens * heads, heads, eps,
+            flat.stride(0), flat.stride(1), width if other is None else other.stride(0), heads * width, width,
+            H=width, H_PAD=pad, ROWS=rows, HAS_RESIDUAL=residual is not None, num_warps=warps,
+        )  # fmt: skip
+    return out, total
+
+
+@torch.library.custom_op(
+    "miles_cuda::rms_norm", mutates_args=(), device_types="cuda", schema="(Tensor x, Tensor weight, float eps) -> Tensor"
+)
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _forward(x, None, weight, eps)[0]
+
+
+@torch.library.custom_op(
+    "miles_cuda::add_rms_norm",
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+)
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if weight.ndim != 1 or residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(f"add_rms_norm: x {tuple(x.shape)} {x.dtype}, residual {tuple(residual.shape)} {residual.dtype}")
+    out, total = _forward(x, residual, weight, eps)
+    assert total is not None
+    return out, total
+
+
+@torch.library.custom_op(
+    "miles_cuda::rms_norm_backward",
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor grad, Tensor? extra, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+)
+def _rms_norm_backward(grad: Tensor, extra: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from miles_kernels.cuda.norm_kernels import rms_backward, sum_parts
+
+    flat, tokens, heads = _rows(x, weight)
+    g, _, _ = _rows(grad, weight)
+    width = x.shape[-1]
+    total_rows = tokens * heads
+    pad = next_power_of_2(width)
+    rows = heads if heads > 1 and heads & (heads - 1) == 0 and heads * pad <= 8192 else 1
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    weight = weight.contiguous()
+    if rows == 1 and heads > 1:
+        # heads that are no power of two: their weight gradients one head at a time
+        dws = torch.empty_like(weight)
+        x_heads, g_heads, dx_heads = flat, g, dx.view(-1, heads, width)
+        for head in range(heads):
+            more = None if extra is None else extra.reshape(-1, heads, width)[:, head]
+            dx_heads[:, head], dws[head] = _rms_norm_backward(g_heads[:, head], more, x_heads[:, head], weight[head], eps)
+        return dx, dws
+    dw = torch.zeros_like(weight)
+    if not x.numel():
+        return dx, dw
+    steps = PART_ROWS
+    parts = cdiv(total_rows, rows * steps)
+    part = torch.empty((parts, rows, width), dtype=torch.float32, device=x.device)
+    rms_backward[(parts,)](
+        flat, weight, g, flat if extra is None else extra.contiguous(), dx, part, total_rows, heads, eps,
+        flat.stride(0), flat.stride(1), g.stride(0), g.stride(1),
+        H=width, H_PAD=pad, ROWS=rows, STEPS=steps, W=heads, HAS_EXTRA=extra is not None,
+        num_warps=4 if pad * rows <= 4096 else 8,
+    )  # fmt: skip
+    sum_parts[(cdiv(width, 128), heads)](part, dw, parts, width, heads, BLOCK=128, num_warps=4)
+    return dx, dw
+
+
+@torch.library.register_fake("miles_cuda::rms_norm")
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("miles_cuda::add_rms_norm")
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@torch.library.register_fake("miles_cuda::rms_norm_backward")
+def _(grad: Tensor, extra: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1])
+    ctx.eps = inputs[2]
+
+
+def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, weight = ctx.saved_tensors
+    dx, dw = torch.ops.miles_cuda.rms_norm_backward(grad, None, x, weight, ctx.eps)
+    return dx, dw, None
+
+
+def _save_add(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(output[1], inputs[2])
+    ctx.eps = inputs[3]
+
+
+def _grad_add(ctx: Any, grad: Tensor, extra: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    total, weight = ctx.saved_tensors
+    ds, dw = torch.ops.miles_cuda.rms_norm_backward(grad, extra, total, weight, ctx.eps)
+    return ds, ds.clone(), dw, None
+
+
+_rms_norm.register_autograd(_grad, setup_context=_save)
+_add_rms_norm.register_autograd(_grad_add, setup_context=_save_add)

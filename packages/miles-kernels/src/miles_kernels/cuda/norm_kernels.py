@@ -1,0 +1,121 @@
+"""Triton kernels of RMSNorm, residual add, head norms, rotation and their gradients.
+
+Legend: R = rows, H = row length, W = rows of the weight (1, or one per head: row r uses weight row r % W).
+
+One row's sum runs over one row in one layout that depends on H only, so no other row can change its bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rms_forward(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, rows, heads, eps, stride_xt, stride_xh, stride_rt, stride_ot, stride_oh,
+    H: tl.constexpr, H_PAD: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """out = round(x / rms(x)) * weight; with a residual, x is round(x + residual) and is stored too."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = (row // heads).to(tl.int64)
+    head = row % heads
+    col = tl.arange(0, H_PAD)
+    mask = (row < rows)[:, None] & (col < H)[None, :]
+    x = tl.load(x_ptr + (token * stride_xt + head * stride_xh)[:, None] + col[None, :], mask=mask, other=0.0)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + (token * stride_rt)[:, None] + col[None, :], mask=mask, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+        tl.store(sum_ptr + row.to(tl.int64)[:, None] * H + col[None, :], x, mask=mask)
+    weight = tl.load(weight_ptr + head[:, None] * H + col[None, :], mask=mask, other=0.0)
+    wide = x.to(tl.float32)
+    scale = 1.0 / tl.sqrt_rn(tl.sum(wide * wide, 1) / H + eps)
+    normed = (wide * scale[:, None]).to(x.dtype)
+    out = normed.to(tl.float32) * weight.to(tl.float32)
+    tl.store(
+        out_ptr + (token * stride_ot + head * stride_oh)[:, None] + col[None, :], out.to(out_ptr.dtype.element_ty), mask=mask
+    )
+
+
+@triton.jit
+def rms_backward(
+    x_ptr, weight_ptr, grad_ptr, extra_ptr, dx_ptr, part_ptr, rows, heads, eps, stride_xt, stride_xh, stride_gt, stride_gh,
+    H: tl.constexpr, H_PAD: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, W: tl.constexpr, HAS_EXTRA: tl.constexpr,
+):  # fmt: skip
+    """dx of ROWS * STEPS consecutive rows and their partial dw [programs, W, H], rows ascending. ROWS is 1 or a multiple of W.
+
+    `extra` is the gradient that reached x past the norm (the residual stream); it is added before the rounding.
+    """
+    col = tl.arange(0, H_PAD)
+    dw = tl.zeros((ROWS, H_PAD), tl.float32)
+    for step in range(STEPS):
+        row = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        token = (row // heads).to(tl.int64)
+        head = row % heads
+        mask = (row < rows)[:, None] & (col < H)[None, :]
+        x = tl.load(x_ptr + (token * stride_xt + head * stride_xh)[:, None] + col[None, :], mask=mask, other=0.0)
+        grad = tl.load(grad_ptr + (token * stride_gt + head * stride_gh)[:, None] + col[None, :], mask=mask, other=0.0)
+        weight = tl.load(weight_ptr + (row % W)[:, None] * H + col[None, :], mask=mask, other=0.0)
+        wide = x.to(tl.float32)
+        grad = grad.to(tl.float32)
+        scale = 1.0 / tl.sqrt_rn(tl.sum(wide * wide, 1) / H + eps)
+        normed = wide * scale[:, None]
+        dw += grad * normed.to(x.dtype).to(tl.float32)
+        inner = grad * weight.to(tl.float32)
+        projection = tl.sum(inner * normed, 1) / H
+        dx = (inner - normed * projection[:, None]) * scale[:, None]
+        place = row.to(tl.int64)[:, None] * H + col[None, :]
+        if HAS_EXTRA:
+            dx += tl.load(extra_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    tl.store(part_ptr + place[:, None] * H + col[None, :], dw, mask=(col < H)[None, :])
+
+
+@triton.jit
+def sum_parts(part_ptr, out_ptr, parts, H, W, BLOCK: tl.constexpr):
+    """out[W, H] = sum over parts of part[parts, W, H], ascending."""
+    weight_row = tl.program_id(1)
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.range(0, parts, num_stages=4):
+        total += tl.load(part_ptr + (part.to(tl.int64) * W + weight_row) * H + col, mask=col < H, other=0.0)
+    tl.store(out_ptr + weight_row * H + col, total.to(out_ptr.dtype.element_ty), mask=col < H)
+
+
+@triton.jit
+def rotate(
+    x_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, rows, heads, eps, stride_xt, stride_xh, stride_ot, stride_oh, stride_ct,
+    D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, INVERSE: tl.constexpr,
+):  # fmt: skip
+    """Rotate-half of x[T, heads, D] by cos, sin [T, D] (sin signed); with NORM a head norm by weight[heads, D] comes first."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = (row // heads).to(tl.int64)
+    head = row % heads
+    col = tl.arange(0, HALF)
+    mask = (row < rows)[:, None] & (col < D // 2)[None, :]
+    x_at = x_ptr + (token * stride_xt + head * stride_xh)[:, None] + col[None, :]
+    low = tl.load(x_at, mask=mask, other=0.0)
+    high = tl.load(x_at + D // 2, mask=mask, other=0.0)
+    if NORM:
+        dtype = low.dtype
+        w_at = weight_ptr + head[:, None] * D + col[None, :]
+        w_low = tl.load(w_at, mask=mask, other=0.0).to(tl.float32)
+        w_high = tl.load(w_at + D // 2, mask=mask, other=0.0).to(tl.float32)
+        low_wide = low.to(tl.float32)
+        high_wide = high.to(tl.float32)
+        both = tl.reshape(tl.permute(tl.join(low_wide, high_wide), (0, 2, 1)), (ROWS, 2 * HALF))
+        scale = 1.0 / tl.sqrt_rn(tl.sum(both * both, 1) / D + eps)
+        low = ((low_wide * scale[:, None]).to(dtype).to(tl.float32) * w_low).to(dtype)
+        high = ((high_wide * scale[:, None]).to(dtype).to(tl.float32) * w_high).to(dtype)
+    low = low.to(tl.float32)
+    high = high.to(tl.float32)
+    cos = tl.load(cos_ptr + (token * stride_ct)[:, None] + col[None, :], mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + (token * stride_ct)[:, None] + (col + D // 2)[None, :], mask=mask, other=0.0)
+    if INVERSE:
+        sin = -sin
+    new_low = tl.fma(low, cos, -(high * sin))
+    new_high = tl.fma(high, cos, low * sin)
+    out_at = out_ptr + (token * stride_ot + head * stride_oh)[:, None] + col[None, :]
+    tl.store(out_at, new_low.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_at + D // 2, new_high.to(out_ptr.dtype.element_ty), mask=mask)

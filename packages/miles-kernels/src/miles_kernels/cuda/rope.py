@@ -1,0 +1,67 @@
+"""Rotary position embedding on CUDA, rotate-half layout; optionally with the head norm in front of it in the same pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miles_kernels.cuda.launch import cdiv, next_power_of_2
+
+ROWS = 16
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x[T, heads, D] by `RopeTable.rows` (cos, sin float32 [T, 1, D] or [T, D], sin signed). Backward rotates back."""
+    return torch.ops.miles_cuda.rope(x, cos, sin, False)
+
+
+def norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """`apply_rope(rms_norm(x, weight, eps), cos, sin)` for weight[heads, D] in one pass, same bits. No gradient."""
+    return _launch(x, weight, cos, sin, eps, False)
+
+
+def _launch(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, inverse: bool) -> Tensor:
+    from miles_kernels.cuda.norm_kernels import rotate
+
+    tokens, heads, dim = x.shape
+    cos, sin = cos.reshape(tokens, dim), sin.reshape(tokens, dim)
+    if dim % 2 or cos.dtype is not torch.float32:
+        raise ValueError(f"rope: needs an even head size and float32 tables, got {dim} and {cos.dtype}")
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    cos, sin = cos.contiguous(), sin.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel():
+        rotate[(cdiv(tokens * heads, ROWS),)](
+            x, cos, sin, out if weight is None else weight.contiguous(), out, tokens * heads, heads, eps,
+            x.stride(0), x.stride(1), out.stride(0), out.stride(1), dim,
+            D=dim, HALF=next_power_of_2(dim // 2), ROWS=ROWS, NORM=weight is not None, INVERSE=inverse, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op(
+    "miles_cuda::rope", mutates_args=(), device_types="cuda", schema="(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor"
+)
+def _rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    return _launch(x, None, cos, sin, 0.0, inverse)
+
+
+@torch.library.register_fake("miles_cuda::rope")
+def _(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(inputs[1], inputs[2])
+    ctx.inverse = inputs[3]
+
+
+def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    cos, sin = ctx.saved_tensors
+    return torch.ops.miles_cuda.rope(grad, cos, sin, not ctx.inverse), None, None, None
+
+
+_rope.register_autograd(_grad, setup_context=_save)
