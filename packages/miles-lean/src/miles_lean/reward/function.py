@@ -123,4 +123,4 @@ async def _close_at_end(key: tuple[asyncio.AbstractEventLoop, str], scoring: Sco
         await asyncio.Event().wait()
     finally:
         _BY_LOOP.pop(key, None)
-        scoring.verifier.shut()
+        await scoring.close()

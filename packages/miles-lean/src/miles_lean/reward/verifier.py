@@ -13,6 +13,7 @@ from miles_lean.backends.base import Backend, CompileResult
 from miles_lean.reward.cache import VerdictCache, verdict_key
 from miles_lean.reward.outcome import Outcome
 from miles_lean.statement import Statement
+from miles_lean.workers.pool import Pool
 
 T = TypeVar("T")
 MAX_REASON = 2000
@@ -40,7 +41,8 @@ class Verifier:
     """Verifies proofs on one backend, `workers` at a time. Close it, or use it as `async with`.
 
     Without `judge` it can only elaborate (`check`), and `verify` refuses: elaboration is no proof.
-    Equal questions that arrive while the first is being answered wait for its answer.
+    Equal questions that arrive while the first is being answered wait for its answer. `fast=False` leaves out the shared
+    Lean server workers, which can only say no: every proof then goes to the judge's sandboxed processes alone.
 
     Example: async with Verifier(backend, judge) as verifier: outcome = await verifier.verify(statement, "rfl")
     """
@@ -56,13 +58,17 @@ class Verifier:
         retry_s: float = 0.2,
         elaborate_s: float = 10.0,
         judge_s: float = 20.0,
+        fast: bool = True,
         on_close: Callable[[], None] | None = None,
     ) -> None:
         self.backend, self._on_close = backend, on_close
         self.cache = VerdictCache() if cache is None else cache
         self._judge, self._retries, self._retry_s = judge, retries, retry_s
         self._elaborate_s, self._judge_s = elaborate_s, judge_s
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="miles-lean")
+        self._workers, self._fast = workers, fast
+        self._pool: Pool | None = None
+        self._starting = asyncio.Lock()
+        self._threads = ThreadPoolExecutor(workers + 1, thread_name_prefix="miles-lean")
         self._slots = asyncio.Semaphore(workers)
         self._running: dict[str, asyncio.Task[Outcome]] = {}
         self.num_elaborated = self.num_judged = self.num_retries = 0
@@ -99,7 +105,20 @@ class Verifier:
     async def check(self, source: str, *, deadline: float) -> CompileResult:
         """Elaborate a whole file: Lean's messages, nothing about whether anything is proved."""
         self.num_elaborated += 1
+        pool = await self._elaborators()
+        if pool is not None:
+            return await pool.elaborate(source, deadline=deadline)
         return await self._blocking(lambda: self.backend.elaborate(source, deadline=deadline))
+
+    async def _elaborators(self) -> Pool | None:
+        """Lean server workers, one for each slot, started at the first check; None for backends without."""
+        if self._pool is None and (await self._blocking(lambda: self.backend.capabilities)).can_lsp:
+            async with self._starting:
+                if self._pool is None:
+                    pool = Pool(self.backend, num_fast=self._workers, num_isolated=0)
+                    await pool.start()
+                    self._pool = pool
+        return self._pool
 
     async def judge(self, challenge: str, source: str, name: str, *, deadline: float) -> Judged:
         """The judge alone, for a source that elaborates."""
@@ -126,10 +145,11 @@ class Verifier:
         async with self._slots:
             times = {"queue_s": time.monotonic() - asked}
             try:
-                result = await self.check(source, deadline=self._elaborate_s)
-                times["elaborate_s"] = result.seconds
-                if result.outcome != "ok":
-                    return _refused(result, times)
+                if self._fast:
+                    result = await self.check(source, deadline=self._elaborate_s)
+                    times["elaborate_s"] = result.seconds
+                    if result.outcome != "ok":
+                        return _refused(result, times)
                 started = time.monotonic()
                 judged = await self.judge(challenge, source, name, deadline=self._judge_s)
                 times["judge_s"] = time.monotonic() - started
@@ -151,6 +171,8 @@ class Verifier:
         for task in list(self._running.values()):
             task.cancel()
         await asyncio.gather(*self._running.values(), return_exceptions=True)
+        if self._pool is not None:
+            await self._pool.aclose()
         await asyncio.to_thread(self.shut)
 
     def shut(self) -> None:

@@ -6,6 +6,8 @@ import asyncio
 import math
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 
@@ -29,7 +31,7 @@ class Admission:
 
     def __init__(self, slots: int, queue_size: int, *, first_guess_s: float = 0.1) -> None:
         self.slots, self.queue_size = slots, queue_size
-        self.num_running = 0
+        self.num_running = self.num_inside = 0
         self.num_refused = self.num_expired = 0
         self.draining = False
         self._waiting: deque[asyncio.Future[None]] = deque()
@@ -45,18 +47,27 @@ class Admission:
     @property
     def retry_after_s(self) -> float:
         """Seconds until the present queue is served."""
-        return max(self._mean_s * (self.num_waiting + self.num_running + 1) / self.slots, 0.05)
+        return max(self._mean_s * (self.num_inside + 1) / self.slots, 0.05)
 
-    def reserve(self, count: int = 1) -> None:
-        """Raise Overloaded unless `count` more requests fit into slots and queue together."""
+    @contextmanager
+    def inside(self, count: int = 1) -> Iterator[None]:
+        """Room for `count` requests, from now until the block ends; entering raises Overloaded when they do not all fit."""
         if self.draining:
             raise Overloaded("the server is shutting down", 1.0)
-        if self.num_running + self.num_waiting + count > self.slots + self.queue_size:
+        if self.num_inside + count > self.slots + self.queue_size:
             self.num_refused += count
             raise Overloaded(
-                f"{self.num_running} checks run, {self.num_waiting} wait; {count} more do not fit (queue size {self.queue_size})",
+                f"{self.num_inside} checks run or wait; {count} more do not fit (queue size {self.queue_size})",
                 self.retry_after_s,
             )
+        self.num_inside += count
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.num_inside -= count
+            if not self.num_inside:
+                self._idle.set()
 
     def slot(self, max_wait_s: float) -> Slot:
         """`async with` it around the work; entering raises Waited when no slot became free in time."""
@@ -72,7 +83,6 @@ class Admission:
         return True
 
     async def _enter(self, max_wait_s: float) -> None:
-        self._idle.clear()
         if self.num_running < self.slots and not self._waiting:
             self.num_running += 1
             return
@@ -85,7 +95,6 @@ class Admission:
                 self._waiting.remove(turn)
             elif turn.done() and not turn.cancelled():  # the slot came at the same moment: pass it on
                 self._release()
-            self._note_idle()
             if isinstance(error, TimeoutError):
                 self.num_expired += 1
                 raise Waited(f"waited {max_wait_s:g} s for a free worker") from None
@@ -94,7 +103,6 @@ class Admission:
     def _leave(self, service_s: float) -> None:
         self._mean_s += 0.1 * (service_s - self._mean_s)
         self._release()
-        self._note_idle()
 
     def _release(self) -> None:
         self.num_running -= 1
@@ -103,10 +111,6 @@ class Admission:
             if not turn.done():
                 self.num_running += 1
                 turn.set_result(None)
-
-    def _note_idle(self) -> None:
-        if not self.num_running and not self._waiting:
-            self._idle.set()
 
 
 class Slot:

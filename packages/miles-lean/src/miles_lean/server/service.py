@@ -63,8 +63,8 @@ class Service:
 
     async def answer_kimina(self, ask: kimina.Ask) -> dict[str, Any]:
         """Answers to a Kimina request, in its order. Raises Overloaded before any work when they do not all fit."""
-        self.admission.reserve(len(ask.snippets))
-        return {"results": await gather(self._snippet(snippet, ask) for snippet in ask.snippets)}
+        with self.admission.inside(len(ask.snippets)):
+            return {"results": await gather(self._snippet(snippet, ask) for snippet in ask.snippets)}
 
     async def _snippet(self, snippet: kimina.Snippet, ask: kimina.Ask) -> dict[str, Any]:
         timeout_s = min(ask.timeout_s, self.limits.max_timeout_s)
@@ -98,8 +98,8 @@ class Service:
     async def verify(self, statement: str, proofs: Sequence[str], *, header: str = "") -> list[Outcome]:
         """Outcomes of proofs of one statement, in order. Raises ValueError for a statement without a slot, Overloaded."""
         parsed = Statement.parse(statement)
-        self.admission.reserve(len(proofs))
-        return await gather(self._proof(parsed, proof, header) for proof in proofs)
+        with self.admission.inside(len(proofs)):
+            return await gather(self._proof(parsed, proof, header) for proof in proofs)
 
     async def _proof(self, statement: Statement, proof: str, header: str) -> Outcome:
         slot = self.admission.slot(self.limits.max_wait_s)
@@ -116,9 +116,9 @@ class Service:
 
     async def check(self, source: str, timeout_s: float) -> dict[str, Any]:
         """Elaboration of one file with its messages; says nothing about proofs. Raises Overloaded, Waited."""
-        self.admission.reserve()
-        async with self.admission.slot(self.limits.max_wait_s) as slot:
-            result = await self._elaborate(source, min(timeout_s, self.limits.max_timeout_s))
+        with self.admission.inside():
+            async with self.admission.slot(self.limits.max_wait_s) as slot:
+                result = await self._elaborate(source, min(timeout_s, self.limits.max_timeout_s))
         self._note("check", result.outcome, {"queue_s": slot.queue_s, "elaborate_s": result.seconds})
         return check_answer(result, slot.queue_s)
 
