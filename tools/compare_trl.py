@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rivals import RowLengths, draw_lengths, draw_prompts, hf_tokenizer, report, timed
+from rivals import RowLengths, draw_lengths, draw_prompts, draw_sums, hf_tokenizer, report, timed
 
 WARM_UP = 2
 
@@ -196,7 +196,10 @@ def main() -> None:
     from miles_kernels.nn.checkpoint import load_config
 
     vocab = load_config(options.model).vocab_size
-    prompts = draw_prompts(options.prompts, options.prompt_tokens, vocab)
+    if (options.model / "char_tokenizer.json").exists():
+        prompts = draw_prompts(options.prompts, options.prompt_tokens, vocab)
+    else:
+        prompts = draw_sums(hf_tokenizer(options.model), options.prompts, options.prompt_tokens)
     lengths = draw_lengths(options.lengths, options.prompts, options.new_tokens)
     ours = MilesSide(options, prompts, lengths)
     times: list[float] = []

@@ -32,6 +32,18 @@ def draw_prompts(count: int, length: int, vocab_size: int, *, lowest: int = 4, s
     return [[rng.randrange(lowest, vocab_size) for _ in range(length)] for _ in range(count)]
 
 
+def draw_sums(tokenizer: Any, count: int, length: int, *, seed: int = 1) -> list[list[int]]:
+    """Prompts of `length` tokens that survive a round trip through a real tokenizer: lists of small sums, cut."""
+    rng = random.Random(seed)
+    prompts = []
+    while len(prompts) < count:
+        text = "".join(f"{a} + {b} = {a + b}\n" for a, b in ((rng.randrange(10), rng.randrange(10)) for _ in range(length)))
+        prompt = tokenizer(text, add_special_tokens=False)["input_ids"][:length]
+        if tokenizer(tokenizer.decode(prompt), add_special_tokens=False)["input_ids"] == prompt:
+            prompts.append(prompt)
+    return prompts
+
+
 class RowLengths:
     """transformers stopping criterion: row i is finished after lengths[i] new tokens. The cheapest way to say so."""
 

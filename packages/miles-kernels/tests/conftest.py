@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,6 +12,8 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+
+from miles_kernels import native
 
 
 @pytest.fixture(autouse=True)
@@ -20,3 +23,14 @@ def seed() -> int:
     print(f"MILES_TEST_SEED={value}")
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(params=["c", "torch"])
+def formulation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a test with the C kernels and with the torch ops that serve where there are none."""
+    if request.param == "torch":
+        with native.disabled():
+            yield "torch"
+    else:
+        assert native.library() is not None, native.status()
+        yield "c"

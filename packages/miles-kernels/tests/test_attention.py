@@ -12,6 +12,8 @@ from torch import Tensor
 from miles_kernels.ops.attention import AttentionPlan, Segment, attention, decode_plan, packed_plan, plan_attention, table_plan
 from miles_kernels.testing import across_threads, assert_bitwise_equal, threads
 
+pytestmark = pytest.mark.usefixtures("formulation")
+
 SHAPES = [(4, 2, 32), (14, 2, 16), (3, 1, 64), (8, 8, 8), (16, 1, 128)]
 DTYPES = [torch.float32, torch.bfloat16]
 

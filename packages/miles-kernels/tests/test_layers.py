@@ -17,6 +17,8 @@ from miles_kernels.ops.norm import rms_norm
 from miles_kernels.ops.rope import RopeTable, apply_rope, inverse_frequencies
 from miles_kernels.testing import across_threads, assert_bitwise_equal, sweep_rows
 
+pytestmark = pytest.mark.usefixtures("formulation")
+
 DTYPES = [torch.float32, torch.bfloat16]
 EPS = 1e-6
 

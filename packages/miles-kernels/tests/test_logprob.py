@@ -8,6 +8,8 @@ from miles_kernels.ops.linear import linear
 from miles_kernels.ops.logprob import linear_logprob, logprob_from_logits
 from miles_kernels.testing import across_threads, assert_bitwise_equal, sweep_rows, threads
 
+pytestmark = pytest.mark.usefixtures("formulation")
+
 CASES = [(97, None), (4096, None), (9000, None), (500, 128), (513, 128)]
 """(vocabulary, chunk): one chunk, a full one, several with a ragged tail."""
 

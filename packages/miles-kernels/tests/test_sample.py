@@ -8,6 +8,8 @@ import torch
 from miles_kernels.ops.logprob import logprob_from_logits
 from miles_kernels.ops.sample import keyed_gumbel, sample
 
+pytestmark = pytest.mark.usefixtures("formulation")
+
 # keyed_gumbel(seed, sample id, position, 8 tokens): noise that changes would silently change every recorded run.
 GOLDEN = {
     (0, 0, 0): [0.984112, 0.212859, -0.196493, 1.643076, 1.251493, 0.367947, -1.981799, 1.551759],

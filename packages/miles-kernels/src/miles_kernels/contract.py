@@ -126,6 +126,7 @@ class Contract:
 
     def difference(self, other: Contract) -> list[str]:
         """Names of the fields and ops in which two contracts differ, for error messages."""
-        names = [name for name in ("schema", "dtype", "matmul", "platform", "kernels") if getattr(self, name) != getattr(other, name)]
+        plain = ("schema", "dtype", "matmul", "platform", "kernels")
+        names = [name for name in plain if getattr(self, name) != getattr(other, name)]
         ops = sorted(self.ops.keys() | other.ops.keys())
         return names + [f"ops.{name}" for name in ops if self.ops.get(name) != other.ops.get(name)]

@@ -16,22 +16,26 @@ from miles_kernels.native import library
 from miles_kernels.ops.matmul import default_mode
 from miles_kernels.probe import fixed_values
 
-DEPTHS = (192, 256, 384, 320, 336, 240, 288, 352, 400, 448, 512, 128, 640, 768, 1024)
-"""Depths known of BLAS kernels, most frequent first."""
-TRIAL = (16, 72, 1600)
-"""(M, N, K) of the trial: two or more blocks at every depth."""
+_MAGNITUDES = (192, 384, 256, 320, 336, 240, 288, 352, 400, 448, 512, 128, 640, 768, 1024)
+DEPTHS = tuple(depth for magnitude in _MAGNITUDES for depth in (-magnitude, magnitude))
+"""Depths known of BLAS kernels, likely ones first; a negative one halves K where two blocks would do."""
 
 
 @functools.cache
 def gemm_depth() -> int | None:
-    """The depth at which the C product equals `torch.mm` of this process; None where no known depth does."""
+    """The depth at which the C product equals `torch.mm` of this process; None where no known depth does.
+
+    Tried on K that is many, and once and two thirds of, a block.
+    """
     kernels = library()
     if kernels is None or default_mode() != "native":
         return None
-    m, n, k = TRIAL
-    x, w = fixed_values(m, k, salt=21), fixed_values(n, k, salt=22)
-    wanted = torch.mm(x, w.t())
-    return next((depth for depth in DEPTHS if torch.equal(kernels.linear(x, w, depth), wanted)), None)
+
+    def agrees(depth: int, k: int) -> bool:
+        x, w = fixed_values(16, k, salt=21), fixed_values(72, k, salt=22)
+        return torch.equal(kernels.linear(x, w, depth), torch.mm(x, w.t()))
+
+    return next((depth for depth in DEPTHS if agrees(depth, 2600) and agrees(depth, abs(depth) * 5 // 3)), None)
 
 
 def disagreement(weights: Iterable[Tensor]) -> str | None:

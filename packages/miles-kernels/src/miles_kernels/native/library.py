@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_long, c_void_p
 
 import torch

@@ -1,4 +1,4 @@
-"""The decoder's forward pass over a paged cache in one C call: the same bits as `Decoder.forward`, without its hundred small calls.
+"""The decoder's forward over a paged cache in one C call: the bits of `Decoder.forward` without its hundred small calls.
 
 Legend: T = tokens of the pass, N = rows whose logits are wanted, W = width of the slot table, V = vocabulary.
 """
@@ -26,7 +26,7 @@ PANEL = 16
 
 
 class FusedForward:
-    """A decoder bound to the pools of its cache. Weights are read where they lie: updates in place are seen, new storages are not.
+    """A decoder bound to the pools of its cache. Weights are read where they lie: updates in place are seen, new storage is not.
 
     Example:
         if FusedForward.refusal(decoder) is None:
@@ -98,10 +98,10 @@ class FusedForward:
         table_rows: Tensor,
         out_rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`(hidden [T, hidden] after the last norm, logits [N, V])` of tokens at `positions`, written to cache `slots`, int64 [T].
+        """`(hidden [T, hidden] after the last norm, logits [N, V])` of tokens at `positions`, written to `slots`, int64 [T].
 
-        Token t reads the keys of positions 0 .. positions[t], position j in slot `table[table_rows[t], j]` (int64 [B, W]); its own
-        slot must stand there already. `out_rows` int64 [N]: tokens whose logits are wanted, all by default.
+        Token t reads the keys of positions 0 .. positions[t], j in slot `table[table_rows[t], j]` (int64 [B, W]); its own slot
+        must stand there already. `out_rows` int64 [N]: tokens whose logits are wanted, all by default.
         """
         config, work = self._decoder.config, self._pass
         cos, sin = self._decoder.rope_tables(int(positions.max()))

@@ -94,9 +94,7 @@ def _scaled(logits: Tensor, divisor: Tensor | None) -> Tensor:
     return logits if divisor is None else logits / divisor
 
 
-def _chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk: int, mode: Mode | None
-) -> Iterator[tuple[int, Tensor]]:
+def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk: int, mode: Mode | None) -> Iterator[tuple[int, Tensor]]:
     """(first column, logits fp32) of each chunk, not yet divided by the temperature."""
     vocab = weight.shape[0]
     hidden = hidden.float()

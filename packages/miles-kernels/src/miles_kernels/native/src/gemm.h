@@ -38,11 +38,18 @@ GEMM_BLOCK(1, 2)
 
 #define COLUMN_UNIT 24
 
+/* How deep a block of sums is. A negative depth is that of a BLAS which halves K where two blocks would do (MKL on AVX2). */
+INLINE long block_depth(long K, long depth) {
+    if (depth > 0) return depth;
+    return K > -depth && K <= -2 * depth ? K / 2 : -depth;
+}
+
 /* Columns [n0, n1): panels of all rows against a few weight rows at a time, so that weights come from memory once.
  * `add`: out += result (+ bias). Sum, bias and residual are rounded one after the other, as separate operations are. */
 static void gemm_columns(const float *panels, long M, const float *w, long K, long depth, const float *bias, int add,
                          float *out, long ldo, long n0, long n1) {
     float tot[8][PANEL];
+    depth = block_depth(K, depth);
     for (long n = n0; n < n1; n += COLUMN_UNIT) {
         long end = n1 - n < COLUMN_UNIT ? n1 : n + COLUMN_UNIT;
         for (long m = 0; m < M; m += PANEL) {
