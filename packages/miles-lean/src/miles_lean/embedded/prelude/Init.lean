@@ -1,3 +1,3 @@
 -- What a file without a header imports: the whole prelude.
 prelude
-import Init.Bindings
+import Init.Data

@@ -78,7 +78,7 @@ class SDiff (α : Type u) where
   sdiff : α → α → α
 class HasSubset (α : Type u) where
   Subset : α → α → Prop
-class Trans {α : Sort a} {β : Sort b} {γ : Sort c} (r : α → β → Sort u) (s : β → γ → Sort v) (t : outParam (α → γ → Sort w)) where
+class Trans.{u, v, w, u_1, u_2, u_3} {α : Sort u_1} {β : Sort u_2} {γ : Sort u_3} (r : α → β → Sort u) (s : β → γ → Sort v) (t : outParam (α → γ → Sort w)) where
   trans : {a : α} → {b : β} → {c : γ} → r a b → s b c → t a c
 class Coe (α : semiOutParam (Sort u)) (β : Sort v) where
   coe : α → β
@@ -126,6 +126,8 @@ instance instAddNat : Add Nat := Add.mk Nat.add
 instance instMulNat : Mul Nat := Mul.mk Nat.mul
 instance instSubNat : Sub Nat := Sub.mk Nat.sub
 instance instNatPowNat : NatPow Nat := NatPow.mk Nat.pow
+
+attribute [match_pattern] Add.add HAdd.hAdd Neg.neg
 
 /-! Decisions. -/
 @[macro_inline] def ite {α : Sort u} (c : Prop) [h : Decidable c] (t e : α) : α :=

@@ -109,7 +109,7 @@ class OfNat (α : Type u) (_ : Nat) where
 @[default_instance 100] instance instOfNatNat (n : Nat) : OfNat Nat n := OfNat.mk n
 
 set_option bootstrap.genMatcherCode false in
-@[extern "lean_nat_add"] protected def Nat.add : Nat → Nat → Nat
+@[match_pattern, extern "lean_nat_add"] protected def Nat.add : Nat → Nat → Nat
   | n, .zero => n
   | n, .succ m => .succ (Nat.add n m)
 set_option bootstrap.genMatcherCode false in
