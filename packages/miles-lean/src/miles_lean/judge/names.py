@@ -42,4 +42,5 @@ def show_name(name: Name) -> str:
 
 
 def _printable(part: str) -> str:
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in part)
+    # Without a codec: the checking process may open no file, and Python loads codecs from files.
+    return "".join(char if char.isprintable() else f"\\u{{{ord(char):x}}}" for char in part)

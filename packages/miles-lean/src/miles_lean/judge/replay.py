@@ -58,6 +58,8 @@ def _key(name: Name) -> tuple[str, ...]:
 def _group(module: Module, constant: Constant) -> list[Constant]:
     """What is declared at once with this: an inductive family with constructors; the quotient's four constants; itself."""
     if constant.kind == "quotient":
+        if constant.name not in QUOTIENT:
+            raise KernelError("no quotient constant", constant.name)
         return [module[name] for name in sorted(QUOTIENT, key=_key) if name in module]
     types: tuple[Name, ...] = ()
     if constant.kind == "inductive":
