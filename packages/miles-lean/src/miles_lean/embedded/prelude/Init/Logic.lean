@@ -157,3 +157,6 @@ instance (p : Prop) : Subsingleton (Decidable p) where
   cases Decidable.em c with
   | inl h => rw [dif_pos h]; subst b; rw [dif_pos h]; exact h₂ h
   | inr h => rw [dif_neg h]; subst b; rw [dif_neg h]; exact h₃ h
+
+/-- What the elaborator asks for when it states that a structure of two or more fields is injective. -/
+theorem Lean.injEq_helper {P Q R : Prop} (h : P → Q → R) : P ∧ Q → R := fun ⟨p, q⟩ => h p q
