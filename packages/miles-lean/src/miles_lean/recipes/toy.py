@@ -11,7 +11,7 @@ from typing import Any
 
 from miles_lean.recipes.families import FAMILIES, Draws
 
-ALPHABET = "0123456789+*=≤,.:;()[]⟨⟩∧∨→¬∃ NO_abcdefghiklmnopqrstuxy"
+ALPHABET = "0123456789+*=≤,.:;|()⟨⟩‹›<>∧∨→¬∃ NO_abcdefghiklmnopqrstuxy"
 """Every character of the goals and of their proofs."""
 ASK = ":=by "
 """What follows a goal in a prompt."""
