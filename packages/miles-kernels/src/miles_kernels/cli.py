@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from miles_kernels.verify.command import add_to as add_verify
+
 if TYPE_CHECKING:
     from miles_kernels.nn.config import Family
     from miles_kernels.parity import ParityRow
@@ -58,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("--threads", type=_thread_counts, default=(1, 2), metavar="1,2", help="torch thread counts to try")
     parity.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     parity.set_defaults(command=_parity)
+
+    add_verify(commands)
     return parser
 
 
