@@ -76,6 +76,22 @@ class Statement:
         signature = self.signature
         return signature[1] if len(signature) > 1 and signature[0] not in ("example",) and signature[1] not in (":", "(") else ""
 
+    @property
+    def challenge(self) -> str:
+        """The whole source with `sorry` in the slot: what the judge compares a solution with."""
+        return f"{self.before} sorry\n{self.after.lstrip(chr(10))}"
+
+    def solution(self, submission: str, kind: Literal["tactics", "file"] = "tactics", sentinel: str = "") -> str:
+        """The whole file to be judged. "tactics": tactics, or a term, for the slot; "file": a file that restates everything.
+
+        With a sentinel's name, a theorem of that name follows a filled slot: if it is missing after compiling, the file was
+        not read to its end. Raises ValueError as `fill` does.
+        """
+        if kind == "file":
+            return submission.replace("\r\n", "\n")
+        tail = f"\ntheorem _root_.{sentinel} : _root_.True := _root_.True.intro\n" if sentinel else ""
+        return self.fill(submission) + tail
+
     def fill(self, proof: str) -> str:
         """The whole source with the proof in its slot, tactics indented by two spaces.
 

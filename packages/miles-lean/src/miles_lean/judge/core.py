@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import secrets
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 from miles_lean.backends.base import Backend, CompileResult
 from miles_lean.judge.compare import Rules
 from miles_lean.judge.pool import Infra, Pool, Setup
 from miles_lean.judge.verdict import Verdict
 from miles_lean.lexer import code_tokens
+from miles_lean.statement import Statement
 from miles_lean.workers.outcome import judge_exit
 from miles_lean.workers.process import Finished
 
@@ -120,6 +122,27 @@ class Judge:
                 times, started, "accepted", "", "", compiled.result, replayed=result["replayed"], checker="kernel", **extra
             )
         return self._verdict(times, started, "rejected", result["reason"], result["detail"], compiled.result, **extra)
+
+    def prove(
+        self,
+        statement: Statement,
+        submission: str,
+        kind: Literal["tactics", "file"] = "tactics",
+        rules: Rules | None = None,
+        limits: Limits | None = None,
+    ) -> Verdict:
+        """Whether a submission proves a statement: a proof for its slot, or a file that restates everything.
+
+        A proof for the slot is followed by a theorem of a random name, which must be there in the end.
+        """
+        sentinel = f"miles_sentinel_{secrets.token_hex(8)}" if kind == "tactics" else ""
+        started = time.monotonic()
+        try:
+            solution = statement.solution(submission, kind, sentinel)
+        except ValueError as error:
+            return self._verdict({}, started, "rejected", "not_a_proof", str(error))
+        rules = replace(rules or Rules(), sentinel=sentinel)
+        return self.verify(statement.challenge, solution, rules, limits)
 
     def judge_modules(self, challenge: bytes, solution: bytes, rules: Rules | None = None) -> Verdict:
         """The same for two `.olean` files' bytes, whoever wrote them."""

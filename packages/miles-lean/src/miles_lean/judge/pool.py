@@ -40,35 +40,33 @@ class Setup:
 
 
 @dataclass(slots=True)
-class Zygote:
-    """One process, started at the first call, restarted after it was lost. For one thread at a time."""
+class Process:
+    """A started zygote process and its channel."""
 
     role: Role
     setup: Setup
     layers: tuple[tuple[str, bool, str], ...] = ()
-    starts: int = 0
-    _process: subprocess.Popen[bytes] | None = field(default=None)
-    _channel: Channel | None = field(default=None)
+    channel: Channel | None = None
+    _popen: subprocess.Popen[bytes] | None = None
     _root: str = ""
 
     @property
     def pid(self) -> int | None:
         """Its process id; None while it does not run."""
-        return self._process.pid if self._process else None
+        return self._popen.pid if self._popen is not None and self._popen.poll() is None else None
 
     def start(self) -> None:
         """Start it if it does not run. Raises Infra when it does not get ready."""
-        if self._process is not None:
-            if self._process.poll() is None:
-                return
-            self.stop()
+        if self.pid is not None:
+            return
+        self.stop()
         ours, theirs = socket.socketpair()
         self._root = tempfile.mkdtemp(prefix="miles-lean-")
         environment = {"LEAN_PATH": ":".join(map(str, self.setup.search_path))}
         command = [sys.executable, "-I", "-m", "miles_lean.judge.zygote", str(theirs.fileno())]
         try:
             with theirs:
-                self._process = subprocess.Popen(
+                self._popen = subprocess.Popen(
                     command,
                     env=environment,
                     stdin=subprocess.DEVNULL,
@@ -76,11 +74,11 @@ class Zygote:
                     pass_fds=(theirs.fileno(),),
                     start_new_session=True,
                 )
-            self._channel = Channel(ours)
+            self.channel = Channel(ours)
             setup = {"role": self.role, "library": str(self.setup.library), "sandbox": self.setup.sandbox, "root": self._root}
             setup |= {"search_path": [str(path) for path in self.setup.search_path], "fail_closed": self.setup.fail_closed}
-            self._channel.send(setup)
-            answer, _ = self._channel.receive(time.monotonic() + START_S)
+            self.channel.send(setup)
+            answer, _ = self.channel.receive(time.monotonic() + START_S)
         except (OSError, Closed, Late) as error:
             self.stop()
             raise Infra(f"the {self.role} process did not start: {error}") from error
@@ -88,6 +86,94 @@ class Zygote:
             self.stop()
             raise Infra(f"the {self.role} process did not start: {answer['failed']}")
         self.layers = tuple((name, on, detail) for name, on, detail in answer["layers"])
+
+    def stop(self) -> None:
+        """Kill it and everything it started, and remove its folder."""
+        popen, self._popen = self._popen, None
+        if self.channel is not None:
+            self.channel.sock.close()
+            self.channel = None
+        if popen is not None:
+            kill_group(popen.pid)
+            popen.wait()
+        if self._root:
+            shutil.rmtree(self._root, ignore_errors=True)
+            self._root = ""
+
+
+class Nursery:
+    """The process that has replayed the library, and starts copies of itself. Safe to use from many threads."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._process = Process("check", setup)
+        self._lock = threading.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id, while it runs."""
+        return self._process.pid
+
+    def copy(self) -> tuple[int, Channel]:
+        """A new copy's process id and channel. Raises Infra."""
+        with self._lock:
+            for attempt in (1, 2):
+                self._process.start()
+                channel = self._process.channel
+                assert channel is not None
+                ours, theirs = socket.socketpair()
+                with theirs:
+                    try:
+                        socket.send_fds(channel.sock, [b"+"], [theirs.fileno()])
+                        return int(channel.receive(time.monotonic() + 10.0)[0]["pid"]), Channel(ours)
+                    except (OSError, Closed, Late) as error:
+                        ours.close()
+                        self._process.stop()
+                        if attempt == 2:
+                            raise Infra(f"the check process cannot be copied: {error}") from error
+        raise AssertionError
+
+    def stop(self) -> None:
+        """Kill it; its copies die with it."""
+        with self._lock:
+            self._process.stop()
+
+
+@dataclass(slots=True)
+class Zygote:
+    """One process that does one job at a time, started at the first call, restarted after it was lost. For one thread.
+
+    A compiling one is started on its own, a checking one copied from the nursery.
+    """
+
+    role: Role
+    setup: Setup
+    nursery: Nursery | None = None
+    starts: int = 0
+    _process: Process | None = None
+    _copy: int | None = None
+    _channel: Channel | None = field(default=None)
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id; None while it does not run."""
+        return self._copy if self.nursery is not None else self._process.pid if self._process is not None else None
+
+    @property
+    def layers(self) -> tuple[tuple[str, bool, str], ...]:
+        """The sandbox layers around what it starts; () for a checking one."""
+        return self._process.layers if self._process is not None else ()
+
+    def start(self) -> None:
+        """Start it if it does not run. Raises Infra when it does not get ready."""
+        if self._channel is not None and (self.nursery is not None or self.pid is not None):
+            return
+        self.stop()
+        if self.nursery is not None:
+            self._copy, self._channel = self.nursery.copy()
+        else:
+            self._process = self._process or Process(self.role, self.setup)
+            self._process.start()
+            self._channel = self._process.channel
         self.starts += 1
 
     def call(self, message: dict[str, Any], blobs: Sequence[bytes], deadline_s: float) -> tuple[dict[str, Any], list[bytes]]:
@@ -102,24 +188,23 @@ class Zygote:
             raise Infra(f"the {self.role} process was lost: {error}") from error
 
     def stop(self) -> None:
-        """Kill it and everything it started, and remove its folder."""
-        process, self._process = self._process, None
-        if self._channel is not None:
-            self._channel.sock.close()
-            self._channel = None
-        if process is not None:
-            kill_group(process.pid)
-            process.wait()
-        if self._root:
-            shutil.rmtree(self._root, ignore_errors=True)
-            self._root = ""
+        """Kill it and everything it started."""
+        copy, self._copy = self._copy, None
+        channel, self._channel = self._channel, None
+        if copy is not None:
+            kill_group(copy)
+        if self._process is not None:
+            self._process.stop()
+        elif channel is not None:
+            channel.sock.close()
 
 
 class Pool:
     """`size` zygotes of one role, each doing one job at a time. Safe to use from many threads."""
 
     def __init__(self, role: Role, setup: Setup, size: int) -> None:
-        self.zygotes = [Zygote(role, setup) for _ in range(size)]
+        self.nursery = Nursery(setup) if role == "check" else None
+        self.zygotes = [Zygote(role, setup, self.nursery) for _ in range(size)]
         self._free: queue.LifoQueue[Zygote] = queue.LifoQueue()
         for zygote in self.zygotes:
             self._free.put(zygote)
@@ -146,6 +231,8 @@ class Pool:
         for zygote in self.zygotes:
             if zygote.pid is not None:
                 kill_group(zygote.pid)
+        if self.nursery is not None:
+            self.nursery.stop()
         deadline = time.monotonic() + 10
         for _ in self.zygotes:
             try:

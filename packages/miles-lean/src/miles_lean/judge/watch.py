@@ -16,7 +16,7 @@ _LOOK_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """How a child ended: `ended` is exit, timeout or memory; `rc` is its exit code, negative for a signal."""
+    """How a child ended: `ended` is exit, timeout, memory or abandoned; `rc` is its exit code, negative for a signal."""
 
     ended: str
     rc: int | None
@@ -25,8 +25,13 @@ class Watched:
     dropped: int
 
 
-def watch(pid: int, pipes: tuple[int, ...], *, deadline: float, max_rss: int, max_output: int = MAX_OUTPUT) -> Watched:
-    """Read the pipes until the child ends, or end it at `deadline` (time.monotonic) or above `max_rss` bytes."""
+def watch(
+    pid: int, pipes: tuple[int, ...], *, deadline: float, max_rss: int, client: int = -1, max_output: int = MAX_OUTPUT
+) -> Watched:
+    """Read the pipes until the child ends, or end it at `deadline` (time.monotonic) or above `max_rss` bytes.
+
+    `client` is the socket of who asked; it says nothing while it waits, so anything there is its end: "abandoned".
+    """
     started, ended, dropped = time.monotonic(), "", 0
     kept = {fd: bytearray() for fd in pipes}
     with selectors.DefaultSelector() as selector:
@@ -35,6 +40,8 @@ def watch(pid: int, pipes: tuple[int, ...], *, deadline: float, max_rss: int, ma
             selector.register(fd, selectors.EVENT_READ)
         exit_fd = os.pidfd_open(pid)
         selector.register(exit_fd, selectors.EVENT_READ)
+        if client >= 0:
+            selector.register(client, selectors.EVENT_READ)
         try:
             while not ended:
                 left = deadline - time.monotonic()
@@ -46,12 +53,16 @@ def watch(pid: int, pipes: tuple[int, ...], *, deadline: float, max_rss: int, ma
                     for key, _ in selector.select(min(left, _LOOK_S)):
                         if key.fd == exit_fd:
                             ended = "exit"
+                        elif key.fd == client:
+                            ended = ended or "abandoned"
                         else:
                             dropped += _drain(selector, key.fd, kept[key.fd], 1, max_output)
         finally:
             rc = _end(pid)
             os.close(exit_fd)
             selector.unregister(exit_fd)
+            if client >= 0:
+                selector.unregister(client)
         for key in list(selector.get_map().values()):
             dropped += _drain(selector, key.fd, kept[key.fd], 64, max_output)
     return Watched(ended, rc if ended == "exit" else None, time.monotonic() - started, tuple(map(bytes, kept.values())), dropped)

@@ -57,7 +57,7 @@ class Compiler:
         self.library = ctypes.CDLL(setup["library"], mode=ctypes.RTLD_GLOBAL)
         self.library.lean_initialize()
 
-    def run(self, message: dict[str, Any], blobs: list[bytes]) -> tuple[dict[str, Any], list[bytes]]:
+    def run(self, message: dict[str, Any], blobs: list[bytes], client: int) -> tuple[dict[str, Any], list[bytes]]:
         """Compile one source."""
         work = os.path.join(self.root, "work")
         os.mkdir(work, 0o700)
@@ -73,7 +73,8 @@ class Compiler:
             os.close(out[1])
             os.close(err[1])
             try:
-                done = watch(pid, (out[0], err[0]), deadline=started + message["deadline_s"], max_rss=message["max_rss"])
+                end = started + message["deadline_s"]
+                done = watch(pid, (out[0], err[0]), deadline=end, max_rss=message["max_rss"], client=client)
             finally:
                 os.close(out[0])
                 os.close(err[0])
@@ -134,7 +135,7 @@ class Checker:
             self.separate = sandbox.can_separate().on
         self.library = check.Library(Path(setup["library"]), [Path(text) for text in setup["search_path"]])
 
-    def run(self, message: dict[str, Any], blobs: list[bytes]) -> tuple[dict[str, Any], list[bytes]]:
+    def run(self, message: dict[str, Any], blobs: list[bytes], client: int) -> tuple[dict[str, Any], list[bytes]]:
         """Judge one solution."""
         out = os.pipe()
         started = time.monotonic()
@@ -156,18 +157,46 @@ class Checker:
                 os._exit(121)
         os.close(out[1])
         try:
-            done = watch(pid, (out[0],), deadline=started + message["deadline_s"], max_rss=message["max_rss"])
+            end = started + message["deadline_s"]
+            done = watch(pid, (out[0],), deadline=end, max_rss=message["max_rss"], client=client)
         finally:
             os.close(out[0])
         return {"ended": done.ended, "rc": done.rc, "seconds": done.seconds}, [done.output[0] if done.rc == 0 else b""]
 
 
+def multiply(channel: Channel) -> Channel:
+    """Start a copy of this process for each socket that arrives; returns in the copies, with their channel.
+
+    So the library is replayed once, however many processes check at once, and a lost one is replaced within milliseconds.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        _, files, _, _ = socket.recv_fds(channel.sock, 1, 1)
+        if not files:
+            os._exit(0)
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.setsid()
+            channel.sock.close()
+            _stay_guarded()
+            sandbox.die_with_parent()
+            return Channel(socket.socket(fileno=files[0]))
+        os.close(files[0])
+        channel.send({"pid": pid})
+
+
+def _stay_guarded() -> None:
+    # Not "die with the parent": the kernel means the parent's thread, and pools of threads come and go. The end of the
+    # channel is what ends a zygote, also in the middle of a job.
+    sandbox.harden()
+    ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+
+
 def main() -> None:
     """Serve jobs until the other side closes the channel."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sandbox.die_with_parent()
-    sandbox.harden()
-    ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+    _stay_guarded()
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     setup, _ = channel.receive()
     try:
@@ -178,10 +207,12 @@ def main() -> None:
     try:
         layers = [[layer.name, layer.on, layer.detail] for layer in worker.layers]
         channel.send({"ready": True, "layers": layers})
+        if setup["role"] == "check":
+            channel = multiply(channel)
         while True:
             message, blobs = channel.receive()
             try:
-                reply, answer = worker.run(message, blobs)
+                reply, answer = worker.run(message, blobs, channel.sock.fileno())
             except OSError as error:
                 reply, answer = {"ended": "failed", "rc": None, "seconds": 0.0, "problem": str(error)}, []
             channel.send(reply, answer)
