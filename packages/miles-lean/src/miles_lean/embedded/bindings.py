@@ -55,7 +55,7 @@ _SPACES = (  # namespace of a kind and the start of its last part, category; the
     (r"Lean\.Parser\.Tactic\.Conv\..*", "conv"),
     (r"Lean\.Parser\.Tactic\.rcasesPat\..*", "rcasesPat"),
     (r"Lean\.Parser\.Tactic\.rintroPat\..*", "rintroPat"),
-    (r"Lean\.Parser\.Tactic\.(vcgen|m[a-z]*Macro|m[a-z]*Error|m[a-z]*Pat|sym|grind_|bv).*", ""),
+    (r"Lean\.Parser\.Tactic\.(vcgen|m[a-z]*Macro|m[a-z]*Error|m[a-z]*Pat|sym(?!m)|grind_|bv).*", ""),
     (r"Lean\.Parser\.Tactic\.[^.]*|Lean\.Elab\.Tactic\.Ext\.tactic[^.]*", "tactic"),
     (r"Lean\.Parser\.Attr\..*", "attr"),
     (r"Lean\.binderPred[^.]*", "binderPred"),

@@ -104,7 +104,7 @@ class CoeFun (α : Sort u) (γ : outParam (α → Sort v)) where
   coe : (f : α) → γ f
 class CoeSort (α : Sort u) (β : outParam (Sort v)) where
   coe : α → β
-attribute [reducible] CoeTC.coe CoeOTC.coe CoeHTC.coe CoeHTCT.coe CoeT.coe Coe.coe CoeOut.coe CoeTail.coe CoeHead.coe CoeDep.coe
+attribute [coe_decl] CoeTC.coe CoeOTC.coe CoeHTC.coe CoeHTCT.coe CoeT.coe Coe.coe CoeOut.coe CoeTail.coe CoeHead.coe CoeDep.coe CoeFun.coe CoeSort.coe
 instance {α : Sort u} {β : Sort v} {γ : Sort w} [Coe β γ] [CoeTC α β] : CoeTC α γ := CoeTC.mk (fun a => Coe.coe (CoeTC.coe a : β))
 instance {α : Sort u} {β : Sort v} [Coe α β] : CoeTC α β := CoeTC.mk (fun a => Coe.coe a)
 instance {α : Sort u} {β : Sort v} {γ : Sort w} [CoeOut α β] [CoeOTC β γ] : CoeOTC α γ := CoeOTC.mk (fun a => CoeOTC.coe (CoeOut.coe a : β))

@@ -47,6 +47,8 @@ def Not (a : Prop) : Prop := a → False
 inductive Eq {α : Sort u} : α → α → Prop where
   | refl (a : α) : Eq a a
 @[match_pattern] def rfl {α : Sort u} {a : α} : Eq a a := Eq.refl a
+/-- A hint to the kernel: reduce this proof eagerly. -/
+def eagerReduce {α : Sort u} (a : α) : α := a
 @[simp] theorem id_eq {α : Sort u} (a : α) : Eq (id a) a := rfl
 abbrev Eq.ndrec.{u1, u2} {α : Sort u2} {a : α} {motive : α → Sort u1} (m : motive a) {b : α} (h : Eq a b) : motive b :=
   h.rec m

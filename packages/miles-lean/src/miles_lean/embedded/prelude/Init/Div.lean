@@ -19,7 +19,7 @@ def modFuel : Nat → Nat → Nat → Nat
 @[extern "lean_nat_mod"] protected def mod (n m : @& Nat) : Nat := modFuel n n m
 instance instDivNat : Div Nat := ⟨Nat.div⟩
 instance instModNat : Mod Nat := ⟨Nat.mod⟩
-instance instDvdNat : Dvd Nat := ⟨fun a b => ∃ c, b = a * c⟩
+instance instDvd : Dvd Nat := ⟨fun a b => ∃ c, b = a * c⟩
 
 theorem divFuel_enough (f g n m : Nat) (hf : n ≤ f) (hg : n ≤ g) : divFuel f n m = divFuel g n m := by
   induction f generalizing g n with

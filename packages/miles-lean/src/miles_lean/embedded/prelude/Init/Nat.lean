@@ -139,9 +139,9 @@ theorem le_of_lt_succ {n m : Nat} (h : n < Nat.succ m) : n ≤ m := Nat.le_of_su
 theorem le_of_lt_add_one {n m : Nat} (h : n < m + 1) : n ≤ m := Nat.le_of_succ_le_succ h
 theorem lt_add_one_of_le {n m : Nat} (h : n ≤ m) : n < m + 1 := Nat.succ_le_succ h
 theorem lt_succ_iff {n m : Nat} : n < Nat.succ m ↔ n ≤ m := ⟨le_of_lt_succ, lt_succ_of_le⟩
-@[simp] theorem lt_add_one_iff {n m : Nat} : n < m + 1 ↔ n ≤ m := lt_succ_iff
+theorem lt_add_one_iff {n m : Nat} : n < m + 1 ↔ n ≤ m := lt_succ_iff
 theorem succ_le_iff {n m : Nat} : Nat.succ n ≤ m ↔ n < m := Iff.rfl
-@[simp] theorem add_one_le_iff {n m : Nat} : n + 1 ≤ m ↔ n < m := Iff.rfl
+theorem add_one_le_iff {n m : Nat} : n + 1 ≤ m ↔ n < m := Iff.rfl
 theorem succ_le_of_lt {n m : Nat} (h : n < m) : Nat.succ n ≤ m := h
 @[simp] theorem not_lt_zero (n : Nat) : ¬n < 0 := fun h => Nat.not_succ_le_zero n h
 attribute [simp] Nat.zero_le
