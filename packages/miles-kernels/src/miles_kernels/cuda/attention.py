@@ -165,10 +165,10 @@ def backward(
     *,
     scale: float,
     window: int | None = None,
-    kv_tile: tuple[int, int, int, int] = (64, 64, 4, 2),
-    q_tile: tuple[int, int, int, int] = (128, 64, 8, 3),
+    kv_tile: tuple[int, int, int, int] | None = None,
+    q_tile: tuple[int, int, int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) for `forward` over a packed batch. Tiles are (rows, keys, warps, stages)."""
+    """(dq, dk, dv) for `forward` over a packed batch. Tiles are (rows, keys, warps, stages); None chooses by head size."""
     import triton
 
     from miles_kernels.cuda.attention_grad_kernels import grad_kv, grad_q, row_delta
@@ -191,13 +191,14 @@ def backward(
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), grad.stride(0), grad.stride(1)
     )  # fmt: skip
     scale_log2 = scale * math.log2(math.e)
-    rows, keys, warps, stages = kv_tile
+    wide = max(sizes["D_PAD"], sizes["DV_PAD"]) > 128
+    rows, keys, warps, stages = kv_tile or ((32, 64, 4, 1) if wide else (64, 64, 4, 2))
     grad_kv[(triton.cdiv(batch.max_kv, keys), kv_heads, num_seqs)](
         q, k, v, grad, lse, delta, dk, dv, batch.cu_q, batch.kv_len, batch.kv_start, scale, scale_log2, heads,
         *strides, dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1),
         G=group, BM=rows, BK=keys, WINDOW=window or 0, STAGES=stages, num_warps=warps, **sizes,
     )  # fmt: skip
-    rows, keys, warps, stages = q_tile
+    rows, keys, warps, stages = q_tile or ((64, 64, 4, 1) if wide else (128, 64, 8, 3))
     grad_q[(triton.cdiv(batch.max_q * group, rows), kv_heads, num_seqs)](
         q, k, v, grad, lse, delta, dq, batch.cu_q, batch.kv_len, batch.kv_start, scale, scale_log2, heads,
         *strides, dq.stride(0), dq.stride(1),
