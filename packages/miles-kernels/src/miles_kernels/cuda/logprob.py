@@ -1,0 +1,373 @@
+"""Fused linear -> log-probability and entropy on CUDA, forward and backward; never holds [tokens, vocab].
+
+The arithmetic is written down in `logprob_kernels`. `linear_logprob` (trainer) and `logprob_from_logits` (engine, on the
+float32 logits of `cuda.linear`) agree bit for bit, for any number of rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from miles_kernels.cuda.dispatch import product
+from miles_kernels.cuda.gemm_triton import descriptor, num_sms
+
+BLOCK = 128
+ROW_CHUNK = 2048
+"""Rows per pass: 12 bytes of statistics per row and block, 29 MB at a vocabulary of 151936."""
+
+
+def _target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    from miles_kernels.cuda import logprob_kernels
+
+    out = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    logprob_kernels.target_logits[(-(-x.shape[0] // 16),)](
+        x,
+        weight,
+        bias if bias is not None else out,
+        targets,
+        out,
+        x.shape[0],
+        x.shape[1],
+        x.stride(0),
+        weight.stride(0),
+        BK=128,
+        HAS_BIAS=bias is not None,
+        num_warps=2,
+        num_stages=4,
+    )
+    return out
+
+
+def backward_chunks(hidden_size: int) -> tuple[int, int]:
+    """(vocabulary rows, token rows) of a step of the backward, within 64 MB of extra memory at 8192 tokens.
+
+    The vocabulary step fixes the order in which d_hidden is summed, so it depends on the hidden size alone.
+    """
+    if hidden_size <= 1024:
+        return 4096, 4096
+    return (2048, 8192) if hidden_size <= 2560 else (1792, 8192)
+
+
+class LogprobOutput(NamedTuple):
+    """logprob[N] and entropy[N] (None when not asked for), float32, in nats."""
+
+    logprob: Tensor
+    entropy: Tensor | None
+
+
+class _Config(NamedTuple):
+    rows: int
+    depth: int
+    block: int
+    warps: int
+    stages: int
+    per_sm: int
+
+
+FORWARD = _Config(128, 64, BLOCK, 4, 3, 2)
+BACKWARD = _Config(128, 64, 256, 8, 3, 1)
+
+
+class _Stats(NamedTuple):
+    exponent: Tensor
+    total: Tensor
+    weighted: Tensor
+
+
+def inverse_temperature(temperature: Tensor | float, rows: int, device: torch.device) -> Tensor:
+    """float32 [rows] of 1 / temperature, rounded once; the kernels multiply by it. Raises ValueError for numbers <= 0."""
+    if isinstance(temperature, Tensor):
+        return temperature.to(device, torch.float32).reshape(-1).reciprocal()
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}; greedy rows are scored at temperature 1")
+    return torch.full((rows,), temperature, dtype=torch.float32, device=device).reciprocal_()
+
+
+def _stats(rows: int, vocab: int, entropy: bool, device: torch.device) -> _Stats:
+    shape = (-(-vocab // BLOCK), rows)
+    exponent, total = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
+    return _Stats(exponent, total, torch.empty(shape, dtype=torch.int32, device=device) if entropy else total)
+
+
+def _finish(inverse: Tensor, target_logit: Tensor, stats: _Stats, outs: tuple[Tensor, ...], entropy: bool) -> None:
+    from miles_kernels.cuda import logprob_kernels
+
+    rows, blocks = inverse.shape[0], stats.exponent.shape[0]
+    width = 32 if rows >= 4096 else 8
+    logprob_kernels.finish[(-(-rows // width),)](
+        inverse,
+        target_logit,
+        *stats,
+        *outs,
+        rows,
+        blocks,
+        CHUNK=64,
+        ROWS=width,
+        ENTROPY=entropy,
+        num_warps=4,
+    )
+
+
+def _outputs(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    logprob, ent, normaliser = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(3))
+    return logprob, ent, normaliser
+
+
+def logprob_from_logits(
+    logits: Tensor, targets: Tensor, temperature: Tensor | float = 1.0, *, entropy: bool = True
+) -> LogprobOutput:
+    """Log-probability of `targets[N]` under softmax(`logits[N, V]` / temperature), float32. One read of the logits."""
+    from miles_kernels.cuda import logprob_kernels
+
+    if logits.dtype is not torch.float32:
+        raise ValueError(f"logits must be float32, got {logits.dtype}")
+    rows, vocab = logits.shape
+    inverse = inverse_temperature(temperature, rows, logits.device)
+    outs = _outputs(rows, logits.device)
+    for start in range(0, rows, ROW_CHUNK):
+        part = slice(start, min(start + ROW_CHUNK, rows))
+        count = part.stop - start
+        stats = _stats(count, vocab, entropy, logits.device)
+        target_logit = torch.empty(count, dtype=torch.float32, device=logits.device)
+        height = 16 if count > 8 else 4
+        logprob_kernels.stats_from_logits[(-(-vocab // BLOCK), -(-count // height))](
+            logits[part],
+            inverse[part],
+            targets[part],
+            target_logit,
+            *stats,
+            count,
+            vocab,
+            logits.stride(0),
+            BM=height,
+            BLOCK=BLOCK,
+            ENTROPY=entropy,
+            num_warps=4 if height == 16 else 1,
+        )
+        _finish(inverse[part], target_logit, stats, tuple(x[part] for x in outs), entropy)
+    return LogprobOutput(outs[0], outs[1] if entropy else None)
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    inverse: Tensor,
+    bias: Tensor | None = None,
+    *,
+    entropy: bool = True,
+    config: _Config | None = None,
+    row_chunk: int = ROW_CHUNK,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprob, entropy, normaliser), each float32 [N]; entropy is left unset unless asked for."""
+    from miles_kernels.cuda import logprob_kernels
+
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    config = config or FORWARD
+    outs = _outputs(rows, hidden.device)
+    b = descriptor(weight, config.block, config.depth)
+    for start in range(0, rows, row_chunk):
+        part = slice(start, min(start + row_chunk, rows))
+        x = hidden[part]
+        count = x.shape[0]
+        stats = _stats(count, vocab, entropy, hidden.device)
+        target_logit = _target_logits(x, weight, bias, targets[part])
+        tiles = -(-count // config.rows) * -(-vocab // config.block)
+        programs = min(num_sms(hidden.device.index or 0) * config.per_sm, tiles)
+        logprob_kernels.stats_from_product[(programs,)](
+            descriptor(x, config.rows, config.depth),
+            b,
+            bias if bias is not None else inverse,
+            inverse[part],
+            *stats,
+            count,
+            vocab,
+            hidden.shape[1],
+            BM=config.rows,
+            BK=config.depth,
+            BLOCK=config.block,
+            GROUP_M=16,
+            HAS_BIAS=bias is not None,
+            RAGGED=vocab % config.block != 0,
+            ENTROPY=entropy,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+        _finish(inverse[part], target_logit, stats, tuple(o[part] for o in outs), entropy)
+    return outs
+
+
+def backward(
+    grads: tuple[Tensor | None, Tensor | None],
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    inverse: Tensor,
+    normaliser: Tensor,
+    entropy: Tensor,
+    bias: Tensor | None = None,
+    *,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+    chunks: tuple[int, int] | None = None,
+    config: _Config | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias, one chunk of the vocabulary at a time in ascending order.
+
+    The logit gradients of a chunk are rounded to bfloat16; d_hidden is summed over the chunks in 24 bits, d_weight over
+    the tokens in float32. A row of d_hidden does not depend on the other rows.
+    """
+    rows, size = hidden.shape
+    vocab, device = weight.shape[0], hidden.device
+    step, height = chunks or backward_chunks(size)
+    g_logprob = torch.zeros(rows, device=device) if grads[0] is None else grads[0].float().contiguous()
+    g_entropy = grads[1].float().contiguous() if grads[1] is not None else None
+    d_hidden = torch.empty_like(hidden) if needs[0] else None
+    low = torch.empty(hidden.shape, dtype=torch.uint8, device=device) if needs[0] else None
+    d_weight = torch.empty_like(weight) if needs[1] else None
+    d_bias = torch.empty_like(bias) if needs[2] and bias is not None else None
+    several = rows > height
+    partial = torch.empty((min(step, vocab), size), dtype=torch.float32, device=device) if several and needs[1] else None
+    bias_sum = torch.zeros(min(step, vocab), dtype=torch.float32, device=device) if d_bias is not None else None
+    width = min(step, vocab) + -min(step, vocab) % 8  # rows that start at multiples of 16 bytes
+    buffer = torch.empty((min(rows, height), width), dtype=hidden.dtype, device=device)
+    for start in range(0, vocab, step):
+        part = weight[start : start + step]
+        count = part.shape[0]
+        for top in range(0, rows, height):
+            span = slice(top, min(top + height, rows))
+            x = hidden[span]
+            dz = buffer[: x.shape[0], :count]
+            _logit_gradient(
+                x, part, None if bias is None else bias[start : start + count], inverse[span], targets[span], normaliser[span],
+                entropy[span], g_logprob[span], None if g_entropy is None else g_entropy[span], dz, start, config or BACKWARD,
+            )  # fmt: skip
+            if d_hidden is not None and low is not None:
+                _add_product(dz, part, d_hidden[span], low[span], start == 0, start + step >= vocab)
+            if partial is not None:
+                product(dz, x, partial[:count], a_t=True, b_t=True, accumulate=top > 0)
+            elif d_weight is not None:
+                product(dz, x, d_weight[start : start + count], a_t=True, b_t=True)
+            if bias_sum is not None:
+                bias_sum[:count] = dz.float().sum(0) + (bias_sum[:count] if top else 0.0)
+        if partial is not None and d_weight is not None:
+            d_weight[start : start + count] = partial[:count]
+        if d_bias is not None and bias_sum is not None:
+            d_bias[start : start + count] = bias_sum[:count]
+    return d_hidden, d_weight, d_bias
+
+
+def _logit_gradient(
+    x: Tensor,
+    part: Tensor,
+    bias: Tensor | None,
+    inverse: Tensor,
+    targets: Tensor,
+    normaliser: Tensor,
+    entropy: Tensor,
+    g_logprob: Tensor,
+    g_entropy: Tensor | None,
+    dz: Tensor,
+    first: int,
+    config: _Config,
+) -> None:
+    from miles_kernels.cuda import logprob_kernels
+
+    rows, count = dz.shape
+    tiles = -(-rows // config.rows) * -(-count // config.block)
+    logprob_kernels.logit_gradient[(min(num_sms(x.device.index or 0) * config.per_sm, tiles),)](
+        descriptor(x, config.rows, config.depth),
+        descriptor(part, config.block, config.depth),
+        bias if bias is not None else inverse,
+        inverse,
+        targets,
+        normaliser,
+        entropy,
+        g_logprob,
+        g_entropy if g_entropy is not None else g_logprob,
+        dz,
+        rows,
+        count,
+        x.shape[1],
+        first,
+        dz.stride(0),
+        BM=config.rows,
+        BN=config.block,
+        BK=config.depth,
+        GROUP_M=16,
+        HAS_BIAS=bias is not None,
+        ENTROPY=g_entropy is not None,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+def _add_product(dz: Tensor, part: Tensor, d_hidden: Tensor, low: Tensor, first: bool, last: bool) -> None:
+    from miles_kernels.cuda import logprob_kernels
+
+    (rows, count), size = dz.shape, part.shape[1]
+    tiles = -(-rows // 128) * -(-size // 256)
+    logprob_kernels.add_product[(min(num_sms(dz.device.index or 0), tiles),)](
+        descriptor(dz, 128, 64),
+        descriptor(part, 64, 256),
+        d_hidden.view(torch.int16),
+        low,
+        rows,
+        size,
+        count,
+        BM=128,
+        BN=256,
+        BK=64,
+        GROUP_M=16,
+        FIRST=first,
+        LAST=last,
+        num_warps=8,
+        num_stages=3,
+    )
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: Tensor | float = 1.0,
+    bias: Tensor | None = None,
+    *,
+    entropy: bool = True,
+) -> LogprobOutput:
+    """Log-probability of `targets[N]` under softmax((`hidden[N, H]` `weight[V, H]`^T + bias) / temperature), and entropy.
+
+    bfloat16; H a multiple of 8. Backward for hidden, weight and bias from both outputs; deterministic.
+    """
+    if hidden.dtype is not torch.bfloat16 or hidden.shape[1] % 8:
+        raise ValueError(f"linear_logprob: bfloat16 rows of a multiple of 8 wanted, got {hidden.dtype} {tuple(hidden.shape)}")
+    inverse = inverse_temperature(temperature, hidden.shape[0], hidden.device)
+    logprob, ent = _LinearLogprob.apply(hidden.contiguous(), weight, bias, targets, inverse, entropy)
+    return LogprobOutput(logprob, ent if entropy else None)
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, inverse: Tensor, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        logprob, ent, normaliser = forward(hidden, weight, targets, inverse, bias, entropy=entropy)
+        ctx.save_for_backward(hidden, weight, bias, targets, inverse, normaliser, ent)
+        ctx.set_materialize_grads(False)
+        ctx.entropy = entropy
+        if not entropy:
+            ctx.mark_non_differentiable(ent)
+        return logprob, ent
+
+    @staticmethod
+    def backward(ctx: Any, g_logprob: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, inverse, normaliser, ent = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        got = backward(
+            (g_logprob, g_entropy if ctx.entropy else None),
+            hidden, weight, targets, inverse, normaliser, ent, bias,
+            needs=needs,
+        )  # fmt: skip
+        return (*got, None, None, None)

@@ -1,0 +1,195 @@
+"""Mixture of experts on CUDA without atomics: counting sort, grouped products, combine per token in slot order."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from miles_kernels.cuda.grouped import Groups, default_tile, expert_width, gemm, grouped_linear, wgrad
+
+SORT_BLOCK = 128
+GATHER_MULTIPLE = 128
+"""Without gradients the first product reads its rows in place where their length is a multiple of this."""
+SMALL_SORT = 256
+"""Up to this many (token, slot) pairs one program plans everything."""
+
+
+class Dispatch(NamedTuple):
+    """How the T * k (token, slot) pairs are sorted by expert; within an expert they keep token order. All on the device."""
+
+    order: Tensor
+    """[T * k] int32: flat (token, slot) pair of each sorted row"""
+    place: Tensor
+    """[T, k] int32: sorted row of each pair"""
+    groups: Groups
+
+
+def plan_dispatch(ids: Tensor, num_experts: int) -> Dispatch:
+    """Sort the expert choices `ids[T, k]` (int64 or int32, in [0, num_experts)); no host synchronisation."""
+    from miles_kernels.cuda import grouped_kernels
+
+    tokens, slots = ids.shape
+    total, device, experts = tokens * slots, ids.device, num_experts
+    flat = ids.reshape(-1)
+    width = expert_width(experts)
+    offsets, order, place = (torch.empty(n, dtype=torch.int32, device=device) for n in (experts + 1, total, total))
+    groups = Groups(offsets, total)
+    plan = groups.empty_plan(default_tile(total / experts, gated=True).rows)
+    tiles = (plan.expert, plan.row, plan.count)
+    if total <= SMALL_SORT:
+        block = max(16, 1 << (total - 1).bit_length()) if total else 16
+        grouped_kernels.plan_few[(1,)](
+            flat, order, place, offsets, *tiles, total, experts, BM=plan.height, BLOCK=block, EXPERTS=width, num_warps=8
+        )
+        return Dispatch(order, place.view(tokens, slots), groups)
+    blocks = -(-total // SORT_BLOCK)
+    counts = torch.empty((blocks, experts), dtype=torch.int32, device=device)
+    grouped_kernels.count_slots[(blocks,)](flat, counts, total, experts, BLOCK=SORT_BLOCK, EXPERTS=width)
+    before, totals = torch.empty_like(counts), torch.empty(experts, dtype=torch.int32, device=device)
+    lanes = 1 << (max(1, min(8, 16384 // blocks)).bit_length() - 1)
+    grouped_kernels.scan_counts[(-(-experts // lanes),)](
+        counts, before, totals, blocks, experts, BLOCKS=1 << (blocks - 1).bit_length(), WIDTH=lanes
+    )
+    grouped_kernels.plan_offsets[(1,)](totals, offsets, *tiles, experts, BM=plan.height, EXPERTS=width)
+    grouped_kernels.sort_slots[(blocks,)](flat, before, offsets, order, place, total, experts, BLOCK=SORT_BLOCK)
+    return Dispatch(order, place.view(tokens, slots), groups)
+
+
+def permute(x: Tensor, dispatch: Dispatch) -> Tensor:
+    """Rows of `x[T, H]` in expert order, [T * k, H]. Backward sums a token's slots in slot order, float32."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Permute.apply(x, dispatch)
+    return _gather(x, dispatch)
+
+
+def combine(y: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
+    """`sum over slots of weights[T, k] * (its row of y[T * k, H])` as [T, H], float32 in slot order, one rounding."""
+    if torch.is_grad_enabled() and (y.requires_grad or weights.requires_grad):
+        return _Combine.apply(y, weights, dispatch)
+    return _combine(y, weights, dispatch)
+
+
+def moe_mlp(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """SwiGLU experts `gate_up[E, 2 I, H]`, `down[E, H, I]` applied to `x[T, H]` along the routing, as [T, H]."""
+    dispatch = plan_dispatch(ids, gate_up.shape[0])
+    if torch.is_grad_enabled() and (x.requires_grad or gate_up.requires_grad):
+        inner = _GatedLinear.apply(permute(x, dispatch), gate_up, dispatch.groups)
+    elif x.shape[1] % GATHER_MULTIPLE == 0:
+        inner = gemm(x, gate_up, dispatch.groups, gated=True, gather=(dispatch.order, ids.shape[1]))
+    else:
+        inner = gemm(permute(x, dispatch), gate_up, dispatch.groups, gated=True)
+    return combine(grouped_linear(inner, down, dispatch.groups), weights, dispatch)
+
+
+def _gather(x: Tensor, dispatch: Dispatch) -> Tensor:
+    from miles_kernels.cuda import grouped_kernels
+
+    rows, hidden = dispatch.order.shape[0], x.shape[1]
+    out = x.new_empty((rows, hidden))
+    if rows:
+        block = min(1024, _width(hidden))
+        height = 4 if rows >= 4096 else 1
+        grouped_kernels.gather_rows[(-(-rows // height),)](
+            x.contiguous(), dispatch.order, out, rows, hidden, dispatch.place.shape[1], ROWS=height, BLOCK=block, num_warps=4
+        )
+    return out
+
+
+def _combine(y: Tensor, weights: Tensor | None, dispatch: Dispatch) -> Tensor:
+    from miles_kernels.cuda import grouped_kernels
+
+    tokens, slots = dispatch.place.shape
+    hidden = y.shape[1]
+    out = y.new_empty((tokens, hidden))
+    if tokens:
+        block = min(1024, _width(hidden))
+        grouped_kernels.combine_rows[(tokens, -(-hidden // block))](
+            y,
+            weights.contiguous() if weights is not None else y,
+            dispatch.place,
+            out,
+            hidden,
+            K_SLOTS=slots,
+            WEIGHTED=weights is not None,
+            BLOCK=block,
+            num_warps=4,
+        )
+    return out
+
+
+def _width(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dispatch: Dispatch) -> Tensor:
+        ctx.dispatch = dispatch
+        return _gather(x, dispatch)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _combine(grad.contiguous(), None, ctx.dispatch), None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
+        ctx.save_for_backward(y, weights)
+        ctx.dispatch = dispatch
+        return _combine(y, weights, dispatch)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        from miles_kernels.cuda import grouped_kernels
+
+        y, weights = ctx.saved_tensors
+        d_y, d_weights = torch.empty_like(y), torch.empty_like(weights)
+        hidden = y.shape[1]
+        block = min(1024, _width(hidden))
+        if y.shape[0]:
+            grouped_kernels.combine_backward[(y.shape[0],)](
+                grad.contiguous(),
+                y,
+                weights.contiguous(),
+                ctx.dispatch.order,
+                d_y,
+                d_weights,
+                hidden,
+                K_SLOTS=weights.shape[1],
+                BLOCK=block,
+                CHUNKS=-(-hidden // block),
+                num_warps=4,
+            )
+        return d_y, d_weights, None
+
+
+class _GatedLinear(torch.autograd.Function):
+    """silu(x gate^T) * (x up^T); the backward recomputes both products, so nothing but x is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.groups = groups
+        return gemm(x, weight, groups, gated=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        both = gemm(x, weight, ctx.groups)
+        d_both = gated_backward(grad, both)
+        dx = gemm(d_both, weight, ctx.groups, transposed=True) if ctx.needs_input_grad[0] else None
+        dw = wgrad(d_both, x, ctx.groups, weight.shape, weight.dtype) if ctx.needs_input_grad[1] else None
+        return dx, dw, None
+
+
+def gated_backward(grad: Tensor, both: Tensor) -> Tensor:
+    """Gradient of silu(gate) * up for `both[R, 2 I]` = gate beside up; float32 inside, one rounding."""
+    gate, up = (part.float() for part in both.chunk(2, -1))
+    sigmoid = 1.0 / (1.0 + torch.exp(-gate))
+    silu = gate * sigmoid
+    wide = grad.float()
+    d_gate = wide * up * (sigmoid + silu * (1.0 - sigmoid))
+    return torch.cat((d_gate, wide * silu), -1).to(both.dtype)
