@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "doctor": ("miles_lean.commands.doctor", "report which Lean installations this machine has"),
-    "extract": ("miles_lean.commands.extract", "print the Lean code of a model's output"),
-    "judge": ("miles_lean.commands.judge", "say whether a solution proves what a challenge leaves open"),
-    "corpus": ("miles_lean.commands.corpus", "attack the judge with every trick that is known, and with honest twins"),
-    "serve": ("miles_lean.commands.serve", "answer checks and verdicts over HTTP; Kimina clients work unchanged"),
+    "doctor": ("miles_lean.subcommands.doctor", "report which Lean installations this machine has"),
+    "check": ("miles_lean.subcommands.check", "run Lean on files and print what it says"),
+    "build-prelude": ("miles_lean.subcommands.build_prelude", "compile the embedded prelude into the cache"),
+    "bench": ("miles_lean.subcommands.bench", "measure checks per second, latency, memory and restarts on this machine"),
+    "extract": ("miles_lean.subcommands.extract", "print the Lean code of a model's output"),
+    "judge": ("miles_lean.subcommands.judge", "say whether a solution proves what a challenge leaves open"),
+    "corpus": ("miles_lean.subcommands.corpus", "attack the judge with every trick that is known, and with honest twins"),
+    "serve": ("miles_lean.subcommands.serve", "answer checks and verdicts over HTTP; Kimina clients work unchanged"),
 }
-"""Subcommand: its module (see miles_lean.commands) and one line of help."""
+"""Subcommand: its module (see miles_lean.subcommands) and one line of help."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
