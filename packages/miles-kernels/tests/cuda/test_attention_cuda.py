@@ -41,8 +41,16 @@ def oracle(q, k, v, lens, scale, window=None):
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "dim_v", "window"),
-    [(8, 2, 128, 128, None), (8, 8, 64, 64, None), (7, 1, 128, 128, None), (4, 4, 192, 128, None), (8, 2, 128, 128, 77), (6, 2, 96, 96, None)],
-)  # fmt: skip
+    [
+        (8, 2, 128, 128, None),
+        (8, 8, 64, 64, None),
+        (7, 1, 128, 128, None),
+        (4, 4, 192, 128, None),
+        (8, 2, 128, 128, 77),
+        (6, 2, 96, 96, None),
+        (4, 2, 32, 32, None),
+    ],
+)
 def test_forward_and_gradients_match_float64(heads, kv_heads, dim, dim_v, window):
     from miles_kernels.cuda.attention import KVBatch
     from miles_kernels.cuda.attention_op import attention

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_kernels.cuda.launch import cdiv
+from miles_kernels.cuda.launch import cdiv, direct
 
 BLOCK = 1024
 
@@ -16,6 +16,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` as [..., I] for gate_up[..., 2 I]; float32 arithmetic, one rounding."""
     if gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu needs an even last dimension (gate then up), got shape {tuple(gate_up.shape)}")
+    if direct(gate_up):
+        return _forward(gate_up)
     return torch.ops.miles_cuda.swiglu(gate_up)
 
 
@@ -24,8 +26,7 @@ def _flat(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-@torch.library.custom_op("miles_cuda::swiglu", mutates_args=(), device_types="cuda", schema="(Tensor gate_up) -> Tensor")
-def _swiglu(gate_up: Tensor) -> Tensor:
+def _forward(gate_up: Tensor) -> Tensor:
     from miles_kernels.cuda.act_kernels import swiglu_forward
 
     flat, inner = _flat(gate_up), gate_up.shape[-1] // 2
@@ -34,6 +35,11 @@ def _swiglu(gate_up: Tensor) -> Tensor:
         grid = (flat.shape[0], cdiv(inner, BLOCK))
         swiglu_forward[grid](flat, out, flat.shape[0], inner, flat.stride(0), BLOCK=BLOCK, num_warps=4)
     return out
+
+
+@torch.library.custom_op("miles_cuda::swiglu", mutates_args=(), device_types="cuda", schema="(Tensor gate_up) -> Tensor")
+def _swiglu(gate_up: Tensor) -> Tensor:
+    return _forward(gate_up)
 
 
 @torch.library.custom_op(

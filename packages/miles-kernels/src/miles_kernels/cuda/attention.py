@@ -95,7 +95,7 @@ def forward(
 
     from miles_kernels.cuda.attention_kernels import attend, fold_partials
 
-    _check(q, k, v, batch, window)
+    check(q, k, v, batch, window)
     tokens, heads, dim = q.shape
     kv_heads, dim_v = k.shape[1], v.shape[2]
     group = heads // kv_heads
@@ -142,7 +142,7 @@ def _power_of_two(x: int) -> int:
     return 1 << (x - 1).bit_length()
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, batch: KVBatch, window: int | None) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, batch: KVBatch, window: int | None) -> None:
     if q.shape[1] % k.shape[1] or q.shape[2] != k.shape[2] or k.shape[:2] != v.shape[:2]:
         raise ValueError(
             f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; need q [T, H, D], k [N, Hkv, D], "

@@ -10,6 +10,7 @@ from torch import Tensor
 from miles_kernels.cuda import attention as base
 from miles_kernels.cuda import attention_ws
 from miles_kernels.cuda.attention import KVBatch
+from miles_kernels.cuda.launch import direct
 
 WS_ROWS = 128
 """Packed query rows from which the warp-specialised kernel is used."""
@@ -21,10 +22,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, batch: KVBatch, *, scale: float, 
     Packed training (with gradient), chunked prefill, cached prefixes, paged decode and verification of several tokens give a
     row the same bits. Raises ValueError for shapes that do not fit and for a gradient through pages.
     """
+    if direct(q, k, v):
+        return _forward(q, k, v, batch, scale, window)[0]
     out, _ = torch.ops.miles_cuda.attention(
         q, k, v, batch.cu_q, batch.kv_len, batch.kv_start, batch.table, batch.page_size, batch.max_q, batch.max_kv, scale, window
     )
     return out
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, batch: KVBatch, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
+    base.check(q, k, v, batch, window)
+    group = q.shape[1] // k.shape[1]
+    if batch.max_q * group >= WS_ROWS and attention_ws.unsupported(q, k, v, batch) is None:
+        return attention_ws.forward(q, k, v, batch, scale=scale, window=window)
+    return base.forward(q, k, v, batch, scale=scale, window=window)
 
 
 def _batch(args: tuple[Any, ...]) -> KVBatch:
@@ -43,12 +54,7 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, kv_len: Tensor, kv_start: Tensor, table: Tensor | None,
     page_size: int, max_q: int, max_kv: int, scale: float, window: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    batch = _batch((cu_q, kv_len, kv_start, table, page_size, max_q, max_kv))
-    group = q.shape[1] // k.shape[1]
-    if batch.max_q * group >= WS_ROWS and attention_ws.unsupported(q, k, v, batch) is None:
-        base._check(q, k, v, batch, window)
-        return attention_ws.forward(q, k, v, batch, scale=scale, window=window)
-    return base.forward(q, k, v, batch, scale=scale, window=window)
+    return _forward(q, k, v, _batch((cu_q, kv_len, kv_start, table, page_size, max_q, max_kv)), scale, window)
 
 
 @torch.library.custom_op(

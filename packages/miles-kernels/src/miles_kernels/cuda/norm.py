@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_kernels.cuda.launch import cdiv, next_power_of_2
+from miles_kernels.cuda.launch import cdiv, direct, next_power_of_2
 
 PART_ROWS = 64
 """Rows whose weight gradients one program sums: fixed, so the fold of the partials never changes."""
@@ -18,6 +18,8 @@ PART_ROWS = 64
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`round(x / rms(x)) * weight` over the last dimension of x[..., H]; weight [H], or [heads, H] for x[..., heads, H]."""
+    if direct(x, weight):
+        return _forward(x, None, weight, eps)[0]
     return torch.ops.miles_cuda.rms_norm(x, weight, eps)
 
 

@@ -15,8 +15,9 @@ def route(logits: Tensor, top_k: int, *, normalize: bool = True) -> RouterOutput
     """ids[T, k] int64 and weights[T, k] of float32 logits[T, E]; gradients reach the logits through the weights."""
     if logits.dtype is not torch.float32 or not 1 <= top_k <= logits.shape[1]:
         raise ValueError(f"route needs float32 logits and 1 <= top_k <= {logits.shape[1]}, got {logits.dtype} and {top_k}")
-    ids, weights, _ = torch.ops.miles_cuda.route(logits, top_k, normalize)
-    return RouterOutput(ids, weights)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return RouterOutput(*_Route.apply(logits, top_k, normalize))
+    return RouterOutput(*torch.ops.miles_cuda.route(logits, top_k, normalize)[:2])
 
 
 @torch.library.custom_op(
@@ -47,10 +48,26 @@ def _(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor, Tens
     return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape), logits.new_empty(logits.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*output)
-    ctx.normalize = inputs[2]
-    ctx.mark_non_differentiable(output[0], output[2])
+class _Route(torch.autograd.Function):
+    """The registered op has no gradient of its own: one of its outputs is ids, which tracing would try to differentiate."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+        ids, weights, probabilities = torch.ops.miles_cuda.route(logits, top_k, normalize)
+        ctx.save_for_backward(ids, weights, probabilities)
+        ctx.normalize = normalize
+        ctx.mark_non_differentiable(ids)
+        return ids, weights
+
+    @staticmethod
+    def backward(ctx: Any, _ids: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ids, weights, probabilities = ctx.saved_tensors
+        if ctx.normalize:
+            total = _slot_sum(probabilities.gather(1, ids))
+            grad = (grad - _slot_sum(grad * weights)) / total
+        spread = torch.zeros_like(probabilities).scatter(1, ids, grad)  # ids of a row are distinct: no two writes meet
+        chosen = _slot_sum(grad * probabilities.gather(1, ids))
+        return (spread - chosen) * probabilities, None, None
 
 
 def _slot_sum(x: Tensor) -> Tensor:
@@ -58,16 +75,3 @@ def _slot_sum(x: Tensor) -> Tensor:
     for slot in range(1, x.shape[1]):
         total = total + x[:, slot : slot + 1]
     return total
-
-
-def _grad(ctx: Any, _ids: Any, grad: Tensor, _probabilities: Any) -> tuple[Tensor, None, None]:
-    ids, weights, probabilities = ctx.saved_tensors
-    if ctx.normalize:
-        total = _slot_sum(probabilities.gather(1, ids))
-        grad = (grad - _slot_sum(grad * weights)) / total
-    spread = torch.zeros_like(probabilities).scatter(1, ids, grad)  # ids of a row are distinct: no two writes meet
-    chosen = _slot_sum(grad * probabilities.gather(1, ids))
-    return (spread - chosen) * probabilities, None, None
-
-
-_route.register_autograd(_grad, setup_context=_save)

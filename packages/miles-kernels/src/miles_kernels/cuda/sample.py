@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 2048
+BLOCK = 1024
 STEPS = 8
 
 
@@ -28,8 +28,8 @@ def draw(
     exact_noise: bool = False,
     block: int = BLOCK,
     steps: int = STEPS,
-    num_warps: int = 8,
-    stages: int = 2,
+    num_warps: int = 4,
+    stages: int = 1,
 ) -> Drawn:
     """Draw one token per row of logits[B, V] (fp32 or bf16); unfiltered. Temperature 0 is greedy, stated at temperature 1.
 

@@ -118,7 +118,7 @@ class Report:
             return False
         names = [*self.elements, *(f"control: {c.subject}" for c in self.controls)]
         total = [*self.elements.values(), *(c.elements for c in self.controls)]
-        bad = {name: 0 for name in names}
+        bad = dict.fromkeys(names, 0)
         for row in self.rows:
             bad[row.subject] += row.unequal
         for control in self.controls:

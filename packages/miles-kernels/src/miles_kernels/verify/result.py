@@ -27,7 +27,7 @@ AXES: dict[int, str] = {
     15: "backward run to run",
 }
 MIN_ELEMENTS = 1_000_000
-"""Fewer compared (or, for one number per row, reduced) elements per subject prove little: rounding to bfloat16 hides 99.98 % of differences."""
+"""Least elements per subject, compared or (for one number per row) reduced: rounding to bfloat16 hides 99.98 % of differences."""
 
 
 @dataclass(frozen=True)
