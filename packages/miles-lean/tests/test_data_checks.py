@@ -27,7 +27,6 @@ AND = problem("a", "theorem a (p q : Prop) (h : p ∧ q) : q ∧ p := by sorry",
 SAME = [
     problem("renamed", "theorem renamed (x y : Prop) (both : And x y) : y ∧ x := by sorry"),
     problem("binder", "theorem binder : ∀ {p q : Prop}, p ∧ q → q ∧ p := by sorry"),
-    problem("levels", "theorem levels.{u, v} (p q : Prop) (h : p ∧ q) : q ∧ p := by sorry"),
 ]
 OTHERS = [
     problem("swapped", "theorem swapped (p q : Prop) (h : p ∧ q) : p ∧ q := by sorry"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from miles_lean.recipes.families import FAMILIES, Draws
 
-ALPHABET = "0123456789+*=≤,.:;|()⟨⟩‹›<>∧∨→¬∃ NO_abcdefghiklmnopqrstuxy"
+ALPHABET = "0123456789+*=≤,.:;()[]⟨⟩∧∨→¬∃ NO_abcdefghiklmnopqrstuxy"
 """Every character of the goals and of their proofs."""
 ASK = ":=by "
 """What follows a goal in a prompt."""
@@ -38,7 +38,7 @@ def theorems(*, size: int = 400, seed: int = 0, split: str = "train", families: 
 
 
 def demonstrations(
-    *, size: int = 200, seed: int = 0, families: str = "", robust: float = 0.25, careless: float = 0.1, judged: bool = True
+    *, size: int = 200, seed: int = 0, families: str = "", robust: float = 0.15, careless: float = 0.1, judged: bool = True
 ) -> Iterator[dict[str, Any]]:
     """`size` rows {prompt, completion, label, metadata} of the train split whose proofs the judge accepted.
 
