@@ -92,13 +92,14 @@ def random_shape(config: ModelConfig, tokenizer: Tokenizer) -> DecoderConfig:
 def load_model(config: RunConfig, say: Callable[[str], None]) -> LoadedModel:
     """Decoder and tokenizer, ready to train. Raises ValueError naming file and tensor when something does not fit."""
     folder = model_dir(config.model, say)
-    contract = Contract.reference(dtype=config.model.dtype)
+    device = config.model.device
+    contract = Contract.for_device(device, config.model.dtype)
     dtype = contract.torch_dtype
     if folder is not None:
-        decoder, tokenizer, name = load_decoder(folder, contract, dtype), load_tokenizer(folder), str(folder)
+        decoder, tokenizer, name = load_decoder(folder, contract, dtype, device=device), load_tokenizer(folder), str(folder)
     else:
         shape, tokenizer = load_shape(config.model, say)
-        decoder, name = random_decoder(shape, config.run.seed, contract=contract, dtype=dtype), "random"
+        decoder, name = random_decoder(shape, config.run.seed, contract=contract, dtype=dtype, device=device), "random"
     if tokenizer.vocab_size > decoder.config.vocab_size:
         raise ValueError(
             f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {decoder.config.vocab_size}; "

@@ -50,6 +50,18 @@ def _reference_ops() -> dict[str, OpContract]:
     }
 
 
+def _cuda_ops() -> dict[str, OpContract]:
+    def op(order: str) -> OpContract:
+        return OpContract("cuda", "bfloat16 products, float32 sums", order)
+
+    return _reference_ops() | {
+        "matmul": op("k ascending in one accumulator; no split"),
+        "attention": op("keys in blocks of 64, folded every 512; base 2; row sums by the tensor core"),
+        "logprob": op("blocks of 128 columns, integer sums of rounded exponentials"),
+        "moe_combine": op("swiglu in the gate-up product; slot order; one rounding"),
+    }
+
+
 def _kernels() -> str:
     return native.status() if native.library() is not None else "torch"
 
@@ -119,6 +131,25 @@ class Contract:
             raise ValueError(f"native GEMM is not batch-invariant in this process, e.g. {report.failures[0]}; use matmul=None")
         contract = cls(dtype=dtype, matmul=matmul or report.mode, platform=report.fingerprint, kernels=_kernels())
         return contract
+
+    @classmethod
+    def for_device(cls, device: str | torch.device, dtype: str = "float32") -> Contract:
+        """The contract of a device: the reference on "cpu", the Triton order of sums on "cuda" (bfloat16 only).
+
+        Which library serves a product on CUDA (Triton, cuBLASLt, DeepGEMM) is no part of it: each has to prove at start-up that it
+        has Triton's bits. Raises ValueError where the device is missing or the dtype has no kernels.
+        """
+        kind = torch.device(device).type
+        if kind == "cpu":
+            return cls.reference(dtype)
+        if kind != "cuda" or not torch.cuda.is_available():
+            raise ValueError(f"device {device!r}: torch sees no such device; use cpu")
+        if dtype != "bfloat16":
+            raise ValueError(f"the kernels for cuda compute in bfloat16, not {dtype}; set dtype to bfloat16")
+        import triton
+
+        platform = f"{torch.cuda.get_device_name(device)};triton {triton.__version__}"
+        return cls(dtype=dtype, matmul="native", platform=platform, kernels="cuda1", ops=_cuda_ops())
 
     def with_dtype(self, dtype: str) -> Contract:
         """The same contract for another parameter dtype."""

@@ -51,7 +51,9 @@ class ModelConfig(Section):
     alphabet: str | None = None
     """Characters of the built-in character tokenizer that goes with `architecture`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and activations. float32 is also the faster one on a CPU."""
+    """Of weights and activations. float32 is also the faster one on a CPU; CUDA needs bfloat16."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the trainer and the embedded engine keep the model and compute."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:

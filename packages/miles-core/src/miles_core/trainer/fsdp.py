@@ -151,13 +151,17 @@ class FsdpTrainer:
     def _backward(self, batch: TrainBatch, micro: Microbatch, old_N: Tensor | None, seen_N: Tensor, result: _Update) -> Tensor:
         out = self._forward(self.decoder, micro)
         logprob = out.logprob.detach()
-        seen_N[micro.token_index] = logprob
+        seen_N[micro.token_index] = logprob.cpu()
+
+        def of_tokens(values_N: Tensor | None) -> Tensor | None:
+            return None if values_N is None else values_N[micro.token_index].to(logprob.device)
+
         inputs = LossInputs(
             logprob=out.logprob,
             weight=micro.weight,
-            advantage=None if batch.advantage is None else batch.advantage[micro.token_index],
-            old_logprob=logprob if old_N is None else old_N[micro.token_index],
-            rollout_logprob=None if batch.rollout_logprobs is None else batch.rollout_logprobs[micro.token_index],
+            advantage=of_tokens(batch.advantage),
+            old_logprob=logprob if old_N is None else of_tokens(old_N),
+            rollout_logprob=of_tokens(batch.rollout_logprobs),
             ref_logprob=self._reference_logprob(micro) if batch.kind == "policy" else None,
             entropy=out.entropy,
             sequence=micro.sequence,
@@ -167,8 +171,8 @@ class FsdpTrainer:
         output.loss.backward()
         self.optimizer.collect()
         for name, value in output.stats.items():
-            result.sums[name].append(value)
-        return output.loss.detach()
+            result.sums[name].append(value.cpu())
+        return output.loss.detach().cpu()
 
     @torch.no_grad()
     def _reference_logprob(self, micro: Microbatch) -> Tensor | None:
@@ -182,7 +186,7 @@ class FsdpTrainer:
     def _forward_all(self, decoder: Decoder, batch: TrainBatch) -> Tensor:
         logprob_N = torch.zeros(batch.num_tokens)
         for micro in self._microbatches(batch, range(len(batch.blocks))):
-            logprob_N[micro.token_index] = self._forward(decoder, micro).logprob
+            logprob_N[micro.token_index] = self._forward(decoder, micro).logprob.cpu()
         return self.parallel.merge(logprob_N)
 
     def _microbatches(self, batch: TrainBatch, blocks: Sequence[int]) -> Iterator[Microbatch]:
@@ -190,7 +194,7 @@ class FsdpTrainer:
         reduction = "token" if batch.kind == "sft" else self.algorithm.reduction
         weight_S = batch.loss_weights(blocks, reduction, self.algorithm.constant_tokens)
         mine = shard(batch, blocks, self.parallel.rank, self.parallel.size)
-        return microbatches(batch, mine, self.config.max_tokens_per_microbatch, weight_S)
+        return microbatches(batch, mine, self.config.max_tokens_per_microbatch, weight_S, self.decoder.embed_tokens.device)
 
     def _share_sums(self, loss: Tensor, result: _Update) -> None:
         """Sum loss, statistics and counts over processes. A process without micro-batches does not know the names."""

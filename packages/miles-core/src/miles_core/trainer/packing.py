@@ -6,8 +6,9 @@ Legend: S, L, N as in `batch`; T = tokens of the micro-batch, M = its trained to
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ class Microbatch:
     """[T] int64."""
     positions: Tensor
     """[T] int64, absolute within the own sequence."""
-    plan: AttentionPlan
+    plan: AttentionPlan | Any
+    """An `AttentionPlan`, on CUDA a `KVBatch`."""
     source_index: Tensor
     """[M] int64 in 0..T-1: the row whose hidden state predicts the token."""
     targets: Tensor
@@ -59,10 +61,11 @@ def require_fit(batch: TrainBatch, max_tokens: int) -> None:
         )
 
 
-def cut(batch: TrainBatch, blocks: Sequence[int], max_tokens: int) -> list[list[list[int]]]:
+def cut(batch: TrainBatch, blocks: Sequence[int], max_tokens: int, share: bool = True) -> list[list[list[int]]]:
     """Micro-batches as lists of blocks as lists of sequence numbers: filled in order, none above `max_tokens`.
 
-    No sequence may exceed the budget alone (`require_fit`).
+    No sequence may exceed the budget alone (`require_fit`). Without `share`, every sequence is a piece of its own and carries its
+    own copy of the prompt.
     """
     result: list[list[list[int]]] = []
     used = max_tokens + 1
@@ -72,7 +75,7 @@ def cut(batch: TrainBatch, blocks: Sequence[int], max_tokens: int) -> list[list[
         for s in batch.blocks[number]:
             prompt, own = batch.prompt_len[s], batch.last[s] - batch.prompt_len[s]
             assert prompt + own <= max_tokens, batch.names[s]
-            cost = own if piece else prompt + own
+            cost = own if piece and share else prompt + own
             fresh = not piece and used + min(whole, max_tokens) > max_tokens
             if fresh or used + cost > max_tokens:
                 result.append([])
@@ -81,7 +84,7 @@ def cut(batch: TrainBatch, blocks: Sequence[int], max_tokens: int) -> list[list[
                 result[-1].append(piece)
             piece.append(s)
             used += cost
-    return result
+    return result if share else [[[s] for piece in pieces for s in piece] for pieces in result]
 
 
 def pack(batch: TrainBatch, pieces: Sequence[Sequence[int]], weight_S: Tensor) -> Microbatch:
@@ -138,10 +141,33 @@ def pack(batch: TrainBatch, pieces: Sequence[Sequence[int]], weight_S: Tensor) -
     )
 
 
-def microbatches(batch: TrainBatch, blocks: Sequence[int], max_tokens: int, weight_S: Tensor) -> Iterator[Microbatch]:
-    """The micro-batches of some blocks, laid out one at a time."""
-    for pieces in cut(batch, blocks, max_tokens):
-        yield pack(batch, pieces, weight_S)
+def microbatches(
+    batch: TrainBatch, blocks: Sequence[int], max_tokens: int, weight_S: Tensor, device: torch.device | None = None
+) -> Iterator[Microbatch]:
+    """The micro-batches of some blocks, laid out one at a time, on a device. On CUDA prompts are not shared."""
+    on_cuda = device is not None and device.type == "cuda"
+    for pieces in cut(batch, blocks, max_tokens, share=not on_cuda):
+        micro = pack(batch, pieces, weight_S)
+        yield _to_cuda(micro, device) if on_cuda else micro
+
+
+def _to_cuda(micro: Microbatch, device: torch.device | None) -> Microbatch:
+    """The tensors of the forward and the loss on the device; `token_index` stays with the batch it indexes."""
+    from miles_kernels.cuda.attention import KVBatch
+
+    starts = [*(micro.positions == 0).nonzero().flatten().tolist(), micro.num_tokens]
+    lengths = [after - before for before, after in pairwise(starts)]
+    heat = micro.temperature
+    moved = {
+        name: getattr(micro, name).to(device)
+        for name in ("token_ids", "positions", "source_index", "targets", "sequence", "weight")
+    }
+    return replace(
+        micro,
+        plan=KVBatch.packed(lengths, str(device)),
+        temperature=heat.to(device) if isinstance(heat, Tensor) else heat,
+        **moved,
+    )
 
 
 def shard(batch: TrainBatch, blocks: Sequence[int], rank: int, size: int) -> list[int]:

@@ -25,7 +25,7 @@ from miles_kernels.ops.logprob import LogprobOutput, linear_logprob
 from miles_kernels.ops.matmul import Mode
 from miles_kernels.ops.moe import moe_mlp
 from miles_kernels.ops.norm import rms_norm
-from miles_kernels.ops.rope import RopeTable, apply_rope
+from miles_kernels.ops.rope import INITIAL_POSITIONS, RopeTable, apply_rope
 from miles_kernels.ops.router import router
 
 
@@ -146,7 +146,9 @@ class Decoder(nn.Module):
         self.norm = _parameter(config.hidden_size)
         self.lm_head = None if config.tie_word_embeddings else _parameter(config.vocab_size, config.hidden_size)
         self.to(device=device, dtype=dtype)
-        self._rope = RopeTable(config.head_dim, config.rope.rope_theta, config.rope.to_hf(), device)
+        # a table on an accelerator is made whole: growing it on demand would mean waiting for the positions
+        longest = config.max_position_embeddings if torch.device(device).type != "cpu" else INITIAL_POSITIONS
+        self._rope = RopeTable(config.head_dim, config.rope.rope_theta, config.rope.to_hf(), device, longest)
 
     @property
     def head(self) -> Tensor:

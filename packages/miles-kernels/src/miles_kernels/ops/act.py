@@ -12,6 +12,10 @@ from miles_kernels.native import kernels_for
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` as [..., I] for `gate_up[..., 2 I]` = gate then up; float32 maths, one rounding at the end."""
+    if gate_up.is_cuda:
+        from miles_kernels.cuda.act import swiglu as on_cuda
+
+        return on_cuda(gate_up)
     if torch.is_grad_enabled() and gate_up.requires_grad:
         return _SwiGLU.apply(gate_up)
     return _forward(gate_up)

@@ -67,6 +67,8 @@ def attention(
     recomputes the probabilities; gradients of q and both pools are deterministic, summed in bucket order.
     Raises ValueError when T, H or D do not fit the plan and the pools.
     """
+    if q.is_cuda:
+        return _on_cuda(q, k_pool, v_pool, plan, scale, window)
     tokens, heads, dim = q.shape
     kv = k_pool.shape[0]
     if tokens != plan.num_tokens or heads % kv or dim != k_pool.shape[2] or dim % HEAD_MULTIPLE:
@@ -80,6 +82,15 @@ def attention(
     if torch.is_grad_enabled() and (q.requires_grad or k_pool.requires_grad or v_pool.requires_grad):
         return _Attention.apply(q, k_pool, v_pool, plan, scale, shape)
     return _forward(q, k_pool, v_pool, plan, scale, shape)
+
+
+def _on_cuda(q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: object, scale: float, window: int | None) -> Tensor:
+    from miles_kernels.cuda.attention import KVBatch
+    from miles_kernels.cuda.attention_op import attention as on_cuda
+
+    if not isinstance(plan, KVBatch):
+        raise ValueError(f"attention on CUDA reads a KVBatch (KVBatch.packed or .paged), not {type(plan).__name__}")
+    return on_cuda(q, k_pool.transpose(0, 1), v_pool.transpose(0, 1), plan, scale=scale, window=window)
 
 
 def _by_head(x: Tensor, shape: _Shape) -> Tensor:

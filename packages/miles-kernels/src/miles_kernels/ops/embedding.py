@@ -10,6 +10,10 @@ from torch import Tensor
 
 def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
     """Rows `token_ids[T]` of `weight[V, H]` as [T, H]. Backward sums in float32, in token order."""
+    if weight.is_cuda:
+        from miles_kernels.cuda.embedding import embedding as on_cuda
+
+        return on_cuda(token_ids, weight)
     if torch.is_grad_enabled() and weight.requires_grad:
         return _Embedding.apply(token_ids, weight)
     return weight.index_select(0, token_ids)

@@ -18,6 +18,10 @@ def linear(
     The product and the bias are summed in float32 and rounded once. Backward: dgrad, wgrad and the bias gradient in
     float32, each rounded once to its input's dtype.
     """
+    if x.is_cuda:
+        from miles_kernels.cuda.linear import linear as on_cuda
+
+        return on_cuda(x, weight, bias, out_dtype=out_dtype)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, weight, bias, mode, out_dtype)
     return _forward(x, weight, bias, mode, out_dtype)

@@ -47,6 +47,10 @@ def logprob_from_logits(
 
     `logits` float32; `temperature` a positive number or float32 [N]. Same bits as `linear_logprob` on those logits.
     """
+    if logits.is_cuda:
+        from miles_kernels.cuda.logprob import logprob_from_logits as on_cuda
+
+        return LogprobOutput(*on_cuda(logits, targets, temperature, entropy=entropy))
     if logits.dtype is not torch.float32:
         raise ValueError(f"logits must be float32, got {logits.dtype}")
     if torch.is_grad_enabled() and logits.requires_grad:
@@ -72,6 +76,10 @@ def linear_logprob(
 
     Backward (for hidden, weight and bias; from both outputs) recomputes one chunk of logits at a time in float32.
     """
+    if hidden.is_cuda:
+        from miles_kernels.cuda.logprob import linear_logprob as on_cuda
+
+        return LogprobOutput(*on_cuda(hidden, weight, targets, temperature, bias, entropy=entropy))
     divisor = _divisor(temperature, hidden.shape[0])
     needs = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and needs:

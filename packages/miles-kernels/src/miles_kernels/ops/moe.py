@@ -54,6 +54,10 @@ def combine(y: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
 
 def moe_mlp(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, *, mode: Mode | None = None) -> Tensor:
     """SwiGLU experts `gate_up[E, 2 I, H]`, `down[E, H, I]` applied to `x[T, H]` along the routing, as [T, H]."""
+    if x.is_cuda:
+        from miles_kernels.cuda.moe import moe_mlp as on_cuda
+
+        return on_cuda(x, gate_up, down, ids, weights)
     dispatch = plan_dispatch(ids, gate_up.shape[0])
     inner = swiglu(grouped_linear(permute(x, dispatch), gate_up, dispatch.counts, mode=mode))
     return combine(grouped_linear(inner, down, dispatch.counts, mode=mode), weights, dispatch)

@@ -97,6 +97,10 @@ class RopeTable:
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `x[T, heads, D]` by `RopeTable.rows`; queries and keys may share one call. Backward rotates back."""
+    if x.is_cuda:
+        from miles_kernels.cuda.rope import apply_rope as on_cuda
+
+        return on_cuda(x, cos, sin)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Rope.apply(x, cos, sin)
     return _rotate(x, cos, sin)

@@ -34,6 +34,10 @@ def route(logits: Tensor, top_k: int, *, normalize: bool = True, ids: Tensor | N
     """
     if not 1 <= top_k <= logits.shape[1]:
         raise ValueError(f"top_k must lie in 1 .. {logits.shape[1]} (the number of experts), got {top_k}")
+    if logits.is_cuda and ids is None:
+        from miles_kernels.cuda.router import route as on_cuda
+
+        return on_cuda(logits, top_k, normalize=normalize)
     if torch.is_grad_enabled() and logits.requires_grad:
         return RouterOutput(*_Route.apply(logits, top_k, normalize, ids))
     return RouterOutput(*_forward(logits, top_k, normalize, ids)[:2])

@@ -166,6 +166,12 @@ def sample(
         return SampleOutput(torch.empty(0, dtype=torch.int64, device=logits.device), empty, empty)
     greedy, temperature = _split_greedy(temperature, logits)
     cut = _filtered_rows(logits, greedy, top_k, top_p, min_p)
+    if cut is None and logits.is_cuda:
+        from miles_kernels.cuda.sample import draw
+
+        heat = 0.0 if greedy is True else _heat(greedy, temperature, rows)
+        drawn = draw(logits, seed=seed, sample_id=sample_id, position=position, temperature=1.0 if heat is None else heat)
+        return SampleOutput(drawn.token, drawn.logprob, drawn.logprob)
     kernels = kernels_for(logits)
     if cut is None and kernels is not None:
         heat = _heat(greedy, temperature, rows)
