@@ -21,6 +21,10 @@ def find_backend(name: str | None = None, *, project: Path | None = None) -> Bac
 
         find_wheel()
         return EmbeddedBackend()
+    if name == "toolchain":
+        from miles_lean.backends.toolchain import ToolchainBackend
+
+        return ToolchainBackend(project)
     if name == "none":
         raise RuntimeError("MILES_LEAN_BACKEND is none: nothing here may run Lean")
     raise ValueError(f"no backend is called {name!r}; known: embedded, toolchain")

@@ -31,7 +31,6 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(asdict(found) | {"folder": str(found.folder)}))
     else:
         took = time.monotonic() - started
-        print(
-            f"Lean {found.version}, prelude {found.identity[:12]}: {found.folder} ({took:.1f} s; the build took {found.seconds:.1f} s)"
-        )
+        print(f"Lean {found.version}, prelude {found.identity[:12]}: {found.folder}")
+        print(f"{took:.1f} s; the build took {found.seconds:.1f} s")
     return 0
