@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 class ScriptedEngine:
     """Implements `Engine`. A token is a hash of (seed, sample id, position), its logprob an fp32 value below 0.
 
+    At temperature 0 the seed counts for nothing, as it does in a real engine.
+
     `hold()` stops all requests before their next token, `release()` lets them go on: the moment of an abort, a
     disconnect or a weight update is then the test's choice. `finished` and `aborted` list request ids.
 
@@ -80,7 +82,8 @@ class ScriptedEngine:
 
     def token(self, request: GenerateRequest, sample_id: int, position: int) -> tuple[int, float]:
         """(token id, logprob) at an absolute position: never a special id below 4, except eos now and then."""
-        key = struct.pack("<QQQ", request.sampling.seed, sample_id % 2**64, position)
+        seed = request.sampling.seed if request.sampling.temperature else 0
+        key = struct.pack("<QQQ", seed, sample_id % 2**64, position)
         digest = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
         value = struct.unpack("<f", struct.pack("<f", -(digest % 9973) / 997.0 - 0.001))[0]
         eos = self.tokenizer.eos_token_ids
