@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,15 @@ def test_flood_crash_and_memory_do_not_touch_the_next_verdict(judge: Judge) -> N
 
 
 def test_full_disk_is_the_machines_fault(judge: Judge, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No room for the zygotes' folder: infra, not a rejection."""
+    """No room for the zygotes' folder, for the source, for the result: infra, not a rejection."""
+    with Judge(judge.backend, workers=1) as tight:
+        for size in (4096, 16384):
+            for zygote in tight._compilers.zygotes:
+                zygote.stop()
+                zygote._process = None
+                zygote.setup = replace(zygote.setup, tmp_bytes=size)
+            verdict = tight.verify(ASKED + "\n-- " + "x" * (size // 2), GOOD)
+            assert verdict.status == "infra", str(verdict)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
     with Judge(judge.backend, workers=1) as broken:
         verdict = broken.verify(ASKED, GOOD)

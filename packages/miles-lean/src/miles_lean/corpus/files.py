@@ -126,7 +126,7 @@ _RESOURCES: dict[str, tuple[str, tuple[str, ...], float]] = {
         + _USE.format("dbgTrace 0 (" + "d (" * 21 + f'"{_LONG}"' + ")" * 21 + ") (fun _ => true)")
         + _FALSE
         + "rfl",
-        ("lean_error", "native_decide", "timeout"),
+        ("lean_error", "native_decide", "timeout", "memory"),
         20.0,
     ),
     "exit-zero": (_EXIT + _USE.format("IO.Process.exit 0 0") + _FALSE + "rfl", ("no_olean",), 20.0),

@@ -23,6 +23,8 @@ from miles_lean.workers.process import Finished
 ATTEMPTS = 3
 """How often a job is tried when the machine, and not the submission, made it fail."""
 _CACHED = 4096
+_UNWRITTEN = ("failed to write", "failed to create file")
+"""How Lean says that its result found no room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +205,7 @@ class Judge:
             if result.outcome in ("rejected", "timeout") or reply["ended"] == "memory":
                 return Compiled(result)
             problem = result.detail or "Lean ended without an error and wrote no module"
-            if result.outcome == "infra" and not result.detail.startswith("exit code"):
+            if result.outcome == "infra" and (not problem.startswith("exit code") or any(text in problem for text in _UNWRITTEN)):
                 continue
             # A crash, an exit nobody asked for, or no module: the source's doing when it happens again.
             odd += 1

@@ -37,6 +37,8 @@ class Setup:
     search_path: tuple[Path, ...]
     sandbox: bool = True
     fail_closed: bool = False
+    tmp_bytes: int = 1 << 28
+    """Size of the folder that a submission writes in."""
 
 
 @dataclass(slots=True)
@@ -60,12 +62,13 @@ class Process:
         if self.pid is not None:
             return
         self.stop()
-        ours, theirs = socket.socketpair()
-        self._root = tempfile.mkdtemp(prefix="miles-lean-")
         environment = {"LEAN_PATH": ":".join(map(str, self.setup.search_path))}
-        command = [sys.executable, "-I", "-m", "miles_lean.judge.zygote", str(theirs.fileno())]
         try:
+            ours, theirs = socket.socketpair()
             with theirs:
+                self.channel = Channel(ours)
+                self._root = tempfile.mkdtemp(prefix="miles-lean-")
+                command = [sys.executable, "-I", "-m", "miles_lean.judge.zygote", str(theirs.fileno())]
                 self._popen = subprocess.Popen(
                     command,
                     env=environment,
@@ -74,9 +77,9 @@ class Process:
                     pass_fds=(theirs.fileno(),),
                     start_new_session=True,
                 )
-            self.channel = Channel(ours)
             setup = {"role": self.role, "library": str(self.setup.library), "sandbox": self.setup.sandbox, "root": self._root}
             setup |= {"search_path": [str(path) for path in self.setup.search_path], "fail_closed": self.setup.fail_closed}
+            setup |= {"tmp_bytes": self.setup.tmp_bytes}
             self.channel.send(setup)
             answer, _ = self.channel.receive(time.monotonic() + START_S)
         except (OSError, Closed, Late) as error:

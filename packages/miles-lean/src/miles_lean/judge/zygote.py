@@ -8,6 +8,7 @@ itself, and nothing of one job is left when the next begins.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
 import shutil
@@ -38,7 +39,10 @@ class Compiler:
         self.setup = setup
         self.root = setup["root"]
         base = (str(Path(setup["library"]).parent), *setup["search_path"])
-        self.policy = sandbox.Policy(read=base, write=(self.root,), fail_closed=setup["fail_closed"])
+        room = setup["tmp_bytes"]
+        self.policy = sandbox.Policy(
+            read=base, write=(self.root,), fail_closed=setup["fail_closed"], max_tmp_bytes=room, max_file_bytes=room
+        )
         self.layers: list[sandbox.Layer] = []
         self.separate = self.private = False
         if setup["sandbox"]:
@@ -139,7 +143,7 @@ class Checker:
         """Judge one solution."""
         out = os.pipe()
         started = time.monotonic()
-        pid = sandbox.fork(self.separate)
+        pid = sandbox.fork(self.separate, own_proc=False)
         if pid == 0:
             try:
                 os.setsid()
@@ -204,6 +208,10 @@ def main() -> None:
     except Exception as error:
         channel.send({"failed": f"{type(error).__name__}: {error}"})
         return
+    # A collection in a child would touch, and so copy, every page that holds an object.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
     try:
         layers = [[layer.name, layer.on, layer.detail] for layer in worker.layers]
         channel.send({"ready": True, "layers": layers})

@@ -96,15 +96,16 @@ def isolate(policy: Policy | None = None) -> list[Layer]:
     return _checked(layers, policy)
 
 
-def fork(separate: bool) -> int:
+def fork(separate: bool, own_proc: bool = True) -> int:
     """Like os.fork; `separate` is what can_separate said: a new process namespace, in which all die with the first.
 
-    Lean looks itself up in /proc, so the namespace gets a /proc of its own. Call it only from a process of one thread.
+    Lean looks itself up in /proc, so the namespace gets a /proc of its own, unless that is not wanted. Call it only from a
+    process of one thread.
     """
-    pid, problem = _clone(_NEWPID | _NEWNS) if separate else (os.fork(), "")
+    pid, problem = _clone(_NEWPID | (_NEWNS if own_proc else 0)) if separate else (os.fork(), "")
     if pid < 0:
         raise OSError(f"no process could be started: {problem}")
-    if pid == 0 and separate and _mount_proc():
+    if pid == 0 and separate and own_proc and _mount_proc():
         os._exit(NO_PROC)
     return pid
 
