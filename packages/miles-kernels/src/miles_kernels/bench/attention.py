@@ -1,4 +1,4 @@
-"""Attention against SDPA and bandwidth, norms against a copy, sampling against reading the logits. 32 query heads, 8 key heads, D 128."""
+"""Attention against SDPA and bandwidth, norms against a copy, sampling against a copy. 32 query heads, 8 key heads, D 128."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def rows() -> Iterator[Row]:
     yield _backward(4, 4096)
     for batch in (1, 16, 64, 128):
         yield _decode(batch, 4096)
-    yield from _norms()
+    for tokens in (8192, 65536):
+        yield _norm(tokens)
     for batch in (1, 64, 256):
         yield _sampling(batch)
 
@@ -109,28 +110,22 @@ def _decode(batch: int, length: int) -> Row:
     return Row("attention decode", f"{batch} x {length}", found, 0.0, traffic, notes=notes)
 
 
-def _norms() -> Iterator[Row]:
-    weight = _random(4096)
-    for tokens in (8192, 65536):
-        x, residual = _random(tokens, 4096), _random(tokens, 4096)
-        out = torch.empty_like(x)
-        found = {
-            name: timing.seconds
-            for name, timing in compare(
-                {
-                    "aligned": [lambda: norm.rms_norm(x, weight, 1e-6)] * 4,
-                    "copy": [lambda: out.copy_(x)] * 4,
-                    "torch rms_norm": [lambda: F.rms_norm(x, (4096,), weight, 1e-6)] * 4,
-                    "with residual": [lambda: norm.add_rms_norm(x, residual, weight, 1e-6)] * 4,
-                }
-            ).items()
-        }
-        size = 2.0 * x.numel()
-        notes: dict[str, float | str] = {
-            "of copy": found["copy"] / found["aligned"],
-            "with residual, of copy": 2 * found["copy"] / found["with residual"],
-        }
-        yield Row("RMSNorm", f"{tokens} x 4096", found, 0.0, 2 * size, default="torch rms_norm", notes=notes)
+def _norm(tokens: int) -> Row:
+    weight, x, residual = _random(4096), _random(tokens, 4096), _random(tokens, 4096)
+    out = torch.empty_like(x)
+    calls: dict[str, list[Callable[[], object]]] = {
+        "aligned": [lambda: norm.rms_norm(x, weight, 1e-6)] * 4,
+        "copy": [lambda: out.copy_(x)] * 4,
+        "torch rms_norm": [lambda: F.rms_norm(x, (4096,), weight, 1e-6)] * 4,
+        "with residual": [lambda: norm.add_rms_norm(x, residual, weight, 1e-6)] * 4,
+    }
+    with torch.no_grad():
+        found = {name: timing.seconds for name, timing in compare(calls).items()}
+    notes: dict[str, float | str] = {
+        "of copy": found["copy"] / found["aligned"],
+        "with residual, of copy": 2 * found["copy"] / found["with residual"],
+    }
+    return Row("RMSNorm", f"{tokens} x 4096", found, 0.0, 4.0 * x.numel(), default="torch rms_norm", notes=notes)
 
 
 def _sampling(batch: int) -> Row:

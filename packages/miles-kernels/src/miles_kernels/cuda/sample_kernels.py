@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from miles_kernels.cuda.logprob_kernels import LOWEST, on_grid
+from miles_kernels.cuda.logprob_kernels import GRID, LOWEST
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NONE = tl.constexpr(0x7FFFFFFF)
+TOP_BIT = tl.constexpr(-2147483648)
 
 
 @triton.jit
@@ -44,15 +45,14 @@ def row_keys(seed, sample_id, position):
 
 @triton.jit
 def noise_bits(token, key_low, key_high):
-    """32 random bits of each token id, as uint32."""
-    x = token * -1640531535 + 320440879
-    x = x ^ shift_right(x, 16, 32) ^ key_low
-    x = x * -2048144789
-    x = (x ^ shift_right(x, 15, 32)) + key_high
-    x = x * -1028477387
-    x = (x ^ shift_right(x, 13, 32)) * 668265263
-    x = x ^ shift_right(x, 16, 32)
-    return x.to(tl.uint32, bitcast=True)
+    """32 random bits of each int32 token id, as uint32."""
+    x = token.to(tl.uint32) * 2654435761 + 320440879
+    x = (x ^ (x >> 16)) ^ key_low.to(tl.uint32)
+    x = x * 2246822507
+    # (y + key) * c as y * c + key * c: one multiply-add instead of two instructions
+    x = (x ^ (x >> 15)) * 3266489909 + key_high.to(tl.uint32) * 3266489909
+    x = (x ^ (x >> 13)) * 668265263
+    return x ^ (x >> 16)
 
 
 @triton.jit
@@ -77,7 +77,9 @@ def block_parts(z, c):
     """(r, sum p on the grid, p) of z[rows, 128]: `logprob_kernels.block_stats`, bit for bit, with p itself."""
     r = tl.ceil(tl.maximum(tl.max(z, 1), LOWEST) * c)
     p = tl.exp2(tl.fma(z, tl.broadcast_to(c, z.shape), tl.broadcast_to(-r[:, None], z.shape)))
-    return r, tl.sum(on_grid(p), 1), p
+    # the sum of `on_grid(p)`: its constant is subtracted once per row; 128 times 0x4B000000 is 2^31 modulo 2^32
+    total = tl.sum(tl.fma(p, GRID, GRID).to(tl.int32, bitcast=True), 1) ^ TOP_BIT
+    return r, total, p
 
 
 @triton.jit
@@ -123,21 +125,24 @@ def draw(
     lane = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     noted = tl.full((BLOCK // 128, 128), NONE, tl.int32)
     count = tl.zeros((BLOCK // 128, 128), tl.int32)
-    broken = tl.zeros((BLOCK // 128, 128), tl.int1)
+    poison = tl.zeros((BLOCK // 128, 128), tl.float32)
     known = float("-inf")
     for step in tl.range(0, STEPS, num_stages=STAGES):
         begin = (span * STEPS + step) * BLOCK
         token = begin + lane
-        z = tl.load(base + token, mask=token < V, other=float("-inf")).to(tl.float32)
-        broken = broken | ~(z < float("inf"))
+        if begin + BLOCK <= V:
+            z = tl.load(base + token).to(tl.float32)
+        else:
+            z = tl.load(base + token, mask=token < V, other=float("-inf")).to(tl.float32)
         r, total, p = block_parts(z, c)
+        poison = tl.fma(p, 0.0, poison)  # p is NaN for NaN and for +inf, and finite otherwise
         where = (begin // 128 + group).to(tl.int64) * B + row
         keep = (begin + group * 128) < V
         tl.store(r_ptr + where, r.to(tl.int32), mask=keep)
         tl.store(total_ptr + where, total, mask=keep)
         if not EXACT:
             bits = noise_bits(token, key_low, key_high)
-            v = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+            v = tl.fma(bits.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
             if known == float("-inf"):
                 promise = tl.where(z > float("-inf"), z * inverse - tl.log(v), float("-inf"))
                 top = largest(promise)
@@ -147,7 +152,7 @@ def draw(
                     known = z_one * inverse + gumbel(noise_bits(choice, key_low, key_high))
             # odds = exp(z / T - S), from p = 2^(c z - r) of the statistics; the factor covers all rounding
             scale = tl.exp2(tl.minimum(r - known * LOG2E, 126.0)) * 1.001
-            could = (v <= p * scale[:, None]) & (p > 0.0)
+            could = v <= p * scale[:, None]
             noted = tl.where(could, token, noted)
             count += could.to(tl.int32)
     if EXACT or greedy:
@@ -163,7 +168,7 @@ def draw(
         best = largest(score)
         best_id = tl.minimum(smallest(tl.where((score == best) & (count > 0), noted, NONE)), V)
         best_z = largest(tl.where(noted == best_id, z, float("-inf")))
-    bad = largest(broken.to(tl.int32)) > 0
+    bad = largest((poison != poison).to(tl.int32)) > 0
     place = row.to(tl.int64) * spans + span
     tl.store(best_ptr + place, tl.where(bad, float("inf"), best))
     tl.store(id_ptr + place, tl.where(bad, V, best_id))
