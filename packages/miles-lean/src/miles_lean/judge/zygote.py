@@ -65,8 +65,11 @@ class Compiler:
         """Compile one source."""
         work = os.path.join(self.root, "work")
         os.mkdir(work, 0o700)
-        private = self.private and sandbox.mount_private(work, self.policy).on
+        layer = sandbox.mount_private(work, self.policy) if self.private else None
+        private = layer is not None and layer.on
         try:
+            if layer is not None and not private:
+                raise OSError(f"no private folder: {layer.detail}")
             with open(os.path.join(work, SOURCE), "wb") as file:
                 file.write(blobs[0])
             out, err = os.pipe(), os.pipe()
