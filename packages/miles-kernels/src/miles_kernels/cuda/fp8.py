@@ -52,7 +52,7 @@ def _quantize_rows_reference(x: Tensor) -> Quantized:
     rows, size = x.shape
     padded = torch.nn.functional.pad(x.float(), (0, -size % BLOCK)).view(rows, -1, BLOCK)
     top = padded.abs().amax(-1)
-    scales = torch.where(top > 0, top / LARGEST, 1.0)
+    scales = torch.where(top > 0, top / torch.full_like(top, LARGEST), 1.0)
     values = (padded / scales[..., None]).view(rows, -1)[:, :size]
     return Quantized(values.to(torch.float8_e4m3fn), scales)
 
@@ -63,7 +63,7 @@ def quantize_weight(weight: Tensor) -> Quantized:
     wide = torch.nn.functional.pad(weight.float(), (0, -k % BLOCK, 0, -n % BLOCK))
     tiles = wide.view(*lead, -(-n // BLOCK), BLOCK, -(-k // BLOCK), BLOCK)
     top = tiles.abs().amax((-3, -1))
-    scales = torch.where(top > 0, top / LARGEST, 1.0)
+    scales = torch.where(top > 0, top / torch.full_like(top, LARGEST), 1.0)
     values = (tiles / scales[..., :, None, :, None]).view(wide.shape)[..., :n, :k]
     return Quantized(values.to(torch.float8_e4m3fn).contiguous(), scales.contiguous())
 

@@ -235,8 +235,8 @@ def gather_rows(x, index, out, R, H, divide, ROWS: tl.constexpr, BLOCK: tl.const
     for start in range(0, H, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         mask = keep[:, None] & (cols < H)[None, :]
-        part = tl.load(x + source[:, None] * H + cols[None, :], mask=mask)
-        tl.store(out + rows.to(tl.int64)[:, None] * H + cols[None, :], part, mask=mask)
+        part = tl.load(x + source[:, None] * H + cols[None, :], mask=mask, eviction_policy="evict_last")
+        tl.store(out + rows.to(tl.int64)[:, None] * H + cols[None, :], part, mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit

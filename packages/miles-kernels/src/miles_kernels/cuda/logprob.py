@@ -42,13 +42,13 @@ def _target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tens
 
 
 def backward_chunks(hidden_size: int) -> tuple[int, int]:
-    """(vocabulary rows, token rows) of a step of the backward, within 64 MB of extra memory at 8192 tokens.
+    """(vocabulary rows, token rows) of a step of the backward, within 64 MiB of extra memory at 8192 tokens.
 
     The vocabulary step fixes the order in which d_hidden is summed, so it depends on the hidden size alone.
     """
     if hidden_size <= 1024:
         return 4096, 4096
-    return (2048, 8192) if hidden_size <= 2560 else (1792, 8192)
+    return (2048, 8192) if hidden_size <= 2560 else (1920, 8192)
 
 
 class LogprobOutput(NamedTuple):
@@ -61,14 +61,21 @@ class LogprobOutput(NamedTuple):
 class _Config(NamedTuple):
     rows: int
     depth: int
-    block: int
+    cols: int
     warps: int
     stages: int
     per_sm: int
 
 
-FORWARD = _Config(128, 64, BLOCK, 4, 3, 2)
 BACKWARD = _Config(128, 64, 256, 8, 3, 1)
+BACKWARD_NARROW = _Config(128, 64, 128, 4, 3, 2)
+"""for steps of the vocabulary that 256 does not divide"""
+ADD = _Config(128, 64, 128, 4, 3, 2)
+
+
+def forward_config(hidden_size: int) -> _Config:
+    """Tile of the forward; changes no bits. Longer rows gain from one more stage of prefetch."""
+    return _Config(128, 64, 2 * BLOCK, 8, 4 if hidden_size >= 2048 else 3, 1)
 
 
 class _Stats(NamedTuple):
@@ -166,16 +173,16 @@ def forward(
     from miles_kernels.cuda import logprob_kernels
 
     rows, vocab = hidden.shape[0], weight.shape[0]
-    config = config or FORWARD
+    config = config or forward_config(hidden.shape[1])
     outs = _outputs(rows, hidden.device)
-    b = descriptor(weight, config.block, config.depth)
+    b = descriptor(weight, config.cols, config.depth)
     for start in range(0, rows, row_chunk):
         part = slice(start, min(start + row_chunk, rows))
         x = hidden[part]
         count = x.shape[0]
         stats = _stats(count, vocab, entropy, hidden.device)
         target_logit = _target_logits(x, weight, bias, targets[part])
-        tiles = -(-count // config.rows) * -(-vocab // config.block)
+        tiles = -(-count // config.rows) * -(-vocab // config.cols)
         programs = min(num_sms(hidden.device.index or 0) * config.per_sm, tiles)
         logprob_kernels.stats_from_product[(programs,)](
             descriptor(x, config.rows, config.depth),
@@ -188,10 +195,11 @@ def forward(
             hidden.shape[1],
             BM=config.rows,
             BK=config.depth,
-            BLOCK=config.block,
+            BLOCK=BLOCK,
+            PAIR=config.cols == 2 * BLOCK,
             GROUP_M=16,
             HAS_BIAS=bias is not None,
-            RAGGED=vocab % config.block != 0,
+            RAGGED=vocab % config.cols != 0,
             ENTROPY=entropy,
             num_warps=config.warps,
             num_stages=config.stages,
@@ -242,7 +250,7 @@ def backward(
             dz = buffer[: x.shape[0], :count]
             _logit_gradient(
                 x, part, None if bias is None else bias[start : start + count], inverse[span], targets[span], normaliser[span],
-                entropy[span], g_logprob[span], None if g_entropy is None else g_entropy[span], dz, start, config or BACKWARD,
+                entropy[span], g_logprob[span], None if g_entropy is None else g_entropy[span], dz, start, config,
             )  # fmt: skip
             if d_hidden is not None and low is not None:
                 _add_product(dz, part, d_hidden[span], low[span], start == 0, start + step >= vocab)
@@ -271,15 +279,16 @@ def _logit_gradient(
     g_entropy: Tensor | None,
     dz: Tensor,
     first: int,
-    config: _Config,
+    config: _Config | None = None,
 ) -> None:
     from miles_kernels.cuda import logprob_kernels
 
     rows, count = dz.shape
-    tiles = -(-rows // config.rows) * -(-count // config.block)
+    config = config or (BACKWARD if count % 256 == 0 else BACKWARD_NARROW)
+    tiles = -(-rows // config.rows) * -(-count // config.cols)
     logprob_kernels.logit_gradient[(min(num_sms(x.device.index or 0) * config.per_sm, tiles),)](
         descriptor(x, config.rows, config.depth),
-        descriptor(part, config.block, config.depth),
+        descriptor(part, config.cols, config.depth),
         bias if bias is not None else inverse,
         inverse,
         targets,
@@ -294,7 +303,7 @@ def _logit_gradient(
         first,
         dz.stride(0),
         BM=config.rows,
-        BN=config.block,
+        BN=config.cols,
         BK=config.depth,
         GROUP_M=16,
         HAS_BIAS=bias is not None,
@@ -304,27 +313,30 @@ def _logit_gradient(
     )
 
 
-def _add_product(dz: Tensor, part: Tensor, d_hidden: Tensor, low: Tensor, first: bool, last: bool) -> None:
+def _add_product(
+    dz: Tensor, part: Tensor, d_hidden: Tensor, low: Tensor, first: bool, last: bool, config: _Config | None = None
+) -> None:
     from miles_kernels.cuda import logprob_kernels
 
     (rows, count), size = dz.shape, part.shape[1]
-    tiles = -(-rows // 128) * -(-size // 256)
-    logprob_kernels.add_product[(min(num_sms(dz.device.index or 0), tiles),)](
-        descriptor(dz, 128, 64),
-        descriptor(part, 64, 256),
+    config = config or ADD
+    tiles = -(-rows // config.rows) * -(-size // config.cols)
+    logprob_kernels.add_product[(min(num_sms(dz.device.index or 0) * config.per_sm, tiles),)](
+        descriptor(dz, config.rows, config.depth),
+        descriptor(part, config.depth, config.cols),
         d_hidden.view(torch.int16),
         low,
         rows,
         size,
         count,
-        BM=128,
-        BN=256,
-        BK=64,
+        BM=config.rows,
+        BN=config.cols,
+        BK=config.depth,
         GROUP_M=16,
         FIRST=first,
         LAST=last,
-        num_warps=8,
-        num_stages=3,
+        num_warps=config.warps,
+        num_stages=config.stages,
     )
 
 

@@ -41,9 +41,9 @@ def block_stats(z, c, ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def store_stats(r_out, total_out, weighted_out, r, total, weighted, rows, block, M, ENTROPY: tl.constexpr):
+def store_stats(r_out, total_out, weighted_out, r, total, weighted, rows, block, M, num_blocks, ENTROPY: tl.constexpr):
     where = block.to(tl.int64) * M + rows
-    keep = rows < M
+    keep = (rows < M) & (block < num_blocks)
     tl.store(r_out + where, r.to(tl.int32), mask=keep)
     tl.store(total_out + where, total, mask=keep)
     if ENTROPY:
@@ -65,36 +65,46 @@ def stats_from_product(
     BM: tl.constexpr,
     BK: tl.constexpr,
     BLOCK: tl.constexpr,
+    PAIR: tl.constexpr,
     GROUP_M: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RAGGED: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
-    """Block statistics of a[M, K] b[V, K]^T (descriptors), one vocabulary block per tile; persistent grid.
+    """Block statistics of a[M, K] b[V, K]^T (descriptors), one vocabulary block per tile (two if `PAIR`); persistent grid.
 
-    `RAGGED`: BLOCK does not divide V. No branch may read the accumulator here: ptxas would serialise the products (C7514).
+    `RAGGED`: the tile's columns do not divide V. No branch may read the accumulator here: ptxas would serialise the products (C7514).
     """
+    COLS: tl.constexpr = 2 * BLOCK if PAIR else BLOCK
     num_m = tl.cdiv(M, BM)
-    num_n = tl.cdiv(V, BLOCK)
+    num_n = tl.cdiv(V, COLS)
     steps = tl.cdiv(K, BK)
+    num_blocks = tl.cdiv(V, BLOCK)
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
         pid_m, pid_n = tile_of(tile, num_m, num_n, GROUP_M)
         row = pid_m * BM
-        col = pid_n * BLOCK
-        acc = tl.zeros((BM, BLOCK), dtype=tl.float32)
+        col = pid_n * COLS
+        acc = tl.zeros((BM, COLS), dtype=tl.float32)
         for k in range(steps):
             x = a.load([row, k * BK])
             w = b.load([col, k * BK]).T
             acc = tl.dot(x, w, acc)
         rows = row + tl.arange(0, BM)
-        cols = col + tl.arange(0, BLOCK)
+        cols = col + tl.arange(0, COLS)
         c = tl.load(inverse_temperature + rows, mask=rows < M, other=1.0) * 1.4426950408889634
         if HAS_BIAS:
             acc += tl.load(bias + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
         if RAGGED:
             acc = tl.where((cols < V)[None, :], acc, float("-inf"))
-        r, total, weighted = block_stats(acc, c, ENTROPY)
-        store_stats(r_out, total_out, weighted_out, r, total, weighted, rows, pid_n, M, ENTROPY)
+        if PAIR:
+            left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BLOCK)), (0, 2, 1)))
+            r, total, weighted = block_stats(left, c, ENTROPY)
+            store_stats(r_out, total_out, weighted_out, r, total, weighted, rows, pid_n * 2, M, num_blocks, ENTROPY)
+            r, total, weighted = block_stats(right, c, ENTROPY)
+            store_stats(r_out, total_out, weighted_out, r, total, weighted, rows, pid_n * 2 + 1, M, num_blocks, ENTROPY)
+        else:
+            r, total, weighted = block_stats(acc, c, ENTROPY)
+            store_stats(r_out, total_out, weighted_out, r, total, weighted, rows, pid_n, M, num_blocks, ENTROPY)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -158,7 +168,7 @@ def stats_from_logits(
         target = tl.load(targets + rows, mask=rows < M, other=0).to(tl.int64)
         tl.store(target_out + rows, tl.load(logits + rows.to(tl.int64) * stride + target, mask=rows < M), mask=rows < M)
     r, total, weighted = block_stats(z, c, ENTROPY)
-    store_stats(r_out, total_out, weighted_out, r, total, weighted, rows, block, M, ENTROPY)
+    store_stats(r_out, total_out, weighted_out, r, total, weighted, rows, block, M, tl.cdiv(V, BLOCK), ENTROPY)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -305,15 +315,23 @@ def add_product(
         for k in range(steps):
             acc = tl.dot(a.load([row, k * BK]), b.load([k * BK, col]), acc)
         rows = row + tl.arange(0, BM)
-        cols = col + tl.arange(0, BN)
-        keep = (rows < M)[:, None] & (cols < N)[None, :]
-        where = rows[:, None] * N + cols[None, :]
-        if not FIRST:
-            upper = tl.load(high + where, mask=keep, other=0).to(tl.int32) << 16
-            acc += (upper | (tl.load(low + where, mask=keep, other=0).to(tl.int32) << 8)).to(tl.float32, bitcast=True)
-        if LAST:
-            tl.store(high + where, acc.to(tl.bfloat16).to(tl.int16, bitcast=True), mask=keep)
-        else:
-            bits = acc.to(tl.int32, bitcast=True) + 128
-            tl.store(high + where, (bits >> 16).to(tl.int16), mask=keep)
-            tl.store(low + where, (bits >> 8).to(tl.uint8), mask=keep)
+        cols = col + tl.arange(0, BN // 2)
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))  # halves: fewer registers at once
+        add_to_sum(left, high, low, rows, cols, M, N, FIRST, LAST)
+        add_to_sum(right, high, low, rows, cols + BN // 2, M, N, FIRST, LAST)
+
+
+@triton.jit
+def add_to_sum(part, high, low, rows, cols, M, N, FIRST: tl.constexpr, LAST: tl.constexpr):
+    """One half of a tile of `add_product`."""
+    keep = (rows < M)[:, None] & (cols < N)[None, :]
+    where = rows[:, None] * N + cols[None, :]
+    if not FIRST:
+        upper = tl.load(high + where, mask=keep, other=0).to(tl.int32) << 16
+        part += (upper | (tl.load(low + where, mask=keep, other=0).to(tl.int32) << 8)).to(tl.float32, bitcast=True)
+    if LAST:
+        tl.store(high + where, part.to(tl.bfloat16).to(tl.int16, bitcast=True), mask=keep)
+    else:
+        bits = part.to(tl.int32, bitcast=True) + 128
+        tl.store(high + where, (bits >> 16).to(tl.int16), mask=keep)
+        tl.store(low + where, (bits >> 8).to(tl.uint8), mask=keep)

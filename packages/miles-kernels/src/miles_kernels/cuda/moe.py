@@ -12,6 +12,8 @@ from miles_kernels.cuda.grouped import Groups, default_tile, expert_width, gemm,
 SORT_BLOCK = 128
 GATHER_MULTIPLE = 128
 """Without gradients the first product reads its rows in place where their length is a multiple of this."""
+GATHER_ROWS = 6
+"""..and experts have at most this many rows each, where reading in place beats a copy in sorted order."""
 SMALL_SORT = 256
 """Up to this many (token, slot) pairs one program plans everything."""
 
@@ -76,7 +78,7 @@ def moe_mlp(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tens
     dispatch = plan_dispatch(ids, gate_up.shape[0])
     if torch.is_grad_enabled() and (x.requires_grad or gate_up.requires_grad):
         inner = _GatedLinear.apply(permute(x, dispatch), gate_up, dispatch.groups)
-    elif x.shape[1] % GATHER_MULTIPLE == 0:
+    elif x.shape[1] % GATHER_MULTIPLE == 0 and ids.numel() <= GATHER_ROWS * gate_up.shape[0]:
         inner = gemm(x, gate_up, dispatch.groups, gated=True, gather=(dispatch.order, ids.shape[1]))
     else:
         inner = gemm(permute(x, dispatch), gate_up, dispatch.groups, gated=True)
