@@ -15,12 +15,13 @@ from miles_lean.honest import honest_proofs
 
 @pytest.mark.slow
 def test_every_attack_is_refused_for_its_reason_and_every_twin_accepted() -> None:
+    """Every second case, for time; `miles-lean corpus` runs all of them, and 500 mutants."""
     cases = all_cases()
-    report = run_corpus(shared_judge(), cases)
-    assert len(report.results) == len(cases) >= 150
+    assert len(cases) >= 150 and len({case.family for case in cases[::2]}) == len({case.family for case in cases})
+    report = run_corpus(shared_judge(), cases[::2])
     assert not report.problems, "\n".join(f"{result.case.name}: {result.problem}" for result in report.problems)
     # What makes the corpus worth having: a checker of exit code and messages falls for most of it.
-    assert len(report.fooled_readers) >= 100
+    assert len(report.fooled_readers) >= 50
 
 
 def test_forged_files_are_refused() -> None:
@@ -47,8 +48,8 @@ def test_mutants_are_refused() -> None:
 
 @pytest.mark.slow
 def test_honest_proofs_are_accepted_two_at_a_time() -> None:
-    proofs = honest_proofs()[::4]
+    proofs = honest_proofs()[::8]
     with ThreadPoolExecutor(2) as pool:
         verdicts = list(pool.map(lambda proof: shared_judge().verify(proof.challenge, proof.source), proofs))
-    assert len(proofs) > 70
+    assert len(proofs) > 35
     assert not [(proof.name, str(verdict)) for proof, verdict in zip(proofs, verdicts, strict=True) if not verdict.accepted]
