@@ -83,8 +83,9 @@ def _goals(size: int, seed: int, split: str, families: str) -> Iterator[tuple[st
         index += 1
         if goal in seen or is_held_out(goal) != (split == "eval"):
             misses += 1
-            if misses > 200 * size + 1000:
+            if misses > 5000:
                 raise ValueError(f"lean-toy: only {len(seen)} different theorems found for split {split}, {size} were asked for")
             continue
         seen.add(goal)
+        misses = 0
         yield goal, name, exact, robust
