@@ -1,4 +1,4 @@
-"""The ops as `torch.library` custom ops (`torch.ops.miles_cuda.*`), opaque to torch.compile: fake kernels and autograd registered.
+"""The ops as `torch.library` custom ops (`torch.ops.miles_cuda.*`), opaque to torch.compile, with fakes and autograd.
 
 On CUDA they run the Hopper backends; on CPU plain torch in float32, so that graphs can be traced and checked anywhere.
 Importing this module registers them.
@@ -70,7 +70,9 @@ linear.register_autograd(_linear_autograd, setup_context=_linear_context)
 
 # ---------------------------------------------------------------- grouped linear
 def _experts_of_rows(offsets: Tensor, rows: int) -> Tensor:
-    return torch.searchsorted(offsets[1:].contiguous(), torch.arange(rows, device=offsets.device, dtype=offsets.dtype), right=True)
+    return torch.searchsorted(
+        offsets[1:].contiguous(), torch.arange(rows, device=offsets.device, dtype=offsets.dtype), right=True
+    )
 
 
 @torch.library.custom_op(f"{NAMESPACE}::grouped_linear", mutates_args=())

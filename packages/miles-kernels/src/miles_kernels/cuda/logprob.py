@@ -42,13 +42,11 @@ def _target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tens
 
 
 def backward_chunks(hidden_size: int) -> tuple[int, int]:
-    """(vocabulary rows, token rows) of a step of the backward, within 64 MiB of extra memory at 8192 tokens.
+    """(vocabulary rows, token rows) of a step of the backward: up to a hidden size of 4096, 64 MiB at 8192 tokens.
 
-    The vocabulary step fixes the order in which d_hidden is summed, so it depends on the hidden size alone.
+    The vocabulary step fixes the order in which d_hidden is summed, so it must not depend on the tokens.
     """
-    if hidden_size <= 1024:
-        return 4096, 4096
-    return (2048, 8192) if hidden_size <= 2560 else (1920, 8192)
+    return 2048, 8192
 
 
 class LogprobOutput(NamedTuple):
@@ -67,9 +65,7 @@ class _Config(NamedTuple):
     per_sm: int
 
 
-BACKWARD = _Config(128, 64, 256, 8, 3, 1)
-BACKWARD_NARROW = _Config(128, 64, 128, 4, 3, 2)
-"""for steps of the vocabulary that 256 does not divide"""
+BACKWARD = _Config(128, 64, 128, 4, 3, 2)
 ADD = _Config(128, 64, 128, 4, 3, 2)
 
 
@@ -284,7 +280,7 @@ def _logit_gradient(
     from miles_kernels.cuda import logprob_kernels
 
     rows, count = dz.shape
-    config = config or (BACKWARD if count % 256 == 0 else BACKWARD_NARROW)
+    config = config or BACKWARD
     tiles = -(-rows // config.rows) * -(-count // config.cols)
     logprob_kernels.logit_gradient[(min(num_sms(x.device.index or 0) * config.per_sm, tiles),)](
         descriptor(x, config.rows, config.depth),

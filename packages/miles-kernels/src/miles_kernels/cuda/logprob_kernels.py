@@ -73,7 +73,7 @@ def stats_from_product(
 ):
     """Block statistics of a[M, K] b[V, K]^T (descriptors), one vocabulary block per tile (two if `PAIR`); persistent grid.
 
-    `RAGGED`: the tile's columns do not divide V. No branch may read the accumulator here: ptxas would serialise the products (C7514).
+    `RAGGED`: the tile's columns do not divide V. No branch may read the accumulator here: ptxas would serialise the products.
     """
     COLS: tl.constexpr = 2 * BLOCK if PAIR else BLOCK
     num_m = tl.cdiv(M, BM)

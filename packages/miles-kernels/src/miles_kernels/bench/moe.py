@@ -1,0 +1,140 @@
+"""Mixture of experts at the shapes of Qwen3-30B-A3B: 128 experts, 8 per token, hidden 2048, expert width 768."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from miles_kernels.bench.report import Row
+from miles_kernels.bench.timing import compare
+from miles_kernels.cuda import gemm_deep, moe
+from miles_kernels.cuda.gemm_triton import Tile
+from miles_kernels.cuda.grouped import Groups, gemm
+
+EXPERTS, SLOTS, HIDDEN, WIDTH = 128, 8, 2048, 768
+TOKENS = (1, 16, 64, 256, 1024, 8192)
+
+
+def _random(*shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * scale
+
+
+def stock(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The usual eager code: a loop over experts with torch.mm and index_add. Not batch-invariant, one host sync."""
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in ids.unique().tolist():
+        token, slot = torch.where(ids == expert)
+        gate, up = torch.mm(x[token], gate_up[expert].t()).chunk(2, -1)
+        part = torch.mm(torch.nn.functional.silu(gate) * up, down[expert].t())
+        out.index_add_(0, token, part * weights[token, slot, None])
+    return out.to(x.dtype)
+
+
+def rows() -> Iterator[Row]:
+    """The whole layer without the router, under CUDA graphs (the stock loop and DeepGEMM: eager)."""
+    gate_up = _random(EXPERTS, 2 * WIDTH, HIDDEN, scale=HIDDEN**-0.5)
+    down = _random(EXPERTS, HIDDEN, WIDTH, scale=WIDTH**-0.5)
+    for tokens in TOKENS:
+        x = _random(tokens, HIDDEN)
+        ids = torch.rand(tokens, EXPERTS, device="cuda").topk(SLOTS).indices
+        weights = torch.rand(tokens, SLOTS, device="cuda")
+        dispatch = moe.plan_dispatch(ids, EXPERTS)
+        sorted_rows = moe.permute(x, dispatch)
+        inner = gemm(sorted_rows, gate_up, dispatch.groups, gated=True)
+        expert = _random(max(1, tokens), HIDDEN), _random(max(1, tokens), WIDTH)
+        competitors: dict[str, list[Callable[[], object]]] = {
+            "aligned": [partial(moe.moe_mlp, x, gate_up, down, ids, weights)] * 4,
+            "two grouped products": [partial(_products, sorted_rows, gate_up, inner, down, dispatch.groups)] * 4,
+        }
+        if tokens >= 1024:
+            competitors["dense of the same size"] = [partial(_dense, expert, gate_up, down)] * 4
+        captured = compare(competitors)
+        others: dict[str, list[Callable[[], object]]] = {"stock loop": [partial(stock, x, gate_up, down, ids, weights)]}
+        if gemm_deep.available():
+            others["DeepGEMM alone"] = _deep(dispatch.groups.offsets, gate_up, down)
+        eager = compare(others, rounds=3, graph=False)
+        used = int(ids.unique().numel())
+        found = {name: timing.seconds for name, timing in {**captured, **eager}.items()}
+        weight_bytes = used * 3 * WIDTH * HIDDEN * 2
+        work = 2.0 * tokens * SLOTS * 3 * WIDTH * HIDDEN
+        yield Row(
+            "MoE layer", f"{tokens} tokens, {used} experts", found, work, weight_bytes + 4.0 * tokens * HIDDEN,
+            default="stock loop",
+            notes={"TFLOP/s": work / found["aligned"] / 1e12, "unequal": float(_unequal(x, gate_up, down, ids, weights))},
+        )  # fmt: skip
+
+
+def _products(rows: Tensor, gate_up: Tensor, inner: Tensor, down: Tensor, groups: Groups) -> None:
+    gemm(rows, gate_up, groups, gated=True)
+    gemm(inner, down, groups)
+
+
+def _dense(expert: tuple[Tensor, Tensor], gate_up: Tensor, down: Tensor) -> None:
+    """torch.mm of the same arithmetic: every token through 8 experts, no permutation, no SwiGLU."""
+    for e in range(SLOTS):
+        torch.mm(expert[0], gate_up[e].t())
+        torch.mm(expert[1], down[e].t())
+
+
+def _deep(offsets: Tensor, gate_up: Tensor, down: Tensor) -> list[Callable[[], object]]:
+    """DeepGEMM's contiguous layout: experts padded to 128 rows; only the two products, no permutation, SwiGLU or combine."""
+    padded = (offsets[1:] - offsets[:-1] + 127) // 128 * 128
+    layout = torch.repeat_interleave(torch.arange(EXPERTS, device="cuda", dtype=torch.int32), padded.long())
+    a, b = _random(layout.numel(), HIDDEN), _random(layout.numel(), WIDTH)
+    out_a, out_b = torch.empty(layout.numel(), 2 * WIDTH, device="cuda", dtype=torch.bfloat16), torch.empty_like(a)
+
+    def call() -> None:
+        gemm_deep.grouped_contiguous(a, gate_up, out_a, layout)
+        gemm_deep.grouped_contiguous(b, down, out_b, layout)
+
+    return [call]
+
+
+def _unequal(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> int:
+    """Elements that change when up to 16 of the tokens run alone, one after the other."""
+    whole = moe.moe_mlp(x, gate_up, down, ids, weights)
+    count = 0
+    for t in range(min(16, x.shape[0])):
+        alone = moe.moe_mlp(x[t : t + 1], gate_up, down, ids[t : t + 1], weights[t : t + 1])
+        count += int((alone != whole[t : t + 1]).sum())
+    return count
+
+
+UP_TILES = (
+    Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3, per_sm=2), Tile(64, 64, 128, 4, 3), Tile(32, 64, 128, 4, 4, per_sm=2),
+    Tile(16, 64, 128, 4, 4, per_sm=2),
+)  # fmt: skip
+DOWN_TILES = (
+    Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 3, per_sm=2), Tile(64, 128, 128, 4, 3), Tile(32, 128, 128, 4, 4),
+    Tile(16, 128, 128, 4, 4, per_sm=2),
+)  # fmt: skip
+
+
+def tiles() -> Iterator[Row]:
+    """Every tile for both products, to choose `grouped.default_tile` by; `unequal` counts elements that differ."""
+    gate_up = _random(EXPERTS, 2 * WIDTH, HIDDEN, scale=HIDDEN**-0.5)
+    down = _random(EXPERTS, HIDDEN, WIDTH, scale=WIDTH**-0.5)
+    for tokens in TOKENS:
+        x = _random(tokens, HIDDEN)
+        dispatch = moe.plan_dispatch(torch.rand(tokens, EXPERTS, device="cuda").topk(SLOTS).indices, EXPERTS)
+        groups, sorted_rows, read = dispatch.groups, moe.permute(x, dispatch), (dispatch.order, SLOTS)
+        inner = gemm(sorted_rows, gate_up, groups, gated=True)
+        ups = {f"{t.name} p{t.per_sm}": t for t in UP_TILES}
+        downs = {f"{t.name} p{t.per_sm}": t for t in DOWN_TILES}
+        unequal = sum(int((gemm(x, gate_up, groups, gated=True, gather=read, tile=t) != inner).sum()) for t in ups.values())
+        up = partial(gemm, sorted_rows, gate_up, groups, gated=True)
+        in_place = partial(gemm, x, gate_up, groups, gated=True, gather=read)
+        for label, call, tried in (
+            ("gate_up", up, ups),
+            ("gate_up in place", in_place, ups),
+            ("down", partial(gemm, inner, down, groups), downs),
+        ):
+            calls = {name: [partial(call, tile=tile)] * 4 for name, tile in tried.items()}
+            found = {name: timing.seconds for name, timing in compare(calls, rounds=5).items()}
+            best = min(found, key=found.__getitem__)
+            yield Row(
+                f"MoE tiles, {label}", f"{tokens} tokens", found, ours=best, notes={"best": best, "unequal": float(unequal)}
+            )

@@ -1,0 +1,163 @@
+"""What needs no GPU: the choice of backends, tables, tiles, the bench report, custom ops on CPU, block-scaled quantisation."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from miles_kernels.bench import report
+from miles_kernels.bench.__main__ import main as bench
+from miles_kernels.cuda import dispatch, dispatch_ops, fp8, grouped
+from miles_kernels.cuda.gemm_table import TABLE
+from miles_kernels.cuda.gemm_triton import Tile, default_tile
+from miles_kernels.cuda.logprob import backward_chunks, inverse_temperature
+
+ALL = frozenset(dispatch.BACKENDS)
+
+
+def test_choice_follows_the_table_and_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TABLE, "test device", {"64,32": {1: "deepgemm", 64: "tma 64x64x128 w4 s4 p1", 1024: "lt:1.2.3"}})
+    dispatch.choose.cache_clear()
+    choose = dispatch.choose
+    assert choose("test device", ALL, 2, 64, 32) == "deepgemm"
+    assert choose("test device", ALL, 100, 64, 32) == "tma 64x64x128 w4 s4 p1"
+    assert choose("test device", ALL, 9999, 64, 32) == "lt:1.2.3"
+    assert choose("test device", frozenset({"triton", "cublaslt"}), 2, 64, 32) == "lt:"
+    assert choose("test device", frozenset({"triton"}), 9999, 64, 32) == "triton"
+    assert choose("unknown device", ALL, 1, 7, 9) == "lt:"
+    dispatch.choose.cache_clear()
+
+
+def test_every_entry_of_the_table_can_be_read() -> None:
+    count = 0
+    for shapes in TABLE.values():
+        for key, entry in shapes.items():
+            assert len([int(part) for part in key.split(",")]) == 2
+            for rows, choice in entry.items():
+                assert rows >= 1
+                if choice != "deepgemm" and not choice.startswith("lt:"):
+                    assert dispatch.format_tile(dispatch.parse_tile(choice)) == choice
+                count += 1
+    assert count > 0
+
+
+@pytest.mark.parametrize("text", ["", "tma 1x2", "wgmma 64x64x64 w4 s4 p1", "tma 64x64x64 w4 s4"])
+def test_what_is_no_tile_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not a tile"):
+        dispatch.parse_tile(text)
+
+
+def test_nearest_measures_by_ratio() -> None:
+    assert [dispatch.nearest(m, (1, 16, 64, 256)) for m in (1, 3, 5, 31, 33, 10**6)] == [1, 1, 16, 16, 64, 256]
+
+
+def test_environment_narrows_the_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    assert dispatch.allowed() == dispatch.BACKENDS
+    monkeypatch.setenv(dispatch.VARIABLE, "cublaslt")
+    assert dispatch.allowed() == ("triton", "cublaslt")
+    monkeypatch.setenv(dispatch.VARIABLE, "cublas")
+    with pytest.raises(ValueError, match="names cublas; known"):
+        dispatch.allowed()
+
+
+def test_tiles_fit_shared_memory_and_the_fp8_instruction() -> None:
+    tiles = [default_tile(m, n, 4096) for m in (1, 16, 17, 64, 128, 129, 512, 8192) for n in (128, 4096, 151936)]
+    tiles += [grouped.default_tile(r, gated) for r in (0.1, 6, 20, 64, 512) for gated in (False, True)]
+    for tile in tiles:
+        assert (tile.rows + 2 * tile.cols) * tile.depth * 2 * tile.stages <= 2 * 227 * 1024
+    assert all(fp8.default_tile(m).rows >= 64 and fp8.default_tile(m).cols <= 128 for m in (1, 16, 64, 65, 8192))
+
+
+@pytest.mark.parametrize("hidden", [128, 1024, 2048, 2560, 4096])
+def test_backward_stays_within_64_mib(hidden: int) -> None:
+    step, rows = backward_chunks(hidden)
+    partial = step * hidden * 4 if rows < 8192 else 0
+    assert 8192 * hidden + rows * step * 2 + partial <= 64 * 2**20
+
+
+def test_temperature() -> None:
+    assert inverse_temperature(0.5, 3, torch.device("cpu")).tolist() == [2.0, 2.0, 2.0]
+    assert torch.equal(inverse_temperature(torch.tensor([0.7, 3.0]), 2, torch.device("cpu")), 1 / torch.tensor([0.7, 3.0]))
+    with pytest.raises(ValueError, match="must be positive"):
+        inverse_temperature(0.0, 3, torch.device("cpu"))
+
+
+def test_quantisation_against_float64() -> None:
+    x = torch.randn(9, 300) * 10 ** torch.randn(9, 1)
+    x[3, 128:256] = 0.0
+    q = fp8.quantize_rows(x)
+    padded = torch.nn.functional.pad(x.double(), (0, 84)).view(9, 3, 128)
+    assert torch.allclose(q.scales.double(), padded.abs().amax(-1).div(448).where(padded.abs().amax(-1) > 0, 1.0), rtol=1e-6)
+    back = q.values.double() * q.scales.double().repeat_interleave(128, 1)[:, :300]
+    assert ((back - x.double()).abs() <= x.double().abs() / 16 + q.scales.double().repeat_interleave(128, 1)[:, :300] / 512).all()
+    w = torch.randn(200, 300)
+    quantized = fp8.quantize_weight(w)
+    assert quantized.scales.shape == (2, 3)
+    assert (fp8.dequantize_weight(quantized) - w).norm() / w.norm() < 0.04
+    assert quantized.values.float().abs().max() == 448.0
+    rows = torch.randperm(9)
+    assert torch.equal(fp8.quantize_rows(x[rows]).values.float(), q.values.float()[rows])
+
+
+def test_custom_ops_pass_opcheck() -> None:
+    x, w, b = (torch.randn(*shape, requires_grad=True) for shape in ((6, 16), (10, 16), (10,)))
+    torch.library.opcheck(dispatch_ops.linear, (x, w, b, False))
+    torch.library.opcheck(dispatch_ops.linear, (x, w, None, True))
+    experts, offsets = torch.randn(3, 8, 16, requires_grad=True), torch.tensor([0, 2, 2, 6], dtype=torch.int32)
+    torch.library.opcheck(dispatch_ops.grouped_linear, (x, experts, offsets))
+    targets, inverse = torch.randint(0, 10, (6,)), torch.rand(6) + 0.5
+    torch.library.opcheck(dispatch_ops.linear_logprob, (x, w, targets, inverse))
+
+
+def test_custom_ops_compute_what_they_say() -> None:
+    x, w = torch.randn(6, 16, requires_grad=True), torch.randn(10, 16, requires_grad=True)
+    targets, inverse = torch.randint(0, 10, (6,)), torch.rand(6) + 0.5
+    lp, entropy, _ = torch.ops.miles_cuda.linear_logprob(x, w, targets, inverse)
+    logp = torch.log_softmax((x.double() @ w.double().t()) * inverse.double()[:, None], -1)
+    exact = logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
+    assert (lp - exact[0]).abs().max() < 1e-5 and (entropy - exact[1]).abs().max() < 1e-5
+    g = torch.randn(2, 6)
+    ours = torch.autograd.grad((lp * g[0] + entropy * g[1]).sum(), (x, w))
+    theirs = torch.autograd.grad((exact[0] * g[0] + exact[1] * g[1]).sum(), (x, w))
+    for a, e in zip(ours, theirs, strict=True):
+        assert (a - e).norm() / e.norm() < 1e-5
+    experts, offsets = torch.randn(3, 8, 16), torch.tensor([0, 2, 2, 6], dtype=torch.int32)
+    out = torch.ops.miles_cuda.grouped_linear(x, experts, offsets)
+    assert (out - torch.cat((x[:2] @ experts[0].t(), x[2:] @ experts[2].t()))).abs().max() < 1e-5
+
+
+def rows() -> list[report.Row]:
+    return [
+        report.Row("GEMM", "a", {"default": 2e-6, "aligned": 1e-6}, 1e9, 1e6, notes={"unequal": 0.0}),
+        report.Row("GEMM", "b", {"default": 1e-6, "aligned": 2e-6}, 1e6, 1e6),
+        report.Row("attention", "c", {"aligned": 3e-6}),
+    ]
+
+
+def test_report_states_ratios_floors_and_draws(tmp_path: Path) -> None:
+    machine = report.Machine("card", "2.11", 4e12, 7e14)
+    assert math.isclose(machine.floor(rows()[0]), 1e9 / 7e14) and math.isclose(machine.floor(rows()[1]), 1e6 / 4e12)
+    report.write(rows(), machine, tmp_path)
+    text = (tmp_path / "bench.md").read_text()
+    assert "Geometric mean of the ratios 1.000, largest 2.000, 2 cases" in text and "## attention" in text
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"][0]["seconds"]["aligned"] == 1e-6
+    assert (tmp_path / "roofline.svg").read_text().count("<circle") == 2
+    with pytest.raises(ValueError, match="nothing"):
+        report.geometric_mean([])
+
+
+def test_bench_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench(["gemm"]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+    assert bench(["gem"]) == 2
+    assert "no section gem" in capsys.readouterr().err
+
+
+def test_tile_names() -> None:
+    assert dispatch.format_tile(Tile(64, 128, 64, 4, 5)) == "tma 64x128x64 w4 s5 p1"
