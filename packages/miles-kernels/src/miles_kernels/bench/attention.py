@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -55,13 +56,13 @@ def _stock(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Callable[[],
 def _prefill(batch: int, length: int) -> Row:
     q, k, v = _operands(batch, length)
     plan = KVBatch.packed([length] * batch)
-    split = [x.view(batch, length, -1, DIM).transpose(1, 2) for x in (q, k, v)]
+    q4, k4, v4 = (x.view(batch, length, -1, DIM).transpose(1, 2) for x in (q, k, v))
     calls: dict[str, list[Callable[[], object]]] = {"aligned": [lambda: attention(q, k, v, plan, scale=SCALE)] * 3}
     for name, backend in STOCK.items():
-        calls[name] = [_stock(*split, backend)] * 3
+        calls[name] = [_stock(q4, k4, v4, backend)] * 3
     found = {name: timing.seconds for name, timing in compare(calls).items()}
     work = 2.0 * batch * length * length * HEADS * DIM
-    notes = {f"{name} TFLOP/s": work / seconds / 1e12 for name, seconds in found.items()}
+    notes: dict[str, float | str] = {f"{name} TFLOP/s": work / seconds / 1e12 for name, seconds in found.items()}
     traffic = 2.0 * DIM * batch * length * 2 * (HEADS + KV_HEADS)
     return Row("attention prefill", f"{batch} x {length}, causal", found, work, traffic, default="SDPA flash", notes=notes)
 
@@ -80,14 +81,14 @@ def _backward(batch: int, length: int) -> Row:
     leaves = [x.view(batch, length, -1, DIM).transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]
     cotangent = grad.view(batch, length, HEADS, DIM).transpose(1, 2)
     for name, backend in STOCK.items():
-        stock = _stock(*leaves, backend)()
+        stock = _stock(leaves[0], leaves[1], leaves[2], backend)()
 
         def call(stock: Tensor = stock) -> object:
             return torch.autograd.grad(stock, leaves, cotangent, retain_graph=True)
 
         found[name] = compare({name: [call] * 2}, graph=False)[name].seconds
     work = 5.0 * batch * length * length * HEADS * DIM
-    notes = {f"{name} TFLOP/s": work / seconds / 1e12 for name, seconds in found.items()}
+    notes: dict[str, float | str] = {f"{name} TFLOP/s": work / seconds / 1e12 for name, seconds in found.items()}
     return Row("attention backward", f"{batch} x {length}, causal", found, work, default="SDPA flash", notes=notes)
 
 
@@ -101,7 +102,7 @@ def _decode(batch: int, length: int) -> Row:
         q = _random(batch * width, HEADS, DIM)
         plan = KVBatch.paged([width] * batch, [length] * batch, table, 64)
         calls["aligned" if width == 1 else f"verify {width}"] = [
-            lambda q=q, plan=plan, pool=pool: attention(q, pool[0], pool[1], plan, scale=SCALE) for pool in pools * 2
+            partial(attention, q, pool[0], pool[1], plan, scale=SCALE) for pool in pools * 2
         ]
     found = {name: timing.seconds for name, timing in compare(calls).items()}
     traffic = 2.0 * batch * length * KV_HEADS * DIM * 2
@@ -128,6 +129,10 @@ def _norm(tokens: int) -> Row:
     return Row("RMSNorm", f"{tokens} x 4096", found, 0.0, 4.0 * x.numel(), default="torch rms_norm", notes=notes)
 
 
+def _softmax_multinomial(logits: Tensor) -> Tensor:
+    return (logits / 0.9).softmax(-1).multinomial(1)
+
+
 def _sampling(batch: int) -> Row:
     """Token and log-probability in one read, against the copy of the logits and softmax with multinomial."""
     logits = rotating(lambda: torch.randn(batch, VOCAB, device="cuda") * 3, most=16)
@@ -137,9 +142,9 @@ def _sampling(batch: int) -> Row:
         name: timing.seconds
         for name, timing in compare(
             {
-                "aligned": [lambda z=z: draw(z, seed=1, sample_id=ids, position=ids, temperature=0.9) for z in logits],
-                "copy": [lambda z=z: target.copy_(z) for z in logits],
-                "softmax, multinomial": [lambda z=z: (z / 0.9).softmax(-1).multinomial(1) for z in logits],
+                "aligned": [partial(draw, z, seed=1, sample_id=ids, position=ids, temperature=0.9) for z in logits],
+                "copy": [partial(target.copy_, z) for z in logits],
+                "softmax, multinomial": [partial(_softmax_multinomial, z) for z in logits],
             }
         ).items()
     }

@@ -219,7 +219,8 @@ class _CudaOps:
         cu = torch.tensor([0, *q_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         total = torch.tensor(kv_lens, dtype=torch.int32)
         start = total.cumsum(0, dtype=torch.int32) - total
-        batch = KVBatch(*(x.to(q.device) for x in (cu, total, start)), None, 0, max(q_lens), max(kv_lens))
+        cu, total, start = (x.to(q.device) for x in (cu, total, start))
+        batch = KVBatch(cu, total, start, None, 0, max(q_lens), max(kv_lens))
         return attention(q, k, v, batch, scale=scale, window=window)
 
 

@@ -85,8 +85,8 @@ class Report:
         for subject in subjects:
             parts = []
             for axis in axes:
-                row = cells.get((subject, axis))
-                parts.append("" if row is None else _short(row.elements) if row.equal else f"**{row.unequal}**")
+                cell = cells.get((subject, axis))
+                parts.append("" if cell is None else _short(cell.elements) if cell.equal else f"**{cell.unequal}**")
             lines.append(f"| {subject} | " + " | ".join(parts) + f" | {_short(self.elements[subject])} |")
         lines += ["", *(f"{axis}: {AXES[axis]}" + ("." if axis == axes[-1] else ";") for axis in axes), ""]
         lines += ["| negative control | elements | unequal (must not be 0) |", "|---|---|---|"]
