@@ -101,7 +101,14 @@ class ForkedWorker:
         try:
             if self.pid is None:
                 self.start(deadline)
-            return self._run(arguments, cwd, started, started + deadline)
+            try:
+                return self._run(arguments, cwd, started, started + deadline)
+            except ConnectionError:
+                if self._child is not None:
+                    raise
+                # The warm process was dead already, and the system had not said so yet: no child ran.
+                self.start(deadline)
+                return self._run(arguments, cwd, started, started + deadline)
         except TimeoutError:
             self.close()
             return Finished(None, "", "", time.monotonic() - started, "timeout")
@@ -197,7 +204,7 @@ class ForkedWorker:
                 if self._process is not None:
                     self._process.wait(0.2)
             code = self._process.returncode if self._process is not None else None
-            raise OSError(f"it ended (exit code {code})")
+            raise ConnectionError(f"it ended (exit code {code})")
         answer: dict[str, Any] = json.loads(data)
         return answer
 
