@@ -50,6 +50,7 @@ def rows() -> Iterator[Row]:
         first, second = backward(), backward()
         same = all(torch.equal(a, b) for a, b in zip(first[:2], second[:2], strict=True))
         part = logprob.backward((g_lp[:300], g_ent[:300]), x[:300], w, targets[:300], inverse[:300], norm[:300], ent[:300])
+        assert first[0] is not None and first[1] is not None and part[0] is not None
         extra = _extra(backward, first[0].nbytes + first[1].nbytes)
         notes = {"extra MB": extra / 1e6, "same twice": str(same), "unequal": float((part[0] != first[0][:300]).sum())}
         yield Row("log-probability backward", f"T={TOKENS} V={VOCAB} H={hidden}", seconds, 3 * work, 2 * moved, notes=notes)
