@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from miles_kernels.contract import Contract, OpContract
     from miles_kernels.env import prepare_process
+    from miles_kernels.mode import invariant
 
-__all__ = ["Contract", "OpContract", "prepare_process"]
+__all__ = ["Contract", "OpContract", "invariant", "prepare_process"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from miles_kernels.env import prepare_process
 
         return prepare_process
+    if name == "invariant":
+        from miles_kernels.mode import invariant
+
+        return invariant
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

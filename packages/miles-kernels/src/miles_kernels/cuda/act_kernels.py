@@ -1,4 +1,4 @@
-"""Triton kernels of SwiGLU, the router, the embedding gradient. Legend: T = tokens, I = inner size, E = experts, V = vocabulary."""
+"""Triton kernels of SwiGLU, the router, the embedding gradient. Legend: T = tokens, I = inner size, E = experts."""
 
 from __future__ import annotations
 

@@ -45,12 +45,10 @@ def slots(start, lane, limit, table, kv_start, PAGE: tl.constexpr):
 @triton.jit
 def attend(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, part_ptr, part_top_ptr, part_total_ptr,
-    table_ptr, cu_q_ptr, kv_len_ptr, kv_start_ptr,
-    scale_log2, heads, chunks,
+    table_ptr, cu_q_ptr, kv_len_ptr, kv_start_ptr, scale_log2, heads, chunks,
     stride_qt, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_ot, stride_oh, stride_table,
-    G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-    BM: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr, PARTIAL: tl.constexpr,
-    STAGES: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, BM: tl.constexpr,
+    SPLIT: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr, PARTIAL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of one tile of one (sequence, key/value head) against all their keys, or against one chunk when PARTIAL."""
     if PARTIAL:

@@ -1,8 +1,8 @@
 """The attention forward for long query tiles on Hopper: one warp loads, two groups of four warps compute 64 rows each.
 
-Legend and order of every sum as in `attention_kernels`: keys in ascending blocks of 64 inside chunks of 512, row sums by a product
-with ones, chunks folded left to right; the bits are equal. Here the next block's scores are computed while this block's softmax
-runs, keys and values arrive by bulk copies, and pages (a multiple of 64 slots) are looked up by the loading warp.
+Legend and order of every sum as in `attention_kernels`: keys in ascending blocks of 64 inside chunks of 512, row sums by a
+product with ones, chunks folded left to right; the bits are equal. Here keys and values arrive by bulk copies, pages (a multiple
+of 64 slots) are looked up by the loading warp, and one group's softmax runs while the other group multiplies.
 """
 
 from __future__ import annotations
@@ -84,7 +84,6 @@ def compute(
     l_rows: gl.constexpr = gl.SliceLayout(1, l_layout)
     base = tile * (2 * ROWS) + GROUP * ROWS
     offset = kv_len - q_len
-
     # queries of this group into shared memory
     row = base + gl.arange(0, ROWS, gl.SliceLayout(1, load_layout))
     dim = gl.arange(0, D, gl.SliceLayout(0, load_layout))
@@ -94,18 +93,15 @@ def compute(
     q_tile.store(q)
     fence_async_shared()
     gl.thread_barrier()
-
     position = offset + (base + gl.arange(0, ROWS, s_rows)) // G
     # keys up to `limit` are seen by every row of this group
     limit = offset + base // G + 1
-
     top = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
     total = gl.full([ROWS], 0.0, gl.float32, l_rows)
     out = gl.full([ROWS, DV], 0.0, gl.float32, o_layout)
     c_total = gl.full([ROWS, 8], 0.0, gl.float32, l_layout)
     c_out = gl.full([ROWS, DV], 0.0, gl.float32, o_layout)
     zero_s = gl.full([ROWS, BN], 0.0, gl.float32, s_layout)
-
     # the first block's scores and softmax
     mbarrier.wait(k_full.index(0), 0)
     s = warpgroup_mma(q_tile, k_smem.index(0).permute((1, 0)), zero_s, use_acc=False, is_async=True)
@@ -120,10 +116,9 @@ def compute(
         index = count % STAGES
         phase = (count // STAGES) & 1
         old = (count - 1) % STAGES
-        old_phase = ((count - 1) // STAGES) & 1
         mbarrier.wait(k_full.index(index), phase)
         s = warpgroup_mma(q_tile, k_smem.index(index).permute((1, 0)), zero_s, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(old), old_phase)
+        mbarrier.wait(v_full.index(old), ((count - 1) // STAGES) & 1)
         c_out = warpgroup_mma(gl.convert_layout(p16, p_layout), v_smem.index(old), c_out, is_async=True)
         c_total = warpgroup_mma(gl.convert_layout(p16, pl_layout), ones_smem, c_total, is_async=True)
         s = warpgroup_mma_wait(2, deps=[s])
@@ -134,7 +129,7 @@ def compute(
         if boundary:
             c_top = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
         p, c_top, keep = softmax_block(s, c_top, start, position, limit, scale_log2, s_layout, WINDOW)
-        # p among the dependencies keeps the compiler from moving the softmax behind the wait
+        # meant to keep the softmax before the wait; ptxas of CUDA 13.0 moves it behind all the same
         c_out, c_total, p = warpgroup_mma_wait(0, deps=[c_out, c_total, p])
         gl.thread_barrier()
         mbarrier.arrive(v_empty.index(old), count=1)
@@ -147,16 +142,14 @@ def compute(
             c_out = c_out * gl.expand_dims(gl.convert_layout(keep, o_rows), 1)
             c_total = c_total * gl.expand_dims(gl.convert_layout(keep, l_rows), 1)
         count += 1
-
     # the last block's values; keys beyond the sequence belong to a neighbour and must not leak, not even as 0 * inf
     old = (count - 1) % STAGES
     mbarrier.wait(v_full.index(old), ((count - 1) // STAGES) & 1)
     last = first + (count - 1) * BN
     if last + BN > kv_len:
-        v_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-        key = last + gl.arange(0, BN, gl.SliceLayout(1, v_layout))
-        value = v_smem.index(old).load(v_layout)
-        value = gl.where(gl.expand_dims(key < kv_len, 1), value, gl.full([BN, DV], 0.0, value.dtype, v_layout))
+        key = last + gl.arange(0, BN, gl.SliceLayout(1, load_layout))
+        value = v_smem.index(old).load(load_layout)
+        value = gl.where(gl.expand_dims(key < kv_len, 1), value, gl.full([BN, DV], 0.0, value.dtype, load_layout))
         v_smem.index(old).store(value)
         fence_async_shared()
         gl.thread_barrier()
@@ -164,18 +157,13 @@ def compute(
     c_total = warpgroup_mma(gl.convert_layout(p16, pl_layout), ones_smem, c_total, is_async=True)
     c_out, c_total = warpgroup_mma_wait(0, deps=[c_out, c_total])
     top, total, out = fold(top, total, out, c_top, c_total, c_out, s_rows, o_rows, l_rows)
-
     lse = gl.convert_layout(top, l_rows) + gl.log2(total)
-    inverse = 1.0 / total
-    out = out * gl.expand_dims(gl.convert_layout(inverse, o_rows), 1)
+    out = out * gl.expand_dims(gl.convert_layout(1.0 / total, o_rows), 1)
     row_o = base + gl.arange(0, ROWS, o_rows)
     at_o = (q_start + row_o // G).to(gl.int64) * stride_ot + (kv_head * G + row_o % G) * stride_oh
     dim_o = gl.arange(0, DV, gl.SliceLayout(0, o_layout))
-    gl.store(
-        o_ptr + gl.expand_dims(at_o, 1) + gl.expand_dims(dim_o, 0),
-        out.to(o_ptr.dtype.element_ty),
-        mask=gl.expand_dims(row_o < q_len * G, 1),
-    )
+    place = o_ptr + gl.expand_dims(at_o, 1) + gl.expand_dims(dim_o, 0)
+    gl.store(place, out.to(o_ptr.dtype.element_ty), mask=gl.expand_dims(row_o < q_len * G, 1))
     row_l = base + gl.arange(0, ROWS, l_rows)
     gl.store(lse_ptr + (q_start + row_l // G) * heads + kv_head * G + row_l % G, lse, mask=row_l < q_len * G)
 
