@@ -56,7 +56,7 @@ def create_app(
         for path, (function, methods) in table.items():
             handler: Handler = functools.partial(function, service)
             if closed:
-                handler = admin.guarded(service, handler)
+                handler = admin.guarded(service.config.admin_token, handler)
             handler = _counted(service, path, answers_errors(handler, openai=openai))
             route = Route(path, handler, methods=methods)
             if route.methods is not None and "HEAD" in route.methods:

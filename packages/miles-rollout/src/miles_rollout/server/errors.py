@@ -72,7 +72,9 @@ def stream_error_body(error: RequestError) -> dict[str, Any]:
 
 def error_response(error: RequestError, *, openai: bool) -> Response:
     """The whole reply."""
-    headers = {"retry-after": "1"} if error.status == 503 else {"www-authenticate": "Bearer"} if error.status == 401 else None
+    headers = (
+        {"retry-after": "1"} if error.status in (429, 503) else {"www-authenticate": "Bearer"} if error.status == 401 else None
+    )
     return JSONResponse(openai_body(error) if openai else native_body(error), status_code=error.status, headers=headers)
 
 

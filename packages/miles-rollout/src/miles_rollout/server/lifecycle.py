@@ -6,16 +6,51 @@ import asyncio
 import errno
 import logging
 import socket
+from collections.abc import Collection
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from starlette.applications import Starlette
 
-from miles_rollout.server.service import Service
-
 logger = logging.getLogger("miles_rollout.server")
 CONNECTIONS_S = 5
 """How long connections may take to send their last bytes after all requests have ended."""
+
+
+class DrainConfig(Protocol):
+    """The one setting that draining needs."""
+
+    @property
+    def drain_s(self) -> float:
+        """How long running requests may take to finish."""
+        ...
+
+
+class Drainable(Protocol):
+    """What stands behind an application's routes: an engine's service, or a router's fleet."""
+
+    @property
+    def config(self) -> DrainConfig:
+        """Its settings."""
+        ...
+
+    @property
+    def running(self) -> Collection[str]:
+        """Ids of the requests being served."""
+        ...
+
+    async def drain(self) -> None:
+        """Take nothing new, let what runs finish, abort the rest."""
+        ...
+
+    async def abort_all(self) -> None:
+        """Abort everything that runs."""
+        ...
+
+    async def close(self) -> None:
+        """Release everything."""
+        ...
 
 
 class PortInUse(ValueError):
@@ -54,7 +89,7 @@ def _address_error(error: Exception, host: str, port: int) -> ValueError:
 class DrainingServer(uvicorn.Server):
     """uvicorn, but a signal first lets running requests finish; a second one aborts them, a third one ends at once."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Drainable) -> None:
         super().__init__(config)
         self._service = service
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -98,7 +133,7 @@ async def serve(app: Starlette, sock: socket.socket, *, stop: asyncio.Event | No
 
     Raises PortInUse when another process began to listen on the address after it was bound.
     """
-    service: Service = app.state.service
+    service: Drainable = app.state.service
     watch: asyncio.Future[None] | None = None
     try:
         listen(sock)
@@ -112,7 +147,7 @@ async def serve(app: Starlette, sock: socket.socket, *, stop: asyncio.Event | No
         if watch is not None:
             watch.cancel()
         sock.close()
-        await service.engine.close()
+        await service.close()
 
 
 def listen(sock: socket.socket) -> None:

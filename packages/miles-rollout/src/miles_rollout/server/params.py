@@ -17,15 +17,12 @@ Neutral = Mapping[str, tuple[Any, ...]]
 """Parameters we know but do not implement, with the values at which they change nothing. null is always one."""
 
 
-async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
-    """The JSON object in the body; raises RequestError 400 for anything else, 413 for more than `max_bytes`."""
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The body; raises RequestError 413 for more than `max_bytes`."""
     declared = request.headers.get("content-length", "0")
     too_large = RequestError(f"the request body is larger than this server's limit of {max_bytes} bytes", status=413)
     if declared.isdigit() and int(declared) > max_bytes:
         raise too_large
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise RequestError(f"content-type is {kind or 'missing'}; send application/json", param="content-type")
     chunks, size = [], 0
     try:
         async for chunk in request.stream():
@@ -35,8 +32,17 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
             chunks.append(chunk)
     except ClientDisconnect:
         raise RequestError("the connection closed before the body was complete") from None
+    return b"".join(chunks)
+
+
+async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
+    """The JSON object in the body; raises RequestError 400 for anything else, 413 for more than `max_bytes`."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RequestError(f"content-type is {kind or 'missing'}; send application/json", param="content-type")
+    body = await read_body(request, max_bytes)
     try:
-        value = msgspec.json.decode(b"".join(chunks))
+        value = msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise RequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(value, dict):

@@ -156,6 +156,10 @@ class Service:
         """Abort everything that runs."""
         await asyncio.gather(*(self.engine.abort(i) for i in self._running))
 
+    async def close(self) -> None:
+        """Close the engine."""
+        await self.engine.close()
+
     async def drain(self) -> None:
         """Take nothing new, let running requests finish for `drain_s`, then abort them."""
         self.draining = True

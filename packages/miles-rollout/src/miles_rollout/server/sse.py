@@ -19,7 +19,8 @@ DONE = b"data: [DONE]\n\n"
 Events = AsyncIterator[Any]
 
 
-async def _until_disconnect(receive: Receive) -> None:
+async def until_disconnect(receive: Receive) -> None:
+    """Return when the caller has hung up. Nothing else may read from `receive` meanwhile."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -27,7 +28,7 @@ async def _until_disconnect(receive: Receive) -> None:
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, R]) -> R:
     """The result of `work`; cancels it and raises ClientGone when the caller hangs up first."""
     task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_until_disconnect(request.receive))
+    watch = asyncio.ensure_future(until_disconnect(request.receive))
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -54,7 +55,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the source ends or the caller hangs up."""
-        watch = asyncio.ensure_future(_until_disconnect(receive))
+        watch = asyncio.ensure_future(until_disconnect(receive))
         writer = asyncio.ensure_future(self._write(send))
         try:
             await asyncio.wait({watch, writer}, return_when=asyncio.FIRST_COMPLETED)

@@ -1,0 +1,197 @@
+"""One request through the router: choose a worker, pass the reply on, try again while nothing was delivered."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from miles_rollout.router.config import RouterConfig
+from miles_rollout.router.fleet import Fleet, NoWorker, Worker
+from miles_rollout.router.prefix import blocks, peek
+from miles_rollout.router.upstream import UpstreamError, UpstreamResponse
+from miles_rollout.server.errors import RequestError, stream_error_body
+from miles_rollout.server.params import read_body
+from miles_rollout.server.service import cancel_all
+from miles_rollout.server.sse import DONE, unless_disconnected, until_disconnect
+
+BUSY = (429, 503)
+"""Statuses by which a worker says that another one should try."""
+SESSION = "x-session-id"
+"""The header that keeps a session on one worker."""
+
+
+class Router:
+    """The fleet behind the routes, and the requests that are running. `num_replies[(route, status)]` counts for /metrics."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        self.config = config
+        self.fleet = Fleet(config)
+        self.draining = False
+        self.running: set[str] = set()
+        self.num_replies: Counter[tuple[str, int]] = Counter()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def forward(self, request: Request) -> Response:
+        """The reply of some worker. Raises RequestError 429, 502, 503, 504."""
+        if self.draining:
+            raise RequestError("this router is shutting down and takes no new requests", status=503)
+        deadline = asyncio.get_running_loop().time() + self.config.request_s
+        body = await read_body(request, self.config.max_body_bytes)
+        rid = request.headers.get("x-request-id") or uuid.uuid4().hex
+        key = f"{rid}-{uuid.uuid4().hex[:8]}"
+        self.running.add(key)
+        self._idle.clear()
+        left = False
+        try:
+            response = await unless_disconnected(request, self._attempts(request, body, deadline, lambda: self._done(key)))
+            left = isinstance(response, Passing)
+            response.headers["x-request-id"] = rid if rid.isprintable() and rid.isascii() else key
+            return response
+        finally:
+            if not left:
+                self._done(key)
+
+    def _done(self, key: str) -> None:
+        self.running.discard(key)
+        if not self.running:
+            self._idle.set()
+
+    async def _attempts(self, request: Request, body: bytes, deadline: float, done: Callable[[], None]) -> Response:
+        asked = peek(body)
+        hashes = blocks(asked) if self.config.policy == "cache-aware" else []
+        session = request.headers.get(SESSION)
+        tried: set[str] = set()
+        why = ""
+        try:
+            async with asyncio.timeout_at(deadline):
+                for number in range(self.config.retries + 1):
+                    if number:
+                        self.fleet.counts["retries"] += 1
+                    worker = await self.fleet.acquire(session, hashes, tried)
+                    tried.add(worker.url)
+                    try:
+                        response = await self._attempt(worker, request, body, deadline, done, stream=asked.stream is True)
+                    except UpstreamError as error:
+                        self.fleet.release(worker, served=False)
+                        self.fleet.failed(worker, error)
+                        why = "the connection to its worker failed"
+                        continue
+                    except BaseException:
+                        self.fleet.release(worker, served=False)
+                        raise
+                    if response.status_code not in BUSY or number == self.config.retries:
+                        return response
+                    why = f"a worker answered HTTP {response.status_code}"
+        except NoWorker as error:
+            self.fleet.counts["refused"] += 1
+            raise RequestError(str(error), status=429 if error.busy else 503) from None
+        except TimeoutError:
+            raise RequestError(f"not done within {self.config.request_s:g} s", status=504) from None
+        raise RequestError(f"no worker served the request in {self.config.retries + 1} attempts; {why}", status=502)
+
+    async def _attempt(
+        self, worker: Worker, request: Request, body: bytes, deadline: float, done: Callable[[], None], *, stream: bool
+    ) -> Response:
+        raw = request.scope["raw_path"].decode("latin-1")  # as sent: a decoded path could hold a line break
+        query = request.scope["query_string"].decode("latin-1")
+        path = f"{raw}?{query}" if query else raw
+        kind = request.headers.get("content-type")
+        headers = f"Content-Type: {kind}\r\n" if kind is not None else ""
+        upstream = await worker.data.open(request.method, path, body, headers)
+        try:
+            if not stream or upstream.status != 200:
+                content = await upstream.read()
+                self.fleet.release(worker, served=upstream.status not in BUSY)
+                return Response(content, upstream.status, media_type=upstream.headers.get("content-type"))
+            chunks = upstream.chunks()
+            first = await anext(chunks, b"")
+        except BaseException:
+            upstream.close()
+            raise
+        return Passing(self.fleet, worker, upstream, first, chunks, deadline, done)
+
+    async def abort_all(self) -> None:
+        """Cut every request that runs; their callers get an error."""
+        for worker in self.fleet.workers.values():
+            worker.data.abort_all()
+
+    async def drain(self) -> None:
+        """Take nothing new, let running requests finish for `drain_s`, then cut them."""
+        self.draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), self.config.drain_s)
+        except TimeoutError:
+            await self.abort_all()
+
+    async def close(self) -> None:
+        """Stop watching workers."""
+        await self.fleet.close()
+
+
+class Passing(Response):
+    """A stream on its way from a worker to the caller, byte for byte. A break becomes one last error event and [DONE].
+
+    A stream of which a chunk was delivered is never sent again: the caller would see tokens twice.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        worker: Worker,
+        upstream: UpstreamResponse,
+        first: bytes,
+        chunks: AsyncIterator[bytes],
+        deadline: float,
+        done: Callable[[], None],
+    ) -> None:
+        super().__init__(media_type=upstream.headers.get("content-type"), headers={"cache-control": "no-cache"})
+        del self.headers["content-length"]
+        self._fleet, self._worker, self._upstream = fleet, worker, upstream
+        self._first, self._chunks, self._deadline, self._done = first, chunks, deadline, done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until the worker's reply ends or the caller hangs up; then the worker's connection is closed."""
+        served = False
+        watch = asyncio.ensure_future(until_disconnect(receive))
+        writer = asyncio.ensure_future(self._write(send))
+        try:
+            await asyncio.wait({watch, writer}, return_when=asyncio.FIRST_COMPLETED)
+            if writer.done():
+                served = writer.result()
+        finally:
+            await cancel_all([watch, writer])
+            self._upstream.close()
+            self._fleet.release(self._worker, served=served)
+            self._done()
+
+    async def _write(self, send: Send) -> bool:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        error: RequestError | None = None
+        whole = True
+        """Whether the last chunk ended an event."""
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                chunk = self._first
+                while chunk:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    whole = chunk.endswith(b"\n\n")
+                    chunk = await anext(self._chunks, b"")
+        except UpstreamError as failure:
+            self._fleet.failed(self._worker, failure)
+            error = RequestError("the worker was lost in mid-stream; what was sent so far stands", status=502)
+        except TimeoutError:
+            error = RequestError("the deadline of the request has passed", status=504)
+        if error is not None:
+            self._fleet.counts["broken_streams"] += 1
+            event = b"data: " + msgspec.json.encode(stream_error_body(error)) + b"\n\n" + DONE
+            await send({"type": "http.response.body", "body": (b"" if whole else b"\n\n") + event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        return error is None

@@ -1,0 +1,194 @@
+"""The router over servers on real sockets: conformance, lost workers, weight versions, back-pressure, rights."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+from replay import listening
+from test_conformance import TOKENIZER, load_weights
+
+from miles_rollout.conformance import Options, run_suite
+from miles_rollout.router import RouterConfig, create_router
+from miles_rollout.server import ServerConfig
+from miles_rollout.testing import ScriptedEngine, serving
+from miles_rollout.wire import GenerateRequest, SamplingParams
+
+ASK = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 6, "ignore_eos": True, "sampling_seed": 3}}
+REQUEST = GenerateRequest(request_id="r", input_ids=(5, 6, 7), sampling=SamplingParams(seed=3, ignore_eos=True))
+
+
+class Fleet:
+    """Two scripted engines behind a router."""
+
+    def __init__(self, url: str, app: Any, engines: list[ScriptedEngine], urls: list[str]) -> None:
+        self.url, self.router, self.engines, self.urls = url, app.state.service, engines, urls
+
+    async def states(self, *wanted: str) -> None:
+        async with asyncio.timeout(10):
+            while sorted(w.state for w in self.router.fleet.workers.values()) != sorted(wanted):
+                await asyncio.sleep(0.01)
+
+
+@contextlib.asynccontextmanager
+async def fleet(token: str | None = None, load: Any = load_weights, **options: Any) -> AsyncIterator[Fleet]:
+    async with contextlib.AsyncExitStack() as stack:
+        engines = [ScriptedEngine(TOKENIZER, max_context=2048) for _ in range(2)]
+        config = ServerConfig(admin_token=token, drain_s=0.2)
+        urls = [await stack.enter_async_context(serving(e, TOKENIZER, config, load_weights=load)) for e in engines]
+        settings = RouterConfig(admin_token=token, worker_token=token, health_interval_s=0.05, **options)
+        app = create_router(urls, settings)
+        stack.push_async_callback(app.state.service.close)
+        found = Fleet(await stack.enter_async_context(listening(app)), app, engines, urls)
+        await found.states("ready", "ready")
+        yield found
+
+
+def expected(engine: ScriptedEngine, count: int) -> list[int]:
+    return [engine.token(REQUEST, 0, 3 + i)[0] for i in range(count)]
+
+
+def run(main: Any) -> None:
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_the_router_conforms() -> None:
+    async def main() -> None:
+        async with fleet("secret") as f:
+            report = await run_suite(f.url, Options(admin_token="secret", weights="good", timeout_s=10.0))
+        others = {r.name: r.status for r in report.results if r.status != "pass"}
+        names = ("openai/alternatives", "admin/flush", "admin/pause")
+        assert others == dict.fromkeys(names, "unsupported"), report.text()
+
+    run(main)
+
+
+def test_a_request_goes_elsewhere_while_nothing_was_delivered_and_never_after() -> None:
+    async def main() -> None:
+        async with fleet(policy="least-loaded") as f, httpx.AsyncClient(base_url=f.url, timeout=20) as http:
+            for engine in f.engines:
+                engine.hold()
+            plain = asyncio.ensure_future(http.post("/generate", json=ASK))
+            async with asyncio.timeout(10):
+                while not any(e.started for e in f.engines if any(not s.startswith("health") for s in e.started)):
+                    await asyncio.sleep(0.01)
+            busy = next(w for w in f.router.fleet.workers.values() if w.num_active)
+            busy.data.abort_all()  # the connection breaks before a byte of the reply
+            for engine in f.engines:
+                await engine.release()
+            reply = (await plain).json()
+            assert reply["output_ids"] == expected(f.engines[0], 6)
+            assert f.router.fleet.counts["retries"] == 1 and busy.num_failed == 1
+            await f.states("ready", "ready")  # re-admitted by its next health check
+
+            for engine in f.engines:
+                engine.hold_after(2)
+            body = ASK | {"stream": True}
+            events = []
+            async with http.stream("POST", "/generate", json=body) as response:
+                async for line in response.aiter_lines():
+                    if line.startswith("data: "):
+                        events.append(line[6:])
+                    if len(events) == 1:
+                        next(w for w in f.router.fleet.workers.values() if w.num_active).data.abort_all()
+            assert events[-1] == "[DONE]" and "lost in mid-stream" in events[-2]
+            assert f.router.fleet.counts["retries"] == 1, "a stream that had begun was sent again"
+            for engine in f.engines:
+                await engine.release()
+
+    run(main)
+
+
+def test_a_worker_without_the_new_weights_serves_nothing_until_it_has_them() -> None:
+    broken = {"on": True}
+    calls: list[int] = []
+
+    def load(directory: str, version: int, digest: str) -> Any:
+        calls.append(version)
+        if directory == "half" and broken["on"] and len(calls) % 2 == 0:
+            raise ValueError("tensor b is cut off")
+        return load_weights("good" if directory == "half" else directory, version, digest)
+
+    async def main() -> None:
+        async with fleet(load=load) as f, httpx.AsyncClient(base_url=f.url, timeout=20) as http:
+            bad = await http.post("/update_weights_from_disk", json={"model_path": "bad"})
+            assert bad.status_code == 400 and bad.json()["success"] is False and f.router.fleet.target is None
+            calls[:] = []
+            for worker in f.router.fleet.workers.values():
+                assert worker.serves
+            real, f.router.fleet._push_again = f.router.fleet._push_again, _nothing  # no second try yet
+            done = await http.post("/update_weights_from_disk", json={"model_path": "half", "weight_version": 7})
+            assert done.status_code == 200 and "1 workers lack it" in done.json()["message"]
+            await f.states("ready", "stale")
+            assert sorted(e.version for e in f.engines) == [0, 7]
+            for _ in range(8):
+                reply = (await http.post("/generate", json=ASK)).json()
+                assert reply["meta_info"]["weight_version"] == "7"
+            broken["on"] = False
+            f.router.fleet._push_again = real
+            await f.states("ready", "ready")
+            assert [e.version for e in f.engines] == [7, 7]
+            assert (
+                await http.post("/update_weights_from_disk", json={"model_path": "good", "weight_version": 7})
+            ).status_code == 400
+
+    run(main)
+
+
+async def _nothing(worker: Any) -> None:
+    pass
+
+
+def test_too_much_is_refused_and_none_is_503() -> None:
+    async def main() -> None:
+        limits = {"max_per_worker": 1, "max_waiting": 1, "wait_s": 0.3}
+        async with fleet(**limits) as f, httpx.AsyncClient(base_url=f.url, timeout=20) as http:
+            for engine in f.engines:
+                engine.hold()
+            replies = [asyncio.ensure_future(http.post("/generate", json=ASK)) for _ in range(6)]
+            await asyncio.wait(replies, timeout=1.0)
+            refused = [r.result() for r in replies if r.done()]
+            assert [r.status_code for r in refused] == [429] * 4 and all(r.headers["retry-after"] for r in refused)
+            for engine in f.engines:
+                await engine.release()
+            assert sorted(r.status_code for r in await asyncio.gather(*replies)) == [200, 200, 429, 429, 429, 429]
+            for url in f.urls:
+                assert (await http.request("DELETE", "/workers", json={"url": url})).json()["state"] == "draining"
+            assert (await http.get("/health")).status_code == 503
+            assert (await http.post("/generate", json=ASK)).status_code == 503
+            assert (await http.post("/workers", json={"url": "ftp://x"})).status_code == 400
+
+    run(main)
+
+
+def test_sessions_and_prefixes_stay_and_members_need_the_token() -> None:
+    async def main() -> None:
+        async with fleet("secret") as f, httpx.AsyncClient(base_url=f.url, timeout=20) as http:
+            for path, method in (
+                ("/workers", "GET"),
+                ("/workers", "POST"),
+                ("/workers", "DELETE"),
+                ("/update_weights_from_disk", "POST"),
+            ):
+                assert (await http.request(method, path, json={"url": f.urls[0]})).status_code == 401
+            for headers, body in (({"x-session-id": "s"}, ASK), ({}, ASK | {"input_ids": [5] * 64})):
+                before = [w.num_served for w in f.router.fleet.workers.values()]
+                for _ in range(6):
+                    assert (await http.post("/generate", json=body, headers=headers)).status_code == 200
+                after = [w.num_served for w in f.router.fleet.workers.values()]
+                assert sorted(b - a for a, b in zip(before, after, strict=True)) == [0, 6]
+            assert "miles_router_prefix_hits_total 5" in (await http.get("/metrics")).text
+            workers = (await http.get("/workers", headers={"authorization": "Bearer secret"})).json()
+            assert [w["state"] for w in workers["workers"]] == ["ready", "ready"]
+
+    run(main)
+
+
+def test_a_path_reaches_the_worker_as_it_was_sent() -> None:
+    async def main() -> None:
+        async with fleet() as f, httpx.AsyncClient(base_url=f.url, timeout=20) as http:
+            reply = await http.get("/v1/models/a%20b")  # decoded, it would break the request line
+            assert reply.status_code == 404 and "'a b'" in reply.json()["error"]["message"], reply.text
+
+    run(main)
