@@ -59,7 +59,7 @@ class Harness:
             seq, position = by_row[row], int(tables.position[row])
             assert position == seq.num_tokens - 1 < tables.capacity[row]
             assert tables.last_token[row] == seq.token_ids()[-1]
-            slot = position + int(tables.slot_offset[row])
+            slot = int(tables.slots_at(np.array([row]), np.array([position]))[0])
             assert slot == tables.slots_of(seq.pages, position, position + 1)[0]
             tables.slots[row, position] = slot
             self.compute(seq.token_ids(), position, slot, row)

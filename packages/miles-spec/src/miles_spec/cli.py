@@ -1,8 +1,9 @@
-"""The `miles-spec` command: simulate."""
+"""The `miles-spec` command: simulate, verify-lossless."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import random
 import sys
 from collections.abc import Sequence
@@ -36,13 +37,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     simulate.add_argument("--sharpness", type=float, default=6.0, help="synthetic only: standard deviation of the logits")
     simulate.add_argument("--temperature", type=float, default=1.0, help="synthetic only; 0 is greedy")
     simulate.add_argument("--seed", type=int, default=0, help="synthetic only")
+    lossless = commands.add_parser(
+        "verify-lossless",
+        help="compare the embedded engine with and without drafts, bit for bit",
+        description="Random requests of all kinds through engines with every draft, length 1 to 8, control and size; tokens, "
+        "log-probabilities, texts and finish reasons must equal those of plain decoding. Exit code 1 when anything differs. "
+        "Needs miles-rollout[embedded].",
+    )
+    lossless.add_argument("--tokens", type=int, default=20_000, help="compare at least this many tokens")
+    lossless.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     try:
+        if options.command == "verify-lossless":
+            return _lossless(options)
         _check(options)
         return _recorded(options) if options.file else _synthetic(options)
     except (OSError, ValueError) as error:
         print(f"miles-spec: {error}", file=sys.stderr)
         return 2
+
+
+def _lossless(options: argparse.Namespace) -> int:
+    """The engine lies above this package, so it is looked up by name and only here."""
+    if options.tokens < 1:
+        raise ValueError(f"--tokens must be at least 1, not {options.tokens}")
+    try:
+        check = importlib.import_module("miles_rollout.engines.embedded.speculate_check")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f'verify-lossless runs the embedded engine: pip install "miles-rollout[embedded]" ({error.name} is missing)'
+        ) from error
+    return int(check.main(options.tokens, options.seed))
 
 
 def _check(options: argparse.Namespace) -> None:

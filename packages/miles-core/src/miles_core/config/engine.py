@@ -31,6 +31,12 @@ class EngineConfig(Section):
     """Most tokens of one sequence, prompt and completion; at most, and by default, what the model supports."""
     prefix_cache: bool = True
     """Keep the pages of finished sequences and reuse those a later prompt starts with."""
+    draft: str = "none"
+    """What proposes tokens that are verified several at a time: "none", "ngram" or "suffix". The output is the same."""
+    draft_tokens: int = 4
+    """Most draft tokens of a sequence in one step."""
+    draft_adaptive: bool = True
+    """Choose the draft length while running, by expected tokens per second, and 0 where drafts do not pay."""
 
     @model_validator(mode="after")
     def _as_the_engine_sees_it(self) -> EngineConfig:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
+DRAFTS = ("none", "ngram", "suffix")
+MAX_DRAFT = 15
+"""A page holds at least 16 tokens: the last token and its drafts never lie on more than two."""
+
 
 class EmbeddedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How much the embedded engine holds and does at once. No field changes a result, only speed and memory.
@@ -27,6 +31,12 @@ class EmbeddedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Most tokens of one sequence, prompt and completion; at most, and by default, what the model supports."""
     prefix_cache: bool = True
     """Keep the pages of finished sequences and reuse those a later prompt starts with."""
+    draft: str = "none"
+    """What proposes tokens that are then verified several at a time: "none", "ngram" or "suffix". The output is the same."""
+    draft_tokens: int = 4
+    """Most draft tokens of a sequence in one step."""
+    draft_adaptive: bool = True
+    """Choose the draft length while running, by expected tokens per second, and 0 where drafts do not pay."""
 
     def validate(self) -> None:
         """Raise ValueError naming every field outside its range."""
@@ -40,6 +50,10 @@ class EmbeddedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             value = getattr(self, name)
             if value is not None and value < 1:
                 wrong.append(f"{name}={value} must be at least 1, or left out")
+        if self.draft not in DRAFTS:
+            wrong.append(f"draft={self.draft!r} must be one of {', '.join(DRAFTS)}")
+        if not 1 <= self.draft_tokens <= MAX_DRAFT:
+            wrong.append(f"draft_tokens={self.draft_tokens} must lie in 1..{MAX_DRAFT}")
         if self.max_batched_tokens < self.max_running:
             wrong.append(
                 f"max_batched_tokens={self.max_batched_tokens} must be at least max_running={self.max_running}, "

@@ -14,10 +14,12 @@ from miles_rollout.engines.embedded.pages import PagePool
 from miles_rollout.engines.embedded.prefix import PrefixCache
 from miles_rollout.engines.embedded.runner import Runner
 from miles_rollout.engines.embedded.scheduler import Scheduler
+from miles_rollout.engines.embedded.speculate import make_speculator
 from miles_rollout.engines.embedded.state import Delivery, Job, Sequence
 from miles_rollout.engines.embedded.tables import Tables
 from miles_rollout.engines.embedded.weights import swap
 from miles_rollout.text import Tokenizer
+from miles_spec.draft import Draft
 
 
 class EngineCore:
@@ -30,7 +32,14 @@ class EngineCore:
     """
 
     def __init__(
-        self, decoder: Decoder, tokenizer: Tokenizer, config: EmbeddedConfig, *, num_pages: int, weight_version: int = 0
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        config: EmbeddedConfig,
+        *,
+        num_pages: int,
+        weight_version: int = 0,
+        draft: Draft | None = None,
     ) -> None:
         shape = decoder.config
         self.weight_version = weight_version
@@ -38,7 +47,8 @@ class EngineCore:
         self._pool = PagePool(num_pages)
         self._cache = PrefixCache(self._pool, config.page_size, config.prefix_cache)
         self._tables = Tables(config.max_running, config.page_size)
-        self._scheduler = Scheduler(config, self._pool, self._cache, self._tables)
+        self.speculator = make_speculator(config, shape.vocab_size, draft)
+        self._scheduler = Scheduler(config, self._pool, self._cache, self._tables, self.speculator)
         kv = PagedKV(
             layers=shape.num_hidden_layers,
             kv_heads=shape.num_key_value_heads,
@@ -67,7 +77,7 @@ class EngineCore:
         self._scheduler.add(job)
 
     def step(self) -> list[Delivery]:
-        """One forward pass and one token for every sequence whose prompt is done; returns what became ready."""
+        """One forward pass and a token, or several, for every sequence whose prompt is done; returns what became ready."""
         started = time.perf_counter()
         batch = self._scheduler.schedule()
         logits = self._runner.forward(batch)
@@ -76,13 +86,19 @@ class EngineCore:
         self._runner.copy_pages(self._scheduler.take_copies())
         sequences, rows = self._scheduler.decoding, self._scheduler.decode_rows()
         if sequences:
-            self._append(sequences, *self._runner.sample(logits, forks, sequences, rows))
+            drawn = self._runner.sample(logits, forks, sequences, rows, batch.drafts)
+            if self.speculator is not None and batch.drafts is not None:
+                sequences, drawn = self.speculator.commit(batch.drafts, sequences, rows, self._tables, drawn)
+            self._append(sequences, *drawn)
         elif batch.is_empty and self.has_work and not self._scheduler.unblock():
             raise AssertionError(
                 f"nothing can move: {self._scheduler.num_running} running, {len(self._scheduler.waiting)} waiting"
             )
+        seconds = time.perf_counter() - started
         self._num_steps += 1
-        self._busy_s += time.perf_counter() - started
+        self._busy_s += seconds
+        if self.speculator is not None:
+            self.speculator.note_step(len(batch.rows), batch.num_decode_tokens, bool(batch.chunks), seconds)
         return self._outputs.take_deliveries()
 
     def abort(self, request_id: str) -> list[Delivery]:
@@ -123,14 +139,18 @@ class EngineCore:
             "weight_version": self.weight_version,
             "busy_s": self._busy_s,
             "generated_tokens_per_s": self._num_generated / self._busy_s if self._busy_s else 0.0,
+            **(self.speculator.metrics() if self.speculator is not None else {}),
         }
 
     def _append(self, sequences: list[Sequence], tokens: list[int], logprobs: list[float], sampled: list[float]) -> None:
-        """Hand each sequence its token and take out the finished ones. A row without a token (NaN logits) fails its request."""
-        self._num_generated += len(sequences)
+        """Hand each sequence its token, or its tokens in order, and take out the finished ones.
+
+        A row without a token (NaN logits) fails its request.
+        """
         for seq, token, logprob, sampled_logprob in zip(sequences, tokens, logprobs, sampled, strict=True):
             if seq.finish_reason is not None:
-                continue  # its request failed a moment ago
+                continue  # its request failed a moment ago, or a stop rule held inside a block of draft tokens
+            self._num_generated += 1
             try:
                 if token < 0:
                     raise ArithmeticError(

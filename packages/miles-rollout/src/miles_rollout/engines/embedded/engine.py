@@ -24,6 +24,7 @@ from miles_rollout.engines.embedded.state import Delivery, Job
 from miles_rollout.engines.embedded.weights import check_manifest, dtype_name, stage
 from miles_rollout.text import Tokenizer
 from miles_rollout.wire import EngineInfo, GenerateChunk, GenerateRequest, GenerateResult, WeightManifest
+from miles_spec.draft import Draft
 
 _LIVENESS_S = 2.0
 """How often a waiter looks whether the engine thread still lives."""
@@ -34,7 +35,8 @@ class EmbeddedEngine:
 
     The decoder belongs to the engine from now on: weight updates are copied into it. Requests may come from several event
     loops; those queued before the loop's next turn (a whole `asyncio.gather`) enter the same step. Prompt log-probabilities
-    are stated at the request's temperature, like those of its completions, and at 1 when it is 0.
+    are stated at the request's temperature, like those of its completions, and at 1 when it is 0. `draft` is used instead of
+    the one that `config.draft` names.
 
     Raises ValueError for settings out of range or a KV budget without room for a page.
 
@@ -52,6 +54,7 @@ class EmbeddedEngine:
         model: str = "",
         weight_version: int = 0,
         eos_token_ids: tuple[int, ...] | None = None,
+        draft: Draft | None = None,
     ) -> None:
         config = config or EmbeddedConfig()
         config.validate()
@@ -66,7 +69,9 @@ class EmbeddedEngine:
         self._model = model
         self._version = weight_version
         self._eos = frozenset(eos)
-        self._core: EngineCore | None = EngineCore(decoder, tokenizer, config, num_pages=num_pages, weight_version=weight_version)
+        self._core: EngineCore | None = EngineCore(
+            decoder, tokenizer, config, num_pages=num_pages, weight_version=weight_version, draft=draft
+        )
         self._metrics = self._core.metrics()
         self._arrivals = itertools.count()
         self._lock = threading.Condition()

@@ -1,6 +1,6 @@
 """One forward pass and one draw per step, in vector operations over the rows of the tables.
 
-Legend: T = tokens of the pass, R = decoding rows, S = sequences that sample, V = vocabulary.
+Legend: T = tokens of the pass, R = decoding rows, D = their draft tokens, S = sequences that sample, V = vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from miles_kernels.ops.logprob import logprob_from_logits
 from miles_kernels.ops.sample import SampleOutput, sample
 from miles_rollout.engines.embedded.kv import PagedKV
 from miles_rollout.engines.embedded.scheduler import Batch, Fork
+from miles_rollout.engines.embedded.speculate import Drafts
 from miles_rollout.engines.embedded.state import Sequence
 from miles_rollout.engines.embedded.tables import Tables
 
@@ -26,7 +27,7 @@ _FILTERS = (("top_k", -1), ("top_p", 1.0), ("min_p", 0.0))
 
 
 class _Step(NamedTuple):
-    """The tokens of one pass, decode rows first."""
+    """The tokens of one pass, those of the decode rows first."""
 
     token_ids: Tensor
     """int64 [T]"""
@@ -53,16 +54,16 @@ class Runner:
         self._has_minimum = False
 
     def forward(self, batch: Batch) -> Tensor | None:
-        """Logits fp32 [R + finished chunks, V] of a batch: decode rows first, then chunks that reach their last token."""
+        """Logits fp32 [R + D + finished chunks, V] of a batch: decode rows first, then chunks that reach their last token."""
         if batch.is_empty:
             return None
         step = self._inputs(batch)
         self.num_tokens += len(step.slots)
         last = None
         if batch.chunks:
-            ends = np.cumsum([chunk.stop - chunk.start for chunk in batch.chunks]) + len(batch.rows) - 1
+            ends = np.cumsum([chunk.stop - chunk.start for chunk in batch.chunks]) + batch.num_decode_tokens - 1
             finished = [end for chunk, end in zip(batch.chunks, ends.tolist(), strict=True) if chunk.is_last]
-            last = torch.tensor([*range(len(batch.rows)), *finished], dtype=torch.int64)
+            last = torch.tensor([*range(batch.num_decode_tokens), *finished], dtype=torch.int64)
         if self._fused is not None and len(step.slots) <= MAX_TOKENS:
             table, rows = self._tables.slots_torch, torch.from_numpy(step.token_rows)
             hidden, logits = self._fused(step.token_ids, step.positions, step.slots, table, rows, last)
@@ -80,9 +81,14 @@ class Runner:
             self._kv.copy(source, target, tokens)
 
     def sample(
-        self, logits: Tensor | None, forks: list[Fork], sequences: list[Sequence], rows: np.ndarray
+        self,
+        logits: Tensor | None,
+        forks: list[Fork],
+        sequences: list[Sequence],
+        rows: np.ndarray,
+        drafts: Drafts | None = None,
     ) -> tuple[list[int], list[float], list[float]]:
-        """Token, log-probability and sampled log-probability of each sequence, as lists [S].
+        """Token, log-probability and sampled one of each sequence, as lists [S]; with drafts of every position [S + D].
 
         The token is -1 where logits are not finite. `logits` are those of `forward`; the last sequences are the forks'
         siblings, in order.
@@ -90,8 +96,14 @@ class Runner:
         parts = [logits] if logits is not None else []
         parts += [fork.logits.expand(len(fork.siblings), -1) for fork in forks]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-        assert len(logits) == len(rows) == len(sequences)
-        position = self._tables.position[rows]
+        assert len(rows) == len(sequences)
+        if drafts is None:
+            position = self._tables.position[rows]
+        else:
+            of, offset = drafts.spread(np.arange(len(rows)))
+            rows, sequences = rows[of], [sequences[i] for i in of.tolist()]
+            position = self._tables.position[rows] + offset
+        assert len(logits) == len(rows)
         keys = self._sampler_arguments(rows)
         keys["position"] = torch.from_numpy(position)
         banned = np.flatnonzero(self._tables.first_stop[rows] > position).tolist() if self._has_minimum else []
@@ -104,10 +116,15 @@ class Runner:
     def _inputs(self, batch: Batch) -> _Step:
         """What every token of the pass is; enters the new slots into the tables."""
         tables, rows = self._tables, batch.rows
-        positions = tables.position[rows]
-        slots = positions + tables.slot_offset[rows]
+        if batch.drafts is None:
+            positions, tokens = tables.position[rows], tables.last_token[rows]
+        else:
+            rows, offset = batch.drafts.spread(rows)
+            positions, tokens = tables.position[rows] + offset, tables.last_token[rows]
+            tokens[offset > 0] = batch.drafts.tokens
+        slots = tables.slots_at(rows, positions)
         tables.slots[rows, positions] = slots
-        token_ids = torch.from_numpy(tables.last_token[rows])
+        token_ids = torch.from_numpy(tokens)
         if not batch.chunks:
             return _Step(token_ids, torch.from_numpy(positions), torch.from_numpy(slots), rows)
         chunk_ids, all_positions, all_slots, all_rows = [token_ids], [positions], [slots], [rows]
@@ -124,11 +141,12 @@ class Runner:
 
     def _plan(self, batch: Batch, step: _Step) -> AttentionPlan:
         """The attention plan of a pass, for the decoder's own forward."""
-        rows, keys = batch.rows, int(step.positions.max()) + 1
+        count, keys = batch.num_decode_tokens, int(step.positions.max()) + 1
+        rows = step.token_rows[:count]  # every draft token is a decode row of its own
         if not batch.chunks:
             return decode_plan(self._table(rows, keys), step.positions + 1)
-        query_lens = [1] * len(rows) + [chunk.stop - chunk.start for chunk in batch.chunks]
-        firsts = step.positions[: len(rows)].tolist() + [chunk.start for chunk in batch.chunks]
+        query_lens = [1] * count + [chunk.stop - chunk.start for chunk in batch.chunks]
+        firsts = step.positions[:count].tolist() + [chunk.start for chunk in batch.chunks]
         rows = np.concatenate((rows, [chunk.seq.row for chunk in batch.chunks]))
         return table_plan(self._table(rows, keys), query_lens, firsts)
 
@@ -138,7 +156,7 @@ class Runner:
 
     def _note_prompt_logprobs(self, batch: Batch, hidden: Tensor) -> None:
         """Log-probabilities of prompt tokens, for requests that want them, of what this batch predicts."""
-        start = len(batch.rows)
+        start = batch.num_decode_tokens
         for chunk in batch.chunks:
             job, size = chunk.seq.job, chunk.stop - chunk.start
             if job.prompt_logprobs is not None and job.leader is chunk.seq:

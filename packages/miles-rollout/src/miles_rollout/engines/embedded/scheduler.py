@@ -15,6 +15,7 @@ import torch
 from miles_rollout.engines.embedded.config import EmbeddedConfig
 from miles_rollout.engines.embedded.pages import PagePool
 from miles_rollout.engines.embedded.prefix import PrefixCache
+from miles_rollout.engines.embedded.speculate import Drafts, Speculator, shorten
 from miles_rollout.engines.embedded.state import Job, PromptHold, Sequence
 from miles_rollout.engines.embedded.tables import Tables
 
@@ -35,11 +36,18 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass: a token for each decoding row, then the chunks' tokens."""
+    """One forward pass: each decoding row's last token and its draft tokens, then the chunks' tokens."""
 
     rows: np.ndarray
     """[R] int64, rows of the decoding sequences."""
     chunks: list[Chunk] = field(default_factory=list)
+    drafts: Drafts | None = None
+    """None when no row has any."""
+
+    @property
+    def num_decode_tokens(self) -> int:
+        """Tokens of the decoding rows."""
+        return len(self.rows) + (0 if self.drafts is None else len(self.drafts.tokens))
 
     @property
     def is_empty(self) -> bool:
@@ -61,11 +69,19 @@ _NO_ROWS: np.ndarray = np.zeros(0, np.int64)
 class Scheduler:
     """Moves sequences between waiting, prefilling and decoding, and pages between them."""
 
-    def __init__(self, config: EmbeddedConfig, pool: PagePool, cache: PrefixCache, tables: Tables) -> None:
+    def __init__(
+        self,
+        config: EmbeddedConfig,
+        pool: PagePool,
+        cache: PrefixCache,
+        tables: Tables,
+        speculator: Speculator | None = None,
+    ) -> None:
         self._config = config
         self._pool = pool
         self._cache = cache
         self._tables = tables
+        self._speculator = speculator
         self.waiting: list[Sequence] = []
         self.prefilling: list[Sequence] = []
         self.decoding: list[Sequence] = []
@@ -96,17 +112,22 @@ class Scheduler:
         """The next forward pass: every decoding sequence, then as much prefill as the token budget allows."""
         self._give_room_to_decode()
         budget = self._config.max_batched_tokens - len(self.decoding)
+        drafts = self._draft(budget)
+        if drafts is not None:
+            budget -= len(drafts.tokens)
         chunks: list[Chunk] = []
         if self.prefilling or self.waiting:
             for seq in self.prefilling:
                 budget -= self._cut_chunk(seq, budget, chunks)
             self._admit(budget, chunks)
-        return Batch(self.decode_rows(), chunks)
+        return Batch(self.decode_rows(), chunks, drafts)
 
     def advance(self, batch: Batch, logits: torch.Tensor | None) -> None:
-        """Note what `batch` computed; `logits` [R + finished chunks, V] follow the decode rows, then the finished chunks."""
+        """Note what `batch` computed; `logits` [decode tokens + finished chunks, V] follow the decode tokens, then the chunks."""
         self._tables.position[batch.rows] += 1
-        finished = len(batch.rows)
+        if batch.drafts is not None:
+            self._slack = 0  # rows may move on by more than one position
+        finished = batch.num_decode_tokens
         for chunk in batch.chunks:
             seq = chunk.seq
             seq.num_computed = chunk.stop
@@ -202,6 +223,22 @@ class Scheduler:
                     self._retract(max((s for s in self.decoding + self.prefilling if s.row >= 0), key=lambda s: s.order))
                     self.num_retractions += 1
         self.decode_rows()
+
+    def _draft(self, budget: int) -> Drafts | None:
+        """Draft tokens for the decoding rows. They take half of what prefill could use, and pages nobody else needs."""
+        if self._speculator is None or not self.decoding:
+            return None
+        drafts = self._speculator.propose(self.decoding, budget // 2 if self.prefilling or self.waiting else budget)
+        if drafts is None:
+            return None
+        rows, tables = self._rows, self._tables
+        room = tables.capacity[rows] - tables.position[rows] - 1
+        for i in np.flatnonzero(drafts.counts > room).tolist():
+            if self._pool.num_available <= self.num_running:
+                break
+            self.decoding[i].pages += self._pool.take(1) or []
+            tables.set_pages(self.decoding[i])
+        return shorten(drafts, tables.capacity[rows] - tables.position[rows] - 1)
 
     def _start_decoding(self, seq: Sequence) -> None:
         if seq.row < 0:

@@ -8,6 +8,7 @@ import torch
 
 from miles_rollout.text import IncrementalDecoder
 from miles_rollout.wire import FinishReason, GenerateRequest, WeightSpan
+from miles_spec.draft import Draft, DraftSession
 
 
 class PromptHold(NamedTuple):
@@ -25,7 +26,7 @@ class Sequence:
 
     __slots__ = (
         "job", "index", "sample_id", "order", "output", "logprobs", "sampled_logprobs", "row", "pages", "claims", "tokens",
-        "num_computed", "decoder", "finish_reason", "matched_stop", "version_starts", "max_tokens",
+        "num_computed", "decoder", "finish_reason", "matched_stop", "version_starts", "max_tokens", "draft",
     )  # fmt: skip
 
     def __init__(self, job: Job, index: int, sample_id: int) -> None:
@@ -49,6 +50,8 @@ class Sequence:
         self.version_starts: list[tuple[int, int]] = []
         """(weight version, first output token sampled under it)."""
         self.max_tokens = job.num_prompt + job.request.sampling.max_new_tokens
+        self.draft: tuple[Draft, DraftSession, int] | None = None
+        """The draft, its session and how many tokens that has seen; kept while the sequence waits."""
 
     @property
     def num_tokens(self) -> int:

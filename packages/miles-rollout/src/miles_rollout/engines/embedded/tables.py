@@ -26,8 +26,8 @@ class Tables:
         """Next position to compute when decoding: the last sampled token's."""
         self.capacity: np.ndarray = np.zeros(max_running, np.int64)
         """Tokens its pages have room for."""
-        self.slot_offset: np.ndarray = np.zeros(max_running, np.int64)
-        """Slot minus position, on its last page."""
+        self.pages: np.ndarray = np.zeros((max_running, _GROWTH // page_size + 1), np.int64)
+        """Page of the positions [i * page_size, (i + 1) * page_size)."""
         self.last_token: np.ndarray = np.zeros(max_running, np.int64)
         self.seed: np.ndarray = np.zeros(max_running, np.int64)
         self.sample_id: np.ndarray = np.zeros(max_running, np.int64)
@@ -65,12 +65,16 @@ class Tables:
     def set_pages(self, seq: Sequence) -> None:
         """Take note of a changed list of pages."""
         self.capacity[seq.row] = len(seq.pages) * self.page_size
-        if seq.pages:
-            self.slot_offset[seq.row] = (seq.pages[-1] - len(seq.pages) + 1) * self.page_size
+        self.pages[seq.row, : len(seq.pages)] = seq.pages
+
+    def slots_at(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Slots [T] of positions [T] of rows [T], which their pages have room for."""
+        size = self.page_size
+        return self.pages[rows, positions // size] * size + positions % size
 
     def close(self, seq: Sequence) -> None:
         """Take the row back and leave it clean."""
-        self.slots[seq.row, : seq.num_tokens + 1] = 0
+        self.slots[seq.row, : self.capacity[seq.row]] = 0  # refused drafts reach further than the tokens do
         self.capacity[seq.row] = 0
         self._free.append(seq.row)
         seq.row = -1
@@ -87,4 +91,7 @@ class Tables:
         wide: np.ndarray = np.zeros((len(self.slots), max(2 * width, -(-tokens // _GROWTH) * _GROWTH)), np.int64)
         wide[:, :width] = self.slots
         self.slots = wide
+        pages: np.ndarray = np.zeros((len(wide), wide.shape[1] // self.page_size + 1), np.int64)
+        pages[:, : self.pages.shape[1]] = self.pages
+        self.pages = pages
         self.slots_torch = torch.from_numpy(wide)
