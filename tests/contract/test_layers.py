@@ -79,7 +79,7 @@ def import_alone(package: str, extras: frozenset[str] = frozenset(), skip: str =
         ("miles_rollout", (), r"\.(engines|server)\b", {"torch", "starlette", "miles_kernels"}),
         ("miles_rollout", ("server",), r"\.engines\b", {"torch", "miles_kernels"}),
         ("miles_rollout", ("embedded",), "", {"miles_core"}),
-        ("miles_kernels", (), "", {"safetensors", "transformers"}),
+        ("miles_kernels", (), r"_kernels$|\.verify\.plugin$", {"safetensors", "transformers", "triton"}),
         ("miles_spec", (), "", {"miles_rollout"}),
         ("miles_core", (), "", {"pyarrow", "matplotlib", "reasoning_gym", "transformers", "ray"}),
     ],
