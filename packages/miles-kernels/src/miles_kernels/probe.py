@@ -31,7 +31,8 @@ from miles_kernels.ops.matmul import (
 )
 
 ROW_COUNTS = {1: (1, 3, 8, 16, 17, 31, 64), 2: (1, 17)}
-"""Row counts to try, by thread count. Two threads on a busy machine wait for each other, so they try fewer."""
+"""Row counts to try, by thread count. Two threads on a busy machine wait for each other, so they try fewer. A process set to more
+threads than two tries those as well."""
 SMALL_ROW_COUNTS = (2, 5, 7, 11, 13)
 """Tried as well where fewer than 16 rows are to be trusted."""
 MAX_ROWS = 80
@@ -73,7 +74,8 @@ def probe() -> ProbeReport:
         cases += attention
         failures = tuple(name for name, ok in cases if not ok)
         mode: Mode = "exact" if failures else "native"
-        fingerprint = _fingerprint(mode)
+        with threads(1):
+            fingerprint = _fingerprint(mode)
     return ProbeReport(mode, fingerprint, least, rows, len(cases), failures, time.perf_counter() - began)
 
 
@@ -104,7 +106,7 @@ def _product_cases(least: int) -> Iterator[tuple[str, bool]]:
 
     for salt, (k, n) in enumerate(GEMM_SHAPES):
         x, w = fixed_values(MAX_ROWS, k, salt=salt), fixed_values(n, k, salt=salt + 100)
-        small = {1: SMALL_ROW_COUNTS, 2: SMALL_ROW_COUNTS} if n >= NARROW_COLUMNS and least < MIN_ROWS else {}
+        small = dict.fromkeys(_thread_counts(), SMALL_ROW_COUNTS) if n >= NARROW_COLUMNS and least < MIN_ROWS else {}
         yield from _compare(f"mm K={k} N={n}", product(x, w), MAX_ROWS)
         yield from _compare(f"mm K={k} N={n}", product(x, w), MAX_ROWS, small)
     x, w = fixed_values(40, 96), fixed_values(320, 96, salt=1)
@@ -120,10 +122,18 @@ def _other_cases() -> Iterator[tuple[str, bool]]:
     yield from _compare("row sum", lambda rows: values[rows].sum(-1), 33)
 
 
+def _thread_counts() -> tuple[int, ...]:
+    """1, 2, and what this process uses if it is more."""
+    now = torch.get_num_threads()
+    return (1, 2, now) if now > 2 else (1, 2)
+
+
 def _compare(
-    name: str, fn: Callable[[slice], Tensor], size: int, counts: Mapping[int, tuple[int, ...]] = ROW_COUNTS
+    name: str, fn: Callable[[slice], Tensor], size: int, counts: Mapping[int, tuple[int, ...]] | None = None
 ) -> Iterator[tuple[str, bool]]:
-    """fn(slice) against the same rows of fn(all), on one thread and on two."""
+    """fn(slice) against the same rows of fn(all), on one thread, on two, and on as many as the process uses."""
+    if counts is None:
+        counts = {count: ROW_COUNTS[min(count, 2)] for count in _thread_counts()}
     with threads(1):
         whole = fn(slice(0, size))
     for count, row_counts in counts.items():
@@ -147,9 +157,9 @@ def _attention_cases(mode: Mode, least: int) -> Iterator[tuple[str, bool]]:
 
         with threads(1):
             whole = attend(3, 48, 288)
-        for count in (1, 2):
+        for count in _thread_counts():
             with threads(count):
-                for batch, rows, keys in shapes[: 4 // count]:
+                for batch, rows, keys in shapes[: 4 // min(count, 2)]:
                     same = torch.equal(attend(batch, rows, keys), whole[:batch, :rows])
                     yield f"attention D={dim} batch={batch} rows={rows} keys={keys} threads={count}", same
 

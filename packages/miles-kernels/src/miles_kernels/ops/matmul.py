@@ -25,6 +25,9 @@ MIN_ROWS = 16
 NARROW_COLUMNS = 64
 """Below this many columns, column counts off the multiple of 16 split badly over threads; they are padded too."""
 COLUMN_MULTIPLE = 16
+SAFE_THREADS = 2
+SLIVER = 16
+"""With more than `SAFE_THREADS` threads, products of fewer than this many columns per thread are left to the C kernels."""
 ATTENTION_ROWS = (4, 16)
 """Fewest query rows per matrix of a batched product: the first count that the probe proves (see `attention_rows`)."""
 KV_BLOCK = 128
@@ -84,6 +87,7 @@ def mm(a: Tensor, b: Tensor, mode: Mode | None = None) -> Tensor:
         and b.shape[0] >= NARROW_COLUMNS
         and a.is_contiguous()
         and b.is_contiguous()
+        and not _too_many_threads(b.shape[0])
     ):
         return torch.mm(a, b.t())  # the common case, without further questions
     if a.dtype is not torch.float32:
@@ -102,6 +106,10 @@ def mm(a: Tensor, b: Tensor, mode: Mode | None = None) -> Tensor:
 def mm_native(a: Tensor, b: Tensor, least: int) -> Tensor:
     """`a[M, K] @ b[N, K]^T` of float32 rows, padded to `least` rows; to 16 where b is narrow."""
     rows, columns = a.shape[0], b.shape[0]
+    if _too_many_threads(columns):
+        product = _c_product(a, b)
+        if product is not None:
+            return product
     narrow = columns < NARROW_COLUMNS
     padded = narrow and columns % COLUMN_MULTIPLE != 0
     if padded:
@@ -109,6 +117,21 @@ def mm_native(a: Tensor, b: Tensor, least: int) -> Tensor:
     least = MIN_ROWS if narrow else least
     out = torch.mm(a, b.t()) if rows >= least else torch.mm(_pad_rows(a, least), b.t())[:rows]
     return out[:, :columns].contiguous() if padded else out
+
+
+def _too_many_threads(columns: int) -> bool:
+    """Whether the BLAS would cut the columns into slivers of fewer than 16, which it computes by other kernels."""
+    count = torch.get_num_threads()
+    return count > SAFE_THREADS and columns < SLIVER * count
+
+
+def _c_product(a: Tensor, b: Tensor) -> Tensor | None:
+    """The product by the C kernels, with the BLAS' bits; None where there are none."""
+    from miles_kernels.native import library
+    from miles_kernels.native.gemm import gemm_depth
+
+    kernels, depth = library(), gemm_depth()
+    return None if kernels is None or depth is None else kernels.linear(a, b, depth)
 
 
 def mm_dgrad(grad: Tensor, b: Tensor) -> Tensor:

@@ -56,6 +56,7 @@ class EngineCore:
             num_pages=num_pages,
             page_size=config.page_size,
             dtype=next(decoder.parameters()).dtype,
+            device=str(decoder.embed_tokens.device),
         )
         self._runner = Runner(decoder, kv, self._tables)
         self._outputs = OutputProcessor(tokenizer, decoder.contract.digest)

@@ -49,6 +49,7 @@ class Runner:
         self._kv = kv
         self._tables = tables
         self._fused = FusedForward(decoder, kv.pools) if FusedForward.refusal(decoder) is None else None
+        self._device = decoder.embed_tokens.device
         self._sampler_rows: np.ndarray | None = None
         self._sampler: dict[str, Any] = {}
         self._has_minimum = False
@@ -68,9 +69,12 @@ class Runner:
             table, rows = self._tables.slots_torch, torch.from_numpy(step.token_rows)
             hidden, logits = self._fused(step.token_ids, step.positions, step.slots, table, rows, last)
         else:
-            self._kv.begin(self._plan(batch, step), step.slots)
-            hidden = self._decoder(step.token_ids, step.positions, self._kv)
-            logits = self._decoder.logits(hidden if last is None else hidden[last])
+            on_cuda = self._device.type == "cuda"
+            plan = self._cuda_plan(batch, step) if on_cuda else self._plan(batch, step)
+            token_ids, positions, slots = (part.to(self._device) for part in (step.token_ids, step.positions, step.slots))
+            self._kv.begin(plan, slots)
+            hidden = self._decoder(token_ids, positions, self._kv)
+            logits = self._decoder.logits(hidden if last is None else hidden[last.to(self._device)])
         if batch.chunks:
             self._note_prompt_logprobs(batch, hidden)
         return logits if len(logits) else None
@@ -105,11 +109,12 @@ class Runner:
             position = self._tables.position[rows] + offset
         assert len(logits) == len(rows)
         keys = self._sampler_arguments(rows)
-        keys["position"] = torch.from_numpy(position)
+        keys["position"] = torch.from_numpy(position).to(self._device)
         banned = np.flatnonzero(self._tables.first_stop[rows] > position).tolist() if self._has_minimum else []
         out = _sample(logits, keys, [(i, sequences[i].job.eos) for i in banned])
-        self._tables.last_token[rows] = out.token.numpy()
-        return out.token.tolist(), out.logprob.tolist(), out.sampled_logprob.tolist()
+        tokens = out.token.cpu()
+        self._tables.last_token[rows] = tokens.numpy()
+        return tokens.tolist(), out.logprob.tolist(), out.sampled_logprob.tolist()
 
     # ------------------------------------------------------------------ inputs
 
@@ -150,6 +155,20 @@ class Runner:
         rows = np.concatenate((rows, [chunk.seq.row for chunk in batch.chunks]))
         return table_plan(self._table(rows, keys), query_lens, firsts)
 
+    def _cuda_plan(self, batch: Batch, step: _Step) -> Any:
+        """The same for the CUDA kernels: which pages each sequence reads."""
+        from miles_kernels.cuda.attention import KVBatch
+
+        size = self._tables.page_size
+        rows = np.concatenate((batch.rows, [chunk.seq.row for chunk in batch.chunks])).astype(np.int64)
+        firsts = self._tables.position[batch.rows].tolist() + [chunk.start for chunk in batch.chunks]
+        decode_lens = [1] * len(batch.rows) if batch.drafts is None else (batch.drafts.counts + 1).tolist()
+        query_lens = decode_lens + [chunk.stop - chunk.start for chunk in batch.chunks]
+        kv_lens = [first + count for first, count in zip(firsts, query_lens, strict=True)]
+        width = -(-max(kv_lens) // size) * size
+        pages = torch.from_numpy(self._tables.slots[rows, :width:size] // size)
+        return KVBatch.paged(query_lens, kv_lens, pages.to(self._device, torch.int32), size)
+
     def _table(self, rows: np.ndarray, keys: int) -> Tensor:
         """Slots int64 [R, keys rounded up to 16] of some rows."""
         return self._tables.slots_torch[:, : keys + -keys % KEY_MULTIPLE].index_select(0, torch.from_numpy(rows))
@@ -162,7 +181,7 @@ class Runner:
             if job.prompt_logprobs is not None and job.leader is chunk.seq:
                 count = min(chunk.stop, job.num_prompt - 1) - chunk.start
                 if count > 0:
-                    targets = job.prompt[chunk.start + 1 : chunk.start + 1 + count]
+                    targets = job.prompt[chunk.start + 1 : chunk.start + 1 + count].to(self._device)
                     out = self._decoder.logprob(
                         hidden[start : start + count], targets, job.request.sampling.temperature or 1.0, entropy=False
                     )
@@ -179,10 +198,12 @@ class Runner:
         if rows is not self._sampler_rows:
             tables = self._tables
             self._sampler_rows = rows
-            self._sampler = {name: torch.from_numpy(getattr(tables, name)[rows]) for name in ("seed", "sample_id")}
+            self._sampler = {
+                name: torch.from_numpy(getattr(tables, name)[rows]).to(self._device) for name in ("seed", "sample_id")
+            }
             for name, default in (*_FILTERS, ("temperature", 1.0)):
                 values = getattr(tables, name)[rows]
-                self._sampler[name] = default if (values == default).all() else torch.from_numpy(values)
+                self._sampler[name] = default if (values == default).all() else torch.from_numpy(values).to(self._device)
             self._has_minimum = bool((tables.first_stop[rows] > tables.position[rows]).any())
         return self._sampler
 
@@ -192,12 +213,12 @@ def _sample(logits: Tensor, keys: dict[str, Any], banned: list[tuple[int, frozen
     banned = [(row, ids) for row, ids in banned if ids]
     if not banned:
         return sample(logits, **keys)
-    rows = torch.tensor([row for row, _ in banned])
+    rows = torch.tensor([row for row, _ in banned], device=logits.device)
     masked = logits.clone()
     for row, ids in banned:
         masked[row, list(ids)] = float("-inf")
     out = sample(masked, **keys)
-    temperature = torch.as_tensor(keys["temperature"], dtype=torch.float32).expand(len(logits))[rows]
+    temperature = torch.as_tensor(keys["temperature"], dtype=torch.float32, device=logits.device).expand(len(logits))[rows]
     temperature = torch.where(temperature == 0, 1.0, temperature)
     logprob = out.logprob.clone()  # the sampler returns one tensor for both when nothing is filtered
     logprob[rows] = logprob_from_logits(logits[rows], out.token[rows].clamp(min=0), temperature).logprob
