@@ -136,8 +136,8 @@ class Contract:
     def for_device(cls, device: str | torch.device, dtype: str = "float32") -> Contract:
         """The contract of a device: the reference on "cpu", the Triton order of sums on "cuda" (bfloat16 only).
 
-        Which library serves a product on CUDA (Triton, cuBLASLt, DeepGEMM) is no part of it: each has to prove at start-up that it
-        has Triton's bits. Raises ValueError where the device is missing or the dtype has no kernels.
+        Which library serves a product on CUDA (Triton, cuBLASLt, DeepGEMM) is no part of it: each has to prove at start-up
+        that it has Triton's bits. Raises ValueError where the device is missing or the dtype has no kernels.
         """
         kind = torch.device(device).type
         if kind == "cpu":
