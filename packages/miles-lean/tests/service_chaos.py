@@ -2,7 +2,7 @@
 
     python packages/miles-lean/tests/service_chaos.py 1000
 
-Every tenth question does harm of its own: it hangs, overflows the stack, prints 100 MB or eats memory. Beside it, a process of
+Every tenth question does harm of its own: it hangs, nests too deep, forges or asks for too much. Beside it, a process of
 the server is killed (SIGKILL, SIGSEGV, SIGABRT in turn) twice a second. Exit code 1 when any verdict is wrong.
 """
 
