@@ -33,6 +33,9 @@ _EDGES = [
 ]
 _DECAY = 0.1
 """Weight of a new observation of the seconds of a pass."""
+_FIRST = 3
+_REGRET = 1.25
+"""A length measured to be this much worse than the best is not measured again."""
 _SPIKE = 3.0
 """An observation this many times the known value is clipped: somebody else had the processor."""
 
@@ -51,6 +54,7 @@ class CostModel:
     _tokens: list[float] = field(default_factory=list)
     _seconds: list[float] = field(default_factory=list)
     _bucket: list[int] = field(default_factory=list)
+    _count: dict[int, int] = field(default_factory=dict)
 
     def note(self, num_tokens: int, seconds: float) -> None:
         """A pass of this many tokens took this long."""
@@ -58,16 +62,20 @@ class CostModel:
         place = bisect.bisect_left(self._bucket, bucket)
         if place < len(self._bucket) and self._bucket[place] == bucket:
             known = self._seconds[place]
+            self._count[bucket] += 1
+            if self._count[bucket] <= _FIRST:  # first passes of a size may allocate or be interrupted
+                known = self._seconds[place] = min(known, seconds)
             self._seconds[place] += _DECAY * (min(seconds, _SPIKE * known) - known)
             self._tokens[place] += _DECAY * (num_tokens - self._tokens[place])
             return
         self._bucket.insert(place, bucket)
+        self._count[bucket] = 1
         self._tokens.insert(place, float(num_tokens))
         self._seconds.insert(place, seconds)
 
     def scale(self, num_tokens: int, seconds: float) -> None:
         """`note`, and what is known of other sizes moves in the same proportion: contexts grow, machines slow down."""
-        before = self.seconds(num_tokens) if self._bucket else 0.0
+        before = self.seconds(num_tokens) if self.knows(num_tokens) else 0.0  # a forecast is no measurement to compare with
         self.note(num_tokens, seconds)
         after = self.seconds(num_tokens)
         ratio = after / before if before > 0 else 1.0
@@ -115,6 +123,7 @@ class Controller:
         self.cost = CostModel()
         self._trials = trials
         self._retry_every = 256
+        self._trial_share = 0.004
         self._tried: dict[int, int] = {}
         self._next_trial = 0
         self._half_life = half_life
@@ -165,37 +174,39 @@ class Controller:
     def note_accepted(self, proposed: Sequence[int], accepted: Sequence[int], num_rows: int) -> None:
         """Of `num_rows` rows, how many had a draft token at position i and how many were accepted there; verified or in shadow.
 
-        Positions beyond the length in use keep their share of the last known one.
+        Positions beyond the length in use keep their last known share of what is accepted before them.
         """
-        keep, before, used = 0.5 ** (num_rows / self._half_life), self._rows, len(proposed)
+        keep, before, used = 0.5 ** (num_rows / self._half_life), self._rows, min(len(proposed), self.most)
         self._rows = keep * before + num_rows
-        for i in range(self.most):
-            if i < used or not before:
-                self._proposed[i] = keep * self._proposed[i] + (proposed[i] if i < used else 0)
-                self._accepted[i] = keep * self._accepted[i] + (accepted[i] if i < used else 0)
-            else:  # not tried this time: what was known stays, in proportion
-                self._proposed[i] *= self._rows / before
-                self._accepted[i] *= self._rows / before
+        known = self._accepted[used - 1] if used else 0.0
+        for i in range(used):
+            self._proposed[i] = keep * self._proposed[i] + proposed[i]
+            self._accepted[i] = keep * self._accepted[i] + accepted[i]
+        rows = self._rows / before if before else 0.0
+        change = self._accepted[used - 1] / known if known else rows
+        for i in range(used, self.most):  # not tried this time: accepted as often as before, once everything up to here is
+            self._proposed[i] *= rows
+            self._accepted[i] *= change
 
     def _best(self, num_rows: int) -> int:
         plain = self.rate(num_rows, 0)
         if not plain:
             return 0
-        best, best_rate = 0, plain * (1.0 + self.margin)
-        hope, hope_rate = 0, best_rate
+        rates = [plain * (1.0 + self.margin), *(self.rate(num_rows, length) for length in range(1, self.most + 1))]
+        best = max(range(self.most + 1), key=rates.__getitem__)
+        hope, hope_rate = 0, rates[best]
         for length in range(1, self.most + 1):
-            rate = self.rate(num_rows, length)
-            if rate > best_rate:
-                best, best_rate = length, rate
             committed, drafted = self.expected(length)
-            if committed * plain > hope_rate and self._may_try(round(num_rows * (1.0 + drafted))):
-                hope, hope_rate = length, committed * plain
-        if best == 0 and hope and self._steps >= self._next_trial:
-            size = _bucket_of(round(num_rows * (1.0 + self.expected(hope)[1])))
+            tried = self._tried.get(_bucket_of(round(num_rows * (1.0 + drafted))), 0) >= self._trials
+            hoped = rates[length] * _REGRET if tried else committed * plain
+            if length != best and hoped > hope_rate:
+                hope, hope_rate = length, hoped
+        if hope and self._steps >= self._next_trial:
+            drafted = self.expected(hope)[1]
+            size = _bucket_of(round(num_rows * (1.0 + drafted)))
             self._tried[size] = self._tried.get(size, 0) + 1
-            self._next_trial = self._steps + (2 if self._tried[size] <= self._trials else self._retry_every)
+            # A trial may cost as many plain steps as it has tokens per row: the wait bounds their share of the time.
+            wait = 2 if self._tried[size] <= self._trials else max(self._retry_every, round(drafted / self._trial_share))
+            self._next_trial = self._steps + wait
             return hope
         return best
-
-    def _may_try(self, num_tokens: int) -> bool:
-        return self._tried.get(_bucket_of(num_tokens), 0) < self._trials or self._steps >= self._next_trial
