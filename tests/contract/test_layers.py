@@ -75,8 +75,9 @@ def import_alone(package: str, extras: frozenset[str] = frozenset(), skip: str =
 @pytest.mark.parametrize(
     ("package", "extras", "skip", "unwanted"),
     [
-        ("miles_lean", (), "", {"torch", "msgspec"}),
-        ("miles_rollout", (), r"\.(engines|server)\b", {"torch", "starlette", "miles_kernels"}),
+        ("miles_lean", (), r"\.(server|recipes)\.", {"torch", "starlette"}),
+        ("miles_lean", ("server",), r"\.recipes\.", {"torch"}),
+        ("miles_rollout", (), r"\.(engines|server|router)\b", {"torch", "starlette", "miles_kernels"}),
         ("miles_rollout", ("server",), r"\.engines\b", {"torch", "miles_kernels"}),
         ("miles_rollout", ("embedded",), "", {"miles_core"}),
         ("miles_kernels", (), r"_kernels$|\.verify\.plugin$", {"safetensors", "transformers", "triton"}),

@@ -79,7 +79,7 @@ def test_code_written_for_leandojo_runs(backend: Backend, tmp_path: Path) -> Non
         with pytest.raises(lean_dojo.DojoInitError), lean_dojo.Dojo(lean_dojo.Theorem(repo, file, name), backend=backend):
             pass
     with pytest.raises(lean_dojo.DojoInitError, match="clone it here"):
-        lean_dojo.LeanGitRepo("https://example.org/x.git", "abc").folder()
+        lean_dojo.LeanGitRepo("https://git.example/x.git", "abc").folder()
 
 
 def test_traces_are_read_and_become_rows(tmp_path: Path) -> None:

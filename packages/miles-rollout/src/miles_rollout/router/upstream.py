@@ -35,7 +35,7 @@ class Connection:
 
 
 class Upstream:
-    """One worker's address and its connections. Example: Upstream("http://10.0.0.7:30000")"""
+    """One worker's address and its connections. Example: Upstream("http://127.0.0.1:30000")"""
 
     def __init__(self, url: str, *, token: str | None = None, connect_s: float = 5.0) -> None:
         parts = urlsplit(url)
