@@ -66,7 +66,7 @@ def test_never_far_below_plain_and_near_the_best_length(cost: str, accept: float
     plain = exact_rate(seconds_of, accept, rows, 0)
     best = max(exact_rate(seconds_of, accept, rows, k, draft_s) for k in range(7))
     assert got > 0.98 * plain, (got / plain, got / best)
-    assert got > 0.9 * best, (got / plain, got / best)
+    assert got > 0.85 * best, (got / plain, got / best)
 
 
 def test_it_turns_on_and_off_as_acceptance_changes():

@@ -33,6 +33,8 @@ _EDGES = [
 ]
 _DECAY = 0.1
 """Weight of a new observation of the seconds of a pass."""
+_ENOUGH = 6.0
+"""Row-steps to have seen before anything is drafted."""
 _FIRST = 3
 _REGRET = 1.25
 """A length measured to be this much worse than the best is not measured again."""
@@ -136,12 +138,12 @@ class Controller:
     def choose(self, num_rows: int) -> int:
         """Draft length of the next step with this many decoding rows."""
         self._steps += 1
-        self.length = self._best(num_rows) if self._rows >= 32 else 0
+        self.length = self._best(num_rows) if self._rows >= _ENOUGH else 0
         return self.length
 
     def wants_shadow(self) -> bool:
         """Whether to make proposals that are not verified now; they may take `shadow_share` of the time."""
-        return self._steps > 4 and self._shadow_s <= self.shadow_share * self._pass_s
+        return self._rows < _ENOUGH or self._shadow_s <= self.shadow_share * self._pass_s
 
     def note_shadow(self, seconds: float) -> None:
         """Shadow proposals and their comparison took this long."""
