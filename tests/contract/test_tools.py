@@ -35,9 +35,8 @@ def tracked_texts() -> dict[str, str]:
 
 def test_no_file_names_a_foreign_host_or_a_private_path() -> None:
     places = []
-    private = re.compile(
-        "(?<![\\w.])/(?:" + "|".join(["wo" + "rk(?![\\w-])", "ro" + "ot(?![\\w-])", "ho" + "me/[a-z]", "op" + "t/(?:wheels|py)"]) + ")/?"
-    )
+    folders = ["wo" + r"rk(?![\w-])", "ro" + r"ot(?![\w-])", "ho" + "me/[a-z]", "op" + "t/(?:wheels|py)"]
+    private = re.compile("(?<![\\w.])/(?:" + "|".join(folders) + ")/?")
     for name, text in tracked_texts().items():
         for number, line in enumerate(text.splitlines(), 1):
             hosts = {host.rstrip(".") for host in re.findall(r"https?://([\w-]+\.[\w.-]+)", line)}
