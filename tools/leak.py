@@ -48,10 +48,13 @@ class Install:
 INSTALLS = (
     Install("miles-lean", "miles-lean", skip=r"\.server\.app\b", forbidden=(*TORCH_FREE, "miles_core", "miles_kernels")),
     Install(
-        "miles-rollout", "miles-rollout", skip=r"\.(engines|server)\b", forbidden=(*TORCH_FREE, "miles_kernels", "starlette")
+        "miles-rollout",
+        "miles-rollout",
+        skip=r"\.(engines|server|router)\b",
+        forbidden=(*TORCH_FREE, "miles_kernels", "starlette"),
     ),
     Install("miles-rollout", "miles-rollout", ("server",), skip=r"\.engines\b", forbidden=(*TORCH_FREE, "miles_kernels")),
-    Install("miles-kernels", "miles-kernels"),
+    Install("miles-kernels", "miles-kernels", skip=r"_kernels$|\.verify\.plugin$"),
     Install("miles-spec", "miles-spec"),
     Install("miles-core", "miles"),
 )
