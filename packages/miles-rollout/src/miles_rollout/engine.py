@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from miles_rollout.wire import EngineInfo, GenerateChunk, GenerateRequest, GenerateResult, WeightManifest
+
+
+PauseMode = Literal["abort", "retract", "in_place"]
+"""abort: running requests end. retract: their keys and values are freed and computed again. in_place: both are kept."""
+MEMORY_TAGS = ("weights", "kv_cache", "cuda_graph")
 
 
 class EngineRefusal(ValueError):
@@ -50,4 +55,39 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Abort what runs and release everything. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class PausableEngine(Protocol):
+    """An engine that can hold running requests between two tokens. Without it a server can pause with mode abort only."""
+
+    async def pause(self, mode: PauseMode) -> int:
+        """No token is made after this returns; the number of requests that are held. Raises ValueError for a mode it lacks."""
+        ...
+
+    async def resume(self) -> None:
+        """Go on. Harmless when not paused."""
+        ...
+
+
+@runtime_checkable
+class MemoryEngine(Protocol):
+    """An engine that can give device memory back while nothing runs."""
+
+    async def release_memory(self, tags: Sequence[str]) -> None:
+        """Free what `tags` of MEMORY_TAGS name. Raises ValueError for an unknown or already released tag, or while busy."""
+        ...
+
+    async def resume_memory(self, tags: Sequence[str]) -> None:
+        """Take it back; contents of "weights" are undefined until the next update. Raises ValueError for a tag not released."""
+        ...
+
+
+@runtime_checkable
+class DiskUpdatableEngine(Protocol):
+    """An engine that reads a directory of safetensors itself, in another process or on another device."""
+
+    async def update_weights_from_disk(self, directory: str, version: int) -> None:
+        """As `Engine.update_weights`, from files. Raises ValueError naming the tensor or file at fault; old weights stay."""
         ...

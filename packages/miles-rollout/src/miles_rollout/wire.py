@@ -94,7 +94,32 @@ class GenerateRequest(Wire, frozen=True, kw_only=True):
     sample_ids: tuple[int, ...] = ()
     """One id per completion, `n` in all; empty means 0..n-1."""
     return_prompt_logprobs: bool = False
+    return_routed_experts: bool = False
+    """Ask for `Completion.routed_experts`; a dense model has none and leaves it None."""
     schema: int = SCHEMA
+
+
+class RoutedExperts(Wire, frozen=True, kw_only=True):
+    """Which experts every token of a sequence went to: an array [num_tokens, num_layers, top_k], row-major, little-endian.
+
+    `num_tokens` is prompt plus completion minus one: the last sampled token was never fed to the model.
+    """
+
+    num_tokens: int
+    num_layers: int
+    """Layers that have experts."""
+    top_k: int
+    dtype: Literal["uint8", "uint16", "int32"] = "int32"
+    """The smallest that holds the expert ids, where the engine can choose."""
+    data: bytes = b""
+
+    def validate(self) -> None:
+        """Raise WireError unless `data` has as many bytes as the shape asks for."""
+        width = {"uint8": 1, "uint16": 2, "int32": 4}[self.dtype]
+        expected = self.num_tokens * self.num_layers * self.top_k * width
+        if len(self.data) != expected:
+            shape = (self.num_tokens, self.num_layers, self.top_k)
+            raise WireError(f"routed experts: {len(self.data)} bytes for shape {shape} of {self.dtype}, expected {expected}")
 
 
 class WeightSpan(Wire, frozen=True, kw_only=True):
@@ -121,6 +146,8 @@ class Completion(Wire, frozen=True, kw_only=True):
     matched_stop: int | str | None = None
     weight_spans: tuple[WeightSpan, ...] = ()
     """Offsets count from the first completion token."""
+    routed_experts: RoutedExperts | None = None
+    """Of prompt and completion, when `GenerateRequest.return_routed_experts` asked for it and the model has experts."""
 
 
 class GenerateResult(Wire, frozen=True, kw_only=True):
