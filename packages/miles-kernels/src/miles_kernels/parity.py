@@ -144,6 +144,10 @@ class SlotStore:
         k_pool[:, self.slots], v_pool[:, self.slots] = k.transpose(0, 1), v.transpose(0, 1)
         return k_pool, v_pool
 
+    def target(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's pools and the slots of the current step."""
+        return *self.pools[layer], self.slots
+
 
 def run_packed(model: Model, work: Workload, order: Sequence[int], *, per_forward: int, share_prompts: bool) -> Trace:
     """Training forwards (with autograd) of `per_forward` sequences each, in `order`; prompts once per group if shared."""

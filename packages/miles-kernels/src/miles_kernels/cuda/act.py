@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_kernels.cuda.launch import cdiv, direct
+from miles_kernels.cuda.launch import cdiv, direct, eager
 
 BLOCK = 1024
 
@@ -18,7 +18,20 @@ def swiglu(gate_up: Tensor) -> Tensor:
         raise ValueError(f"swiglu needs an even last dimension (gate then up), got shape {tuple(gate_up.shape)}")
     if direct(gate_up):
         return _forward(gate_up)
+    if eager(gate_up):
+        return _SwiGLU.apply(gate_up)
     return torch.ops.miles_cuda.swiglu(gate_up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return _forward(gate_up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _backward(ctx.saved_tensors[0], grad)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -46,6 +59,10 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     "miles_cuda::swiglu_backward", mutates_args=(), device_types="cuda", schema="(Tensor gate_up, Tensor grad) -> Tensor"
 )
 def _swiglu_backward(gate_up: Tensor, grad: Tensor) -> Tensor:
+    return _backward(gate_up, grad)
+
+
+def _backward(gate_up: Tensor, grad: Tensor) -> Tensor:
     from miles_kernels.cuda.act_kernels import swiglu_backward
 
     flat, g, inner = _flat(gate_up), _flat(grad), gate_up.shape[-1] // 2

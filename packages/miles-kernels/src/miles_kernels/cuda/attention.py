@@ -167,8 +167,12 @@ def backward(
     window: int | None = None,
     kv_tile: tuple[int, int, int, int] | None = None,
     q_tile: tuple[int, int, int, int] | None = None,
+    into: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) for `forward` over a packed batch. Tiles are (rows, keys, warps, stages); None chooses by head size."""
+    """(dq, dk, dv) for `forward` over a packed batch. Tiles are (rows, keys, warps, stages); None chooses by head size.
+
+    `into` gives the three tensors to write, strided but contiguous in their last dimension.
+    """
     import triton
 
     from miles_kernels.cuda.attention_grad_kernels import grad_kv, grad_q, row_delta
@@ -181,7 +185,7 @@ def backward(
     kv_heads, dim_v = k.shape[1], v.shape[2]
     group, num_seqs = heads // kv_heads, batch.kv_len.shape[0]
     delta = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = into or tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     sizes: dict[str, Any] = {"D": dim, "D_PAD": _next_power(dim), "DV": dim_v, "DV_PAD": _next_power(dim_v)}
     row_delta[(triton.cdiv(tokens * heads, 16),)](
         out, grad, delta, tokens * heads, out.stride(0), out.stride(1), grad.stride(0), grad.stride(1), heads,

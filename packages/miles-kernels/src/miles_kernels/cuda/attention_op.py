@@ -23,14 +23,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, batch: KVBatch, *, scale: float, 
     row the same bits. Raises ValueError for shapes that do not fit and for a gradient through pages.
     """
     if direct(q, k, v):
-        return _forward(q, k, v, batch, scale, window)[0]
+        return run(q, k, v, batch, scale, window)[0]
     out, _ = torch.ops.miles_cuda.attention(
         q, k, v, batch.cu_q, batch.kv_len, batch.kv_start, batch.table, batch.page_size, batch.max_q, batch.max_kv, scale, window
     )
     return out
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, batch: KVBatch, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
+def run(q: Tensor, k: Tensor, v: Tensor, batch: KVBatch, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
+    """(out, base-2 log-sum-exp) by the kernel the shape asks for, without autograd."""
     base.check(q, k, v, batch, window)
     group = q.shape[1] // k.shape[1]
     if batch.max_q * group >= WS_ROWS and attention_ws.unsupported(q, k, v, batch) is None:
@@ -54,7 +55,7 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, kv_len: Tensor, kv_start: Tensor, table: Tensor | None,
     page_size: int, max_q: int, max_kv: int, scale: float, window: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _forward(q, k, v, _batch((cu_q, kv_len, kv_start, table, page_size, max_q, max_kv)), scale, window)
+    return run(q, k, v, _batch((cu_q, kv_len, kv_start, table, page_size, max_q, max_kv)), scale, window)
 
 
 @torch.library.custom_op(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_kernels.cuda.launch import cdiv, direct
+from miles_kernels.cuda.launch import cdiv, direct, eager
 
 BLOCK = 1024
 
@@ -16,7 +16,21 @@ def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
     """Rows token_ids[T] of weight[V, H] as [T, H]. Backward sums in float32, in token order."""
     if direct(token_ids, weight):
         return weight.index_select(0, token_ids)
+    if eager(token_ids, weight):
+        return _Embedding.apply(token_ids, weight)
     return torch.ops.miles_cuda.embedding(token_ids, weight)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token_ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(token_ids)
+        ctx.rows = weight.shape[0]
+        return weight.index_select(0, token_ids)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, _backward(ctx.saved_tensors[0], grad, ctx.rows)
 
 
 @torch.library.custom_op(
@@ -33,6 +47,10 @@ def _embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
     schema="(Tensor token_ids, Tensor grad, SymInt rows) -> Tensor",
 )
 def _embedding_backward(token_ids: Tensor, grad: Tensor, rows: int) -> Tensor:
+    return _backward(token_ids, grad, rows)
+
+
+def _backward(token_ids: Tensor, grad: Tensor, rows: int) -> Tensor:
     from miles_kernels.cuda.act_kernels import embedding_backward
 
     tokens, width = grad.shape

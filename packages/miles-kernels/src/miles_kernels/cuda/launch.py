@@ -21,8 +21,13 @@ def direct(*tensors: Tensor) -> bool:
 
     A registered op costs tens of microseconds of Python per call, as much as a decode step's kernel.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if not eager(*tensors):
         return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+
+
+def eager(*tensors: Tensor) -> bool:
+    """Whether nothing traces or intercepts: then an autograd function serves, at a third of a registered op's cost."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     return all(type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)

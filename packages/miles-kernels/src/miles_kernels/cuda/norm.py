@@ -10,22 +10,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_kernels.cuda.launch import cdiv, direct, next_power_of_2
+from miles_kernels.cuda.launch import cdiv, direct, eager, next_power_of_2
 
-PART_ROWS = 64
-"""Rows whose weight gradients one program sums: fixed, so the fold of the partials never changes."""
+TILE = 4096
+"""Elements a program of the backward has in flight; short rows go several at a time."""
+SHARE = 32768
+"""Elements whose weight gradients one program sums, at least 16 rows: fixed, so the fold of the shares never changes."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`round(x / rms(x)) * weight` over the last dimension of x[..., H]; weight [H], or [heads, H] for x[..., heads, H]."""
     if direct(x, weight):
         return _forward(x, None, weight, eps)[0]
+    if eager(x, weight):
+        return _Norm.apply(x, weight, eps)
     return torch.ops.miles_cuda.rms_norm(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(s), s) of s = round(x + residual), both [..., H]: the residual stream and the next block's input in one pass."""
+    if direct(x, residual, weight):
+        return _add(x, residual, weight, eps)
+    if eager(x, residual, weight):
+        return _AddNorm.apply(x, residual, weight, eps)
     return torch.ops.miles_cuda.add_rms_norm(x, residual, weight, eps)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _forward(x, None, weight, eps)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        return *_backward(grad, None, x, weight, ctx.eps), None
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        out, total = _add(x, residual, weight, eps)
+        ctx.save_for_backward(total, weight)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return out, total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, extra: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        if grad is None:
+            return extra, extra, None, None
+        total, weight = ctx.saved_tensors
+        dx, dw = _backward(grad, extra, total, weight, ctx.eps)
+        return dx, dx, dw, None
+
+
+def _add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if weight.ndim != 1 or residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(f"add_rms_norm: x {tuple(x.shape)} {x.dtype}, residual {tuple(residual.shape)} {residual.dtype}")
+    out, total = _forward(x, residual, weight, eps)
+    assert total is not None
+    return out, total
 
 
 def _rows(x: Tensor, weight: Tensor) -> tuple[Tensor, int, int]:
@@ -80,11 +127,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     schema="(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
 )
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if weight.ndim != 1 or residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(f"add_rms_norm: x {tuple(x.shape)} {x.dtype}, residual {tuple(residual.shape)} {residual.dtype}")
-    out, total = _forward(x, residual, weight, eps)
-    assert total is not None
-    return out, total
+    return _add(x, residual, weight, eps)
 
 
 @torch.library.custom_op(
@@ -94,37 +137,33 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
     schema="(Tensor grad, Tensor? extra, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
 )
 def _rms_norm_backward(grad: Tensor, extra: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _backward(grad, extra, x, weight, eps)
+
+
+def _backward(grad: Tensor, extra: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(gradient of x, `extra` added before the rounding; gradient of the weight)."""
     from miles_kernels.cuda.norm_kernels import rms_backward, sum_parts
 
     flat, tokens, heads = _rows(x, weight)
     g, _, _ = _rows(grad, weight)
     width = x.shape[-1]
-    total_rows = tokens * heads
     pad = next_power_of_2(width)
-    rows = heads if heads > 1 and heads & (heads - 1) == 0 and heads * pad <= 8192 else 1
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     weight = weight.contiguous()
-    if rows == 1 and heads > 1:
-        # heads that are no power of two: their weight gradients one head at a time
-        dws = torch.empty_like(weight)
-        x_heads, g_heads, dx_heads = flat, g, dx.view(-1, heads, width)
-        for head in range(heads):
-            more = None if extra is None else extra.reshape(-1, heads, width)[:, head]
-            dx_heads[:, head], dws[head] = _rms_norm_backward(g_heads[:, head], more, x_heads[:, head], weight[head], eps)
-        return dx, dws
     dw = torch.zeros_like(weight)
     if not x.numel():
         return dx, dw
-    steps = PART_ROWS
-    parts = cdiv(total_rows, rows * steps)
-    part = torch.empty((parts, rows, width), dtype=torch.float32, device=x.device)
-    rms_backward[(parts,)](
-        flat, weight, g, flat if extra is None else extra.contiguous(), dx, part, total_rows, heads, eps,
+    # one program per block of tokens and head: a tile of rows of one head, its share of the weight gradient behind it
+    rows = max(1, min(32, TILE // pad))
+    steps = max(16, SHARE // pad) // rows
+    blocks = cdiv(tokens, rows * steps)
+    part = torch.empty((heads, blocks, width), dtype=torch.float32, device=x.device)
+    rms_backward[(blocks, heads)](
+        flat, weight, g, flat if extra is None else extra.contiguous(), dx, part, tokens, heads, eps,
         flat.stride(0), flat.stride(1), g.stride(0), g.stride(1),
-        H=width, H_PAD=pad, ROWS=rows, STEPS=steps, W=heads, HAS_EXTRA=extra is not None,
-        num_warps=4 if pad * rows <= 4096 else 8,
+        H=width, H_PAD=pad, ROWS=rows, STEPS=steps, HAS_EXTRA=extra is not None, num_warps=4 if pad <= 4096 else 8,
     )  # fmt: skip
-    sum_parts[(cdiv(width, 128), heads)](part, dw, parts, width, heads, BLOCK=128, num_warps=4)
+    sum_parts[(cdiv(width, 32), heads)](part, dw, blocks, width, ROWS=64, COLS=32, num_warps=4)
     return dx, dw
 
 

@@ -39,48 +39,50 @@ def rms_forward(
 
 @triton.jit
 def rms_backward(
-    x_ptr, weight_ptr, grad_ptr, extra_ptr, dx_ptr, part_ptr, rows, heads, eps, stride_xt, stride_xh, stride_gt, stride_gh,
-    H: tl.constexpr, H_PAD: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, W: tl.constexpr, HAS_EXTRA: tl.constexpr,
+    x_ptr, weight_ptr, grad_ptr, extra_ptr, dx_ptr, part_ptr, tokens, heads, eps, stride_xt, stride_xh, stride_gt, stride_gh,
+    H: tl.constexpr, H_PAD: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, HAS_EXTRA: tl.constexpr,
 ):  # fmt: skip
-    """dx of ROWS * STEPS consecutive rows and their partial dw [programs, W, H], rows ascending. ROWS is 1 or a multiple of W.
+    """dx of ROWS * STEPS consecutive tokens of one head and their share of dw, part[heads, blocks, H].
 
     `extra` is the gradient that reached x past the norm (the residual stream); it is added before the rounding.
     """
+    head = tl.program_id(1)
     col = tl.arange(0, H_PAD)
+    inside = (col < H)[None, :]
+    weight = tl.load(weight_ptr + head * H + col, mask=col < H, other=0.0).to(tl.float32)[None, :]
     dw = tl.zeros((ROWS, H_PAD), tl.float32)
     for step in range(STEPS):
-        row = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        token = (row // heads).to(tl.int64)
-        head = row % heads
-        mask = (row < rows)[:, None] & (col < H)[None, :]
+        token = ((tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (token < tokens)[:, None] & inside
         x = tl.load(x_ptr + (token * stride_xt + head * stride_xh)[:, None] + col[None, :], mask=mask, other=0.0)
         grad = tl.load(grad_ptr + (token * stride_gt + head * stride_gh)[:, None] + col[None, :], mask=mask, other=0.0)
-        weight = tl.load(weight_ptr + (row % W)[:, None] * H + col[None, :], mask=mask, other=0.0)
         wide = x.to(tl.float32)
         grad = grad.to(tl.float32)
         scale = 1.0 / tl.sqrt_rn(tl.sum(wide * wide, 1) / H + eps)
         normed = wide * scale[:, None]
         dw += grad * normed.to(x.dtype).to(tl.float32)
-        inner = grad * weight.to(tl.float32)
+        inner = grad * weight
         projection = tl.sum(inner * normed, 1) / H
         dx = (inner - normed * projection[:, None]) * scale[:, None]
-        place = row.to(tl.int64)[:, None] * H + col[None, :]
+        place = ((token * heads + head) * H)[:, None] + col[None, :]
         if HAS_EXTRA:
             dx += tl.load(extra_ptr + place, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    tl.store(part_ptr + place[:, None] * H + col[None, :], dw, mask=(col < H)[None, :])
+    at = part_ptr + (head * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * H + col
+    tl.store(at, tl.sum(dw, 0), mask=col < H)
 
 
 @triton.jit
-def sum_parts(part_ptr, out_ptr, parts, H, W, BLOCK: tl.constexpr):
-    """out[W, H] = sum over parts of part[parts, W, H], ascending."""
-    weight_row = tl.program_id(1)
-    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.range(0, parts, num_stages=4):
-        total += tl.load(part_ptr + (part.to(tl.int64) * W + weight_row) * H + col, mask=col < H, other=0.0)
-    tl.store(out_ptr + weight_row * H + col, total.to(out_ptr.dtype.element_ty), mask=col < H)
+def sum_parts(part_ptr, out_ptr, blocks, H, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """out[heads, H] = sum over blocks of part[heads, blocks, H]: ROWS lanes ascending, then the lanes."""
+    head = tl.program_id(1)
+    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for start in tl.range(0, blocks, ROWS, num_stages=3):
+        row = start + tl.arange(0, ROWS)
+        at = part_ptr + (head * blocks + row).to(tl.int64)[:, None] * H + col[None, :]
+        total += tl.load(at, mask=(row < blocks)[:, None] & (col < H)[None, :], other=0.0)
+    tl.store(out_ptr + head * H + col, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=col < H)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from miles_kernels.ops.linear import linear
 from miles_kernels.ops.logprob import LogprobOutput, linear_logprob
 from miles_kernels.ops.matmul import Mode
 from miles_kernels.ops.moe import moe_mlp
-from miles_kernels.ops.norm import rms_norm
+from miles_kernels.ops.norm import add_rms_norm, rms_norm
 from miles_kernels.ops.rope import INITIAL_POSITIONS, RopeTable, apply_rope
 from miles_kernels.ops.router import router
 
@@ -36,6 +36,10 @@ class KVStore(Protocol):
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Take this forward's keys and values [T, Hkv, D] of one layer; return the pools [Hkv, N, D] that `plan` indexes."""
+        ...
+
+    def target(self, layer: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Where the kernels for CUDA write them themselves: pools [Hkv, N, D] and slots int64 [T]; None: they are the pools."""
         ...
 
 
@@ -51,6 +55,10 @@ class PackedKV:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values themselves as pools."""
         return k.transpose(0, 1), v.transpose(0, 1)
+
+    def target(self, layer: int) -> None:
+        """Nowhere else."""
+        return None
 
 
 class DecoderLayer(nn.Module):
@@ -85,16 +93,32 @@ class DecoderLayer(nn.Module):
             self.down_proj = _parameter(hidden, inner)
             self.down_bias = _parameter(hidden) if config.mlp_bias else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv: KVStore, routed: dict[int, Tensor] | None = None) -> Tensor:
-        """x [T, hidden] -> [T, hidden]."""
+    def forward(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        kv: KVStore,
+        routed: dict[int, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Residual stream and what the block before adds to it (None: nothing) -> the same for this block, [T, hidden] each."""
         eps = self.config.rms_norm_eps
-        x = x + self._attend(rms_norm(x, self.input_norm, eps), cos, sin, kv)
-        return x + self._feed_forward(rms_norm(x, self.post_norm, eps), routed)
+        if delta is None:
+            h = rms_norm(x, self.input_norm, eps)
+        else:
+            h, x = add_rms_norm(delta, x, self.input_norm, eps)
+        h, x = add_rms_norm(self._attend(h, cos, sin, kv), x, self.post_norm, eps)
+        return x, self._feed_forward(h, routed)
 
     def _attend(self, x: Tensor, cos: Tensor, sin: Tensor, kv: KVStore) -> Tensor:
         config, mode = self.config, self.mode
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        qkv = linear(x, self.qkv_proj, self.qkv_bias, mode=mode).view(-1, heads + 2 * kv_heads, config.head_dim)
+        qkv = linear(x, self.qkv_proj, self.qkv_bias, mode=mode)
+        if qkv.is_cuda:
+            out = self._attend_fused(qkv, cos, sin, kv)
+            return linear(out.view(out.shape[0], -1), self.o_proj, self.o_bias, mode=mode)
+        qkv = qkv.view(-1, heads + 2 * kv_heads, config.head_dim)
         qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
         if self.qk_norm is not None:
             weight = self.qk_norm.view(2, -1).index_select(0, self.head_kinds)
@@ -103,6 +127,18 @@ class DecoderLayer(nn.Module):
         k_pool, v_pool = kv.update(self.index, k, v)
         out = attention(q, k_pool, v_pool, kv.plan, scale=self.scale, window=self.window, mode=mode)
         return linear(out.reshape(out.shape[0], -1), self.o_proj, self.o_bias, mode=mode)
+
+    def _attend_fused(self, qkv: Tensor, cos: Tensor, sin: Tensor, kv: KVStore) -> Tensor:
+        """Head norms, rotation, the write to the cache and attention [T, H, D] on CUDA."""
+        from miles_kernels.cuda.attention import KVBatch
+        from miles_kernels.cuda.qkv import Heads, attention_of
+
+        config, plan = self.config, kv.plan
+        if not isinstance(plan, KVBatch):
+            raise ValueError(f"attention on CUDA reads a KVBatch (KVBatch.packed or .paged), not {type(plan).__name__}")
+        sizes = Heads(config.num_attention_heads, config.num_key_value_heads, self.scale, self.window, config.rms_norm_eps)
+        norm = None if self.qk_norm is None else self.qk_norm.view(2, -1)
+        return attention_of(qkv, norm, cos, sin, plan, sizes, kv.target(self.index))
 
     def _feed_forward(self, x: Tensor, routed: dict[int, Tensor] | None) -> Tensor:
         mode = self.mode
@@ -160,12 +196,13 @@ class Decoder(nn.Module):
 
         With `routed`, the expert ids [T, k] each token was sent to are stored under the layer's index.
         """
-        x = embedding(token_ids, self.embed_tokens)
+        x, delta = embedding(token_ids, self.embed_tokens), None
         cos, sin = self._rope.rows(positions)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            x = checkpoint(layer, x, cos, sin, kv, routed, use_reentrant=False) if recompute else layer(x, cos, sin, kv, routed)
-        return rms_norm(x, self.norm, self.config.rms_norm_eps)
+            inputs = (x, delta, cos, sin, kv, routed)
+            x, delta = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
+        return add_rms_norm(delta, x, self.norm, self.config.rms_norm_eps)[0]
 
     def rope_tables(self, last: int) -> tuple[Tensor, Tensor]:
         """`(cos, sin)` float32 [P, 1, D] by absolute position, with P > `last`; sin carries the sign of rotate-half."""

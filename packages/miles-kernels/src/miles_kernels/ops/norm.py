@@ -26,6 +26,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _forward(x, weight, eps)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(s), s) of s = x + residual, rounded to their dtype: the next block's input and the residual stream."""
+    if x.is_cuda:
+        from miles_kernels.cuda.norm import add_rms_norm as on_cuda
+
+        return on_cuda(x, residual, weight, eps)
+    total = residual + x
+    return rms_norm(total, weight, eps), total
+
+
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt((x * x).mean(-1, keepdim=True).add_(eps))
 

@@ -55,6 +55,10 @@ class PagedKV:
         v_pool.transpose(0, 1).index_copy_(0, self._slots, v)
         return k_pool, v_pool
 
+    def target(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(key pool, value pool, slots of this pass) of a layer, for kernels that store while they compute."""
+        return *self._layers[layer], self._slots
+
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` slots of a page, all layers."""
         source, target = source * self.page_size, target * self.page_size

@@ -1,0 +1,142 @@
+"""Triton kernels between the fused projection and attention: head norms, rotation, the write to the cache, and their gradient.
+
+Legend: T = tokens, H, Hkv = query and key/value heads, D = head size. A row of qkv[T, H + 2 Hkv, D] is q, k, v heads in order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def inverse_rms(low, high, eps, D: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr):
+    """1 / rms of rows given as two halves, summed in the order of `norm_kernels.rms_forward`."""
+    both = tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (ROWS, 2 * HALF))
+    return 1.0 / tl.sqrt_rn(tl.sum(both * both, 1) / D + eps)
+
+
+@triton.jit
+def turn_forward(
+    qkv_ptr, cos_ptr, sin_ptr, weight_ptr, turned_ptr, k_ptr, v_ptr, slot_ptr, rows, heads, kv_heads, moved, eps,
+    stride_t, stride_ct, stride_ot, stride_kn, stride_kh, stride_vn, stride_vh,
+    D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """Head norm (weight[2, D]: queries, keys) and rotation of the first `moved` heads of each token.
+
+    Without STORE queries and keys go to turned[T, H + Hkv, D]. With it only queries do; keys and, as they are, values go to
+    row slot[T] of the pools.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = (row // moved).to(tl.int64)
+    head = row % moved
+    col = tl.arange(0, HALF)
+    mask = (row < rows)[:, None] & (col < D // 2)[None, :]
+    at = qkv_ptr + (token * stride_t + head * D)[:, None] + col[None, :]
+    low = tl.load(at, mask=mask, other=0.0)
+    high = tl.load(at + D // 2, mask=mask, other=0.0)
+    raw_low = low
+    raw_high = high
+    dtype = low.dtype
+    if NORM:
+        w_at = weight_ptr + tl.where(head < heads, 0, D)[:, None] + col[None, :]
+        w_low = tl.load(w_at, mask=mask, other=0.0).to(tl.float32)
+        w_high = tl.load(w_at + D // 2, mask=mask, other=0.0).to(tl.float32)
+        low_wide = low.to(tl.float32)
+        high_wide = high.to(tl.float32)
+        scale = inverse_rms(low_wide, high_wide, eps, D, ROWS, HALF)
+        low = ((low_wide * scale[:, None]).to(dtype).to(tl.float32) * w_low).to(dtype)
+        high = ((high_wide * scale[:, None]).to(dtype).to(tl.float32) * w_high).to(dtype)
+    low = low.to(tl.float32)
+    high = high.to(tl.float32)
+    cos = tl.load(cos_ptr + (token * stride_ct)[:, None] + col[None, :], mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + (token * stride_ct)[:, None] + (col + D // 2)[None, :], mask=mask, other=0.0)
+    new_low = tl.fma(low, cos, -(high * sin)).to(dtype)
+    new_high = tl.fma(high, cos, low * sin).to(dtype)
+    if STORE:
+        is_q = head < heads
+        is_k = (head >= heads) & (head < heads + kv_heads)
+        is_v = head >= heads + kv_heads
+        q_at = turned_ptr + (token * stride_ot + head * D)[:, None] + col[None, :]
+        tl.store(q_at, new_low, mask=mask & is_q[:, None])
+        tl.store(q_at + D // 2, new_high, mask=mask & is_q[:, None])
+        slot = tl.load(slot_ptr + token, mask=row < rows, other=0)
+        k_at = k_ptr + (slot * stride_kn + (head - heads) * stride_kh)[:, None] + col[None, :]
+        tl.store(k_at, new_low, mask=mask & is_k[:, None])
+        tl.store(k_at + D // 2, new_high, mask=mask & is_k[:, None])
+        v_at = v_ptr + (slot * stride_vn + (head - heads - kv_heads) * stride_vh)[:, None] + col[None, :]
+        tl.store(v_at, raw_low, mask=mask & is_v[:, None])
+        tl.store(v_at + D // 2, raw_high, mask=mask & is_v[:, None])
+    else:
+        out_at = turned_ptr + (token * stride_ot + head * D)[:, None] + col[None, :]
+        tl.store(out_at, new_low, mask=mask)
+        tl.store(out_at + D // 2, new_high, mask=mask)
+
+
+@triton.jit
+def turn_backward(
+    grad_ptr, qkv_ptr, cos_ptr, sin_ptr, weight_ptr, part_ptr, tokens, heads, eps, stride_t, stride_ct,
+    D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """In place on grad[T, H + 2 Hkv, D]: gradients of turned queries and keys become those of qkv.
+
+    One program takes ROWS * STEPS tokens of one head; part[head, block, D] is its share of the weight gradient.
+    """
+    head = tl.program_id(1)
+    col = tl.arange(0, HALF)
+    inside = (col < D // 2)[None, :]
+    if NORM:
+        w_at = weight_ptr + tl.where(head < heads, 0, D) + col
+        w_low = tl.load(w_at, mask=col < D // 2, other=0.0).to(tl.float32)[None, :]
+        w_high = tl.load(w_at + D // 2, mask=col < D // 2, other=0.0).to(tl.float32)[None, :]
+    sum_low = tl.zeros((ROWS, HALF), tl.float32)
+    sum_high = tl.zeros((ROWS, HALF), tl.float32)
+    for step in range(STEPS):
+        token = ((tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (token < tokens)[:, None] & inside
+        place = (token * stride_t + head * D)[:, None] + col[None, :]
+        g_low = tl.load(grad_ptr + place, mask=mask, other=0.0)
+        g_high = tl.load(grad_ptr + place + D // 2, mask=mask, other=0.0)
+        dtype = g_low.dtype
+        cos = tl.load(cos_ptr + (token * stride_ct)[:, None] + col[None, :], mask=mask, other=0.0)
+        sin = tl.load(sin_ptr + (token * stride_ct)[:, None] + (col + D // 2)[None, :], mask=mask, other=0.0)
+        g_low = g_low.to(tl.float32)
+        g_high = g_high.to(tl.float32)
+        d_low = tl.fma(g_low, cos, g_high * sin).to(dtype)
+        d_high = tl.fma(g_high, cos, -(g_low * sin)).to(dtype)
+        if NORM:
+            x_low = tl.load(qkv_ptr + place, mask=mask, other=0.0).to(tl.float32)
+            x_high = tl.load(qkv_ptr + place + D // 2, mask=mask, other=0.0).to(tl.float32)
+            scale = inverse_rms(x_low, x_high, eps, D, ROWS, HALF)[:, None]
+            n_low = x_low * scale
+            n_high = x_high * scale
+            r_low = d_low.to(tl.float32)
+            r_high = d_high.to(tl.float32)
+            sum_low += r_low * n_low.to(dtype).to(tl.float32)
+            sum_high += r_high * n_high.to(dtype).to(tl.float32)
+            r_low *= w_low
+            r_high *= w_high
+            inner = (tl.sum(r_low * n_low, 1) + tl.sum(r_high * n_high, 1)) / D
+            d_low = ((r_low - n_low * inner[:, None]) * scale).to(dtype)
+            d_high = ((r_high - n_high * inner[:, None]) * scale).to(dtype)
+        tl.store(grad_ptr + place, d_low, mask=mask)
+        tl.store(grad_ptr + place + D // 2, d_high, mask=mask)
+    if NORM:
+        base = (head * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * D
+        tl.store(part_ptr + base + col, tl.sum(sum_low, 0), mask=col < D // 2)
+        tl.store(part_ptr + base + D // 2 + col, tl.sum(sum_high, 0), mask=col < D // 2)
+
+
+@triton.jit
+def sum_kinds(part_ptr, out_ptr, blocks, heads, kv_heads, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """out[2, D]: the shares of all query heads, then those of all key heads, each summed in one fixed order."""
+    kind = tl.program_id(1)
+    first = tl.where(kind == 0, 0, heads) * blocks
+    count = tl.where(kind == 0, heads, kv_heads) * blocks
+    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for start in tl.range(0, count, ROWS, num_stages=3):
+        row = start + tl.arange(0, ROWS)
+        at = part_ptr + (first + row).to(tl.int64)[:, None] * D + col[None, :]
+        total += tl.load(at, mask=(row < count)[:, None] & (col < D)[None, :], other=0.0)
+    tl.store(out_ptr + kind * D + col, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=col < D)
