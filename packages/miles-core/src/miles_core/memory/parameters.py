@@ -1,0 +1,57 @@
+"""How many weights a decoder has, group by group; exact, and compared with the module on the meta device in the tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from miles_kernels.nn.config import DecoderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Numbers of weights. Example: count_parameters(find_shape("qwen3-8b")).total == 8_190_735_360"""
+
+    embedding: int
+    """The token embedding."""
+    head: int
+    """The output projection; 0 when it is the embedding."""
+    dense: int
+    """Attention, dense feed-forward, routers and norms of all layers, and the final norm."""
+    experts: int
+    """Experts of all layers."""
+    largest_layer: int
+    """The layer with the most weights, its experts included: what one gather of a sharded model brings in."""
+    largest_layer_experts: int
+    """The experts' part of `largest_layer`."""
+
+    @property
+    def total(self) -> int:
+        """All weights."""
+        return self.embedding + self.head + self.dense + self.experts
+
+
+def count_parameters(shape: DecoderConfig) -> Parameters:
+    """Count the weights of `shape`, norms and biases included."""
+    layers = [_layer(shape, index) for index in range(shape.num_hidden_layers)]
+    matrix = shape.vocab_size * shape.hidden_size
+    dense, experts = max(layers, key=sum)
+    return Parameters(
+        embedding=matrix,
+        head=0 if shape.tie_word_embeddings else matrix,
+        dense=sum(dense for dense, _ in layers) + shape.hidden_size,
+        experts=sum(experts for _, experts in layers),
+        largest_layer=dense + experts,
+        largest_layer_experts=experts,
+    )
+
+
+def _layer(shape: DecoderConfig, index: int) -> tuple[int, int]:
+    """(weights outside the experts, weights of the experts) of one layer."""
+    hidden, dim = shape.hidden_size, shape.head_dim
+    queries, projected = shape.num_attention_heads * dim, (shape.num_attention_heads + 2 * shape.num_key_value_heads) * dim
+    dense = hidden * (projected + queries) + 2 * hidden
+    dense += projected * shape.attention_bias + hidden * shape.output_bias + 2 * dim * shape.qk_norm
+    if shape.is_moe_layer(index):
+        return dense + shape.num_experts * hidden, shape.num_experts * 3 * hidden * shape.moe_intermediate_size
+    inner = shape.intermediate_size
+    return dense + 3 * hidden * inner + (2 * inner + hidden) * shape.mlp_bias, 0
