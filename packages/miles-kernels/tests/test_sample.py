@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from miles_kernels.ops.logprob import logprob_from_logits
-from miles_kernels.ops.sample import keyed_gumbel, sample
+from miles_kernels.ops.sample import BLOCK, keyed_block_gumbel, keyed_gumbel, sample
 
 pytestmark = pytest.mark.usefixtures("formulation")
 
@@ -61,6 +61,52 @@ def test_draws_along_positions_and_seeds_follow_the_softmax():
     for seed, ids, positions in ((3, zero, axis), (axis, zero, zero), (axis, axis, axis)):
         token = sample(many, seed=seed, sample_id=ids, position=positions).token
         assert chi_square(torch.bincount(token, minlength=20), p * n) > 1e-4
+
+
+@pytest.mark.parametrize("spread", [0.0, 2.0])
+def test_draws_over_many_blocks_follow_the_softmax(spread):
+    """Ragged last block; blocks of very unequal mass; joint shares of (block, token of a block) against their product."""
+    torch.manual_seed(9)
+    vocab, n = 3 * BLOCK + 19, 60_000
+    logits = torch.randn(vocab) * spread
+    logits[BLOCK : 2 * BLOCK] -= 2.0
+    token = torch.cat([draw(logits.expand(n // 10, vocab), seed=21, position=t).token for t in range(10)])
+    p = torch.softmax(logits.double(), 0)
+    assert chi_square(torch.bincount(token, minlength=vocab), p * n) > 1e-4
+    block = torch.arange(vocab) // BLOCK
+    share = torch.zeros(4, dtype=torch.float64).index_add_(0, block, p)
+    assert chi_square(torch.bincount(token // BLOCK, minlength=4), share * n) > 1e-4
+    even = torch.full((4,), 0.25, dtype=torch.float64)
+    assert chi_square(torch.bincount(token // BLOCK, minlength=4), even * n) < 1e-6  # the test can tell
+
+
+def test_a_draw_is_the_best_block_and_the_best_token_of_it():
+    """Independent oracle: float64, one block at a time."""
+    torch.manual_seed(10)
+    for vocab, spread in ((BLOCK, 1.0), (1000, 0.0), (5003, 3.0)):
+        logits, heat = torch.randn(40, vocab) * spread, 0.7
+        token = draw(logits, seed=4, position=6, temperature=heat).token.tolist()
+        ids, position = torch.arange(40), torch.full((40,), 6)
+        outer = keyed_block_gumbel(4, ids, position, -(-vocab // BLOCK)).double()
+        inner = keyed_gumbel(4, ids, position, vocab).double()
+        parts = (logits.double() / heat).split(BLOCK, 1)
+        best = (torch.stack([part.logsumexp(1) for part in parts], 1) + outer).argmax(1)
+        want = [int((parts[b][r] + inner[r].split(BLOCK)[b]).argmax()) + b * BLOCK for r, b in enumerate(best.tolist())]
+        assert token == want
+        flat = (logits.double() / heat + inner).argmax(1).tolist()  # one noise per token draws otherwise: the control
+        assert vocab <= BLOCK or token != flat
+
+
+def test_blocks_have_noise_of_their_own():
+    n = 20_000
+    ids, zero = torch.arange(n), torch.zeros(n, dtype=torch.int64)
+    outer = torch.exp(-torch.exp(-keyed_block_gumbel(7, ids, zero, 64).double())) - 0.5
+    inner = torch.exp(-torch.exp(-keyed_gumbel(7, ids, zero, 64).double())) - 0.5
+    correlation = (outer.t() @ inner).abs().max() * 12 / n
+    assert correlation < 6 / math.sqrt(n)
+    assert (outer.t() @ outer).diagonal().min() * 12 / n > 0.9  # the test can tell
+    counts = torch.histc(outer + 0.5, bins=500, min=0, max=1)
+    assert chi_square(counts, torch.full((500,), outer.numel() / 500)) > 1e-4
 
 
 def test_noise_is_uniform_under_its_own_distribution_function():

@@ -46,7 +46,7 @@ def _reference_ops() -> dict[str, OpContract]:
         "moe_combine": _reference("weight after down projection;slot order;one rounding"),
         "embedding": _reference("row copy"),
         "logprob": _reference(f"divide by temperature;online lse over ascending chunks of {VOCAB_CHUNK}"),
-        "sample": _reference("gumbel from (seed, sample id, position, vocab id)"),
+        "sample": _reference("gumbel from (seed, sample id, position, id): a block of 128 ids by its mass, then an id of it"),
     }
 
 

@@ -26,10 +26,15 @@ def on_grid(x):
 
 
 @triton.jit
+def exponent_of(top, c):
+    """r of a block whose largest logit is `top`, an integer as float32."""
+    return tl.ceil(tl.maximum(top, LOWEST) * c)
+
+
+@triton.jit
 def block_stats(z, c, ENTROPY: tl.constexpr):
     """(r, sum p, -sum p log2 p) of z[rows, BLOCK]: float32 integer-valued, then uint32 in int32."""
-    top = tl.maximum(tl.max(z, 1), LOWEST) * c
-    r = tl.ceil(top)
+    r = exponent_of(tl.max(z, 1), c)
     t = tl.fma(z, tl.broadcast_to(c[:, None], z.shape), tl.broadcast_to(-r[:, None], z.shape))
     p = tl.exp2(t)
     total = tl.sum(on_grid(p), 1)
@@ -171,6 +176,18 @@ def stats_from_logits(
     store_stats(r_out, total_out, weighted_out, r, total, weighted, rows, block, M, tl.cdiv(V, BLOCK), ENTROPY)
 
 
+@triton.jit
+def shift_to(top, r):
+    """By how many bits a block's sums move right when added to those of the block with the row's largest r; int64."""
+    return tl.minimum(top.to(tl.int64) - r.to(tl.int64), MAX_SHIFT)
+
+
+@triton.jit
+def logprob_of(z, c, top, log_mass):
+    """Natural log-probability, float32, of a token with logit z in a row whose sum of 2^(c z - top) has this logarithm."""
+    return ((z.to(tl.float64) * c.to(tl.float64) - top.to(tl.float64)) * 0.6931471805599453 - log_mass).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["M"])
 def finish(
     inverse_temperature,
@@ -202,7 +219,7 @@ def finish(
         mask = ((start + blocks) < num_blocks)[:, None] & keep[None, :]
         where = (start + blocks).to(tl.int64)[:, None] * M + rows[None, :]
         r = tl.load(r_in + where, mask=mask, other=-2147483647)
-        down = tl.minimum(top.to(tl.int64)[None, :] - r.to(tl.int64), MAX_SHIFT)
+        down = shift_to(top[None, :], r)
         part = tl.load(total_in + where, mask=mask, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
         total += tl.sum((part << 20) >> down, 0)
         if ENTROPY:
@@ -214,8 +231,7 @@ def finish(
     ln2 = 0.6931471805599453
     c = tl.load(inverse_temperature + rows, mask=keep, other=1.0) * 1.4426950408889634
     z = tl.load(target_logit + rows, mask=keep, other=0.0)
-    exponent = z.to(tl.float64) * c.to(tl.float64) - top.to(tl.float64)
-    tl.store(logprob_out + rows, (exponent * ln2 - log_mass).to(tl.float32), mask=keep)
+    tl.store(logprob_out + rows, logprob_of(z, c, top, log_mass), mask=keep)
     tl.store(normaliser_out + rows, (top.to(tl.float64) + log_mass / ln2).to(tl.float32), mask=keep)
     if ENTROPY:
         spread = weighted.to(tl.float64) * scale

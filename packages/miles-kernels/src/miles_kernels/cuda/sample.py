@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 1024
-STEPS = 8
+from miles_kernels.cuda.launch import next_power_of_2
+from miles_kernels.cuda.logprob import BLOCK
 
 
 class Drawn(NamedTuple):
@@ -18,6 +18,14 @@ class Drawn(NamedTuple):
     logprob: Tensor
 
 
+class Launch(NamedTuple):
+    """How the pass over the logits is cut; changes no bits."""
+
+    blocks: int = 16
+    steps: int = 2
+    warps: int = 4
+
+
 def draw(
     logits: Tensor,
     *,
@@ -25,57 +33,43 @@ def draw(
     sample_id: Tensor,
     position: Tensor,
     temperature: Tensor | float = 1.0,
-    exact_noise: bool = False,
-    block: int = BLOCK,
-    steps: int = STEPS,
-    num_warps: int = 4,
-    stages: int = 1,
+    launch: Launch | None = None,
 ) -> Drawn:
     """Draw one token per row of logits[B, V] (fp32 or bf16); unfiltered. Temperature 0 is greedy, stated at temperature 1.
 
-    `exact_noise` computes every token's noise in full: the same tokens, slower; the check of the pruned pass.
+    `seed` and `temperature` are numbers or tensors [B] on the device of the logits. No synchronisation, two kernels.
     """
-    import triton
+    from miles_kernels.cuda import sample_kernels
 
-    from miles_kernels.cuda.logprob_kernels import finish
-    from miles_kernels.cuda.sample_kernels import draw as draw_kernel
-    from miles_kernels.cuda.sample_kernels import pick
-
-    if logits.ndim != 2 or logits.stride(1) != 1 or sample_id.shape != logits.shape[:1] or position.shape != logits.shape[:1]:
+    rows, vocab = logits.shape if logits.ndim == 2 else (0, 0)
+    if logits.ndim != 2 or vocab == 0 or logits.stride(1) != 1 or sample_id.shape != (rows,) or position.shape != (rows,):
         raise ValueError(
             f"draw needs logits [B, V] with contiguous rows and sample_id, position [B]; got {tuple(logits.shape)}, "
             f"{tuple(sample_id.shape)}, {tuple(position.shape)}"
         )
-    rows, vocab = logits.shape
-    device = logits.device
-    token = torch.empty(rows, dtype=torch.int64, device=device)
-    logprob = torch.empty(rows, dtype=torch.float32, device=device)
+    token = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    logprob = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows == 0:
         return Drawn(token, logprob)
-    warm = _per_row(temperature, torch.float32, rows, device)
-    greedy = warm == 0
-    inverse = torch.where(greedy, 1.0, 1.0 / warm)
-    seed = _per_row(seed, torch.int64, rows, device)
-    spans, blocks = triton.cdiv(vocab, block * steps), triton.cdiv(vocab, 128)
-    best = torch.empty((2, rows, spans), dtype=torch.float32, device=device)
-    ids = torch.empty((rows, spans), dtype=torch.int32, device=device)
-    stats = torch.empty((2, blocks, rows), dtype=torch.int32, device=device)
-    target = torch.empty((2, rows), dtype=torch.float32, device=device)
-    draw_kernel[(rows, spans)](
-        logits, inverse, greedy.to(torch.int32), seed, sample_id, position, best[0], ids, best[1], stats[0], stats[1],
-        rows, vocab, logits.stride(0), spans, BLOCK=block, STEPS=steps, EXACT=exact_noise, STAGES=stages, num_warps=num_warps,
+    warm, heat = _per_row(temperature, torch.float32, logits)
+    several, key = _per_row(seed, torch.int64, logits)
+    blocks = -(-vocab // BLOCK)
+    sums = torch.empty((2, rows, blocks), dtype=torch.int32, device=logits.device)
+    top, total = sums[0].view(torch.float32), sums[1]
+    cut = launch or Launch()
+    sample_kernels.block_sums[(-(-blocks // (cut.blocks * cut.steps)), rows)](
+        logits, heat, top, total, vocab, blocks, logits.stride(0),
+        WARM=warm, BLOCKS=cut.blocks, STEPS=cut.steps, num_warps=cut.warps,
     )  # fmt: skip
-    pick[(rows,)](best[0], ids, best[1], token, target, vocab, spans, SPANS=max(2, triton.next_power_of_2(spans)), num_warps=1)
-    finish[(rows,)](
-        inverse, target, stats[0], stats[1], stats[1], logprob, logprob, target[1], rows, blocks,
-        CHUNK=256, ROWS=1, ENTROPY=False, num_warps=4,
+    sample_kernels.draw_token[(rows,)](
+        logits, heat, key, sample_id.contiguous(), position.contiguous(), top, total, token, logprob, vocab, blocks,
+        logits.stride(0), WARM=warm, SEEDS=several, BLOCKS=max(128, next_power_of_2(blocks)), num_warps=8,
     )  # fmt: skip
-    logprob = torch.where(token < 0, torch.nan, logprob)
     return Drawn(token, logprob)
 
 
-def _per_row(value: Tensor | float, dtype: torch.dtype, rows: int, device: torch.device) -> Tensor:
-    """A number or a tensor as [rows] on the device; no copy from the host, so that a graph can capture it."""
-    if isinstance(value, Tensor) and value.device == device:
-        return value.to(dtype).expand(rows).contiguous()
-    return torch.full((rows,), value.item() if isinstance(value, Tensor) else value, dtype=dtype, device=device)
+def _per_row(value: Tensor | float, dtype: torch.dtype, logits: Tensor) -> tuple[bool, Tensor | float]:
+    """(whether there is one per row, a number or a tensor [B]); no copy from the host where a graph could capture it."""
+    if not isinstance(value, Tensor):
+        return False, value
+    return True, value.to(logits.device, dtype).expand(logits.shape[0]).contiguous()

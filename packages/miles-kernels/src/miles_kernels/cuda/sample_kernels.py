@@ -1,11 +1,11 @@
-"""Keyed Gumbel sampling in one pass over the logits: the token, and the statistics its log-probability is made of.
+"""Keyed sampling in one pass over the logits: sums per block of 128 tokens, then one draw per row.
 
-Legend: B = rows, V = vocabulary. The noise is that of `miles_kernels.ops.sample`: the same hash of (seed, sample id, position,
-token id), so both draw the same token unless the two best scores agree to the last bits of a float32 logarithm.
+Legend: B = rows, V = vocabulary, N = blocks of 128 tokens. The draw is that of `miles_kernels.ops.sample`: first a block, by its
+mass and the block's noise, then a token of it, by its logit and the token's noise. Noise is the same hash of (seed, sample id,
+position, id), so both draw the same token unless the two best scores agree to the last bits of a float32 logarithm.
 
-Computing two logarithms per token would cost more than reading the logits. The noise -log(-log1p(-v)) never exceeds -log(v), so
-a token can beat a known score S only if v <= exp(z / T - S), one product and one comparison; only those few are computed in full.
-The log-probability uses the order-independent block statistics of `logprob_kernels`, bit for bit those of a trainer.
+So the pass computes what a log-probability needs and nothing else; noise is made for one row of blocks and one block of tokens.
+The sums are the order-independent ones of `logprob_kernels`, and the log-probability has the bits of a trainer's.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from miles_kernels.cuda.logprob_kernels import GRID, LOWEST
+from miles_kernels.cuda.logprob_kernels import GRID, exponent_of, logprob_of, shift_to
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 NONE = tl.constexpr(0x7FFFFFFF)
 TOP_BIT = tl.constexpr(-2147483648)
+WIDTH = tl.constexpr(128)
+"""Tokens of a block: `logprob.BLOCK` and `ops.sample.BLOCK`."""
 
 
 @triton.jit
@@ -44,148 +47,101 @@ def row_keys(seed, sample_id, position):
 
 
 @triton.jit
-def noise_bits(token, key_low, key_high):
-    """32 random bits of each int32 token id, as uint32."""
-    x = token.to(tl.uint32) * 2654435761 + 320440879
+def gumbel(ids, key_low, key_high):
+    """Standard Gumbel noise of int32 ids under a row's keys: hash and roundings of `ops.sample`."""
+    x = ids.to(tl.uint32) * 2654435761 + 320440879
     x = (x ^ (x >> 16)) ^ key_low.to(tl.uint32)
     x = x * 2246822507
-    # (y + key) * c as y * c + key * c: one multiply-add instead of two instructions
-    x = (x ^ (x >> 15)) * 3266489909 + key_high.to(tl.uint32) * 3266489909
+    x = (x ^ (x >> 15)) + key_high.to(tl.uint32)
+    x = x * 3266489909
     x = (x ^ (x >> 13)) * 668265263
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def gumbel(bits):
-    """Standard Gumbel noise of 32 random bits, in the roundings of `ops.sample`."""
-    minus_v = tl.maximum((bits.to(tl.float32) + 0.5) * -2.3283064365386963e-10, -0.999999940395355224609375)
+    x = x ^ (x >> 16)
+    minus_v = tl.maximum((x.to(tl.float32) + 0.5) * -2.3283064365386963e-10, -0.999999940395355224609375)
     return -libdevice.log(tl.abs(libdevice.log1p(minus_v)))
 
 
 @triton.jit
-def largest(x):
-    return tl.max(tl.max(x, 1), 0)
+def larger(a, b):
+    """Maximum that a NaN survives."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def smallest(x):
-    return tl.min(tl.min(x, 1), 0)
+def inverse_temperature(temperature, row, WARM: tl.constexpr):
+    """(1 / temperature rounded once, whether the row is greedy); greedy rows count as temperature 1."""
+    heat = tl.load(temperature + row) if WARM else temperature
+    greedy = heat == 0.0
+    return tl.div_rn(1.0, tl.where(greedy, 1.0, heat)), greedy
 
 
 @triton.jit
-def block_parts(z, c):
-    """(r, sum p on the grid, p) of z[rows, 128]: `logprob_kernels.block_stats`, bit for bit, with p itself."""
-    r = tl.ceil(tl.maximum(tl.max(z, 1), LOWEST) * c)
-    p = tl.exp2(tl.fma(z, tl.broadcast_to(c, z.shape), tl.broadcast_to(-r[:, None], z.shape)))
-    # the sum of `on_grid(p)`: its constant is subtracted once per row; 128 times 0x4B000000 is 2^31 modulo 2^32
-    total = tl.sum(tl.fma(p, GRID, GRID).to(tl.int32, bitcast=True), 1) ^ TOP_BIT
-    return r, total, p
+def first_largest(score, ids):
+    """(largest score, lowest id that has it)."""
+    best = tl.max(score, 0)
+    return best, tl.min(tl.where(score == best, ids, NONE), 0)
 
 
-@triton.jit
-def exact_span(base, span, inverse, key_low, key_high, V, BLOCK: tl.constexpr, STEPS: tl.constexpr, NOISE: tl.constexpr):
-    """Best (score, token, logit) of a span with every token's noise in full; without noise (greedy) when NOISE is off."""
-    best = float("-inf")
-    best_id = V
-    best_z = 0.0
-    lane = tl.arange(0, BLOCK // 128)[:, None] * 128 + tl.arange(0, 128)[None, :]
-    for step in range(STEPS):
-        token = (span * STEPS + step) * BLOCK + lane
-        z = tl.load(base + token, mask=token < V, other=float("-inf")).to(tl.float32)
-        score = z
-        if NOISE:
-            score = tl.where(token < V, z * inverse + gumbel(noise_bits(token, key_low, key_high)), float("-inf"))
-        top = largest(score)
-        if top > best:
-            best = top
-            best_id = smallest(tl.where(score == top, token, NONE))
-            best_z = largest(tl.where(token == best_id, z, float("-inf")))
-    return best, best_id, best_z
+@triton.jit(do_not_specialize=["temperature"])
+def block_sums(
+    logits, temperature, top_out, total_out, V, N, stride, WARM: tl.constexpr, BLOCKS: tl.constexpr, STEPS: tl.constexpr
+):
+    """Largest logit (NaN if one is) and sum of 2^(c z - r) on the grid 2^-23, per block of a row; [B, N] each.
 
-
-@triton.jit
-def draw(
-    logits_ptr, inverse_temperature_ptr, greedy_ptr, seed_ptr, sample_ptr, position_ptr,
-    best_ptr, id_ptr, z_ptr, r_ptr, total_ptr, B, V, stride, spans,
-    BLOCK: tl.constexpr, STEPS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Best (score, token, logit) of one span of BLOCK * STEPS columns of one row, and its block statistics [V / 128, B].
-
-    The first block's most promising token gives a score S. From then on a lane only notes tokens that could beat S; the noted
-    ones, a handful per span, are computed in full at the end. Should two fall on one lane, the span is done again in full.
+    A tile is [BLOCKS, 4, 32]: Triton then gives a lane 16 logits of one block, which it reduces without its seven neighbours.
     """
-    row = tl.program_id(0)
-    span = tl.program_id(1)
-    inverse = tl.load(inverse_temperature_ptr + row)
-    greedy = tl.load(greedy_ptr + row) != 0
-    key_low, key_high = row_keys(tl.load(seed_ptr + row), tl.load(sample_ptr + row), tl.load(position_ptr + row))
+    row = tl.program_id(1).to(tl.int64)
+    inverse, _ = inverse_temperature(temperature, row, WARM)
     c = inverse * LOG2E
-    base = logits_ptr + row.to(tl.int64) * stride
-    group = tl.arange(0, BLOCK // 128)
-    lane = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    noted = tl.full((BLOCK // 128, 128), NONE, tl.int32)
-    count = tl.zeros((BLOCK // 128, 128), tl.int32)
-    poison = tl.zeros((BLOCK // 128, 128), tl.float32)
-    known = float("-inf")
-    for step in tl.range(0, STEPS, num_stages=STAGES):
-        begin = (span * STEPS + step) * BLOCK
-        token = begin + lane
-        if begin + BLOCK <= V:
-            z = tl.load(base + token).to(tl.float32)
+    base = logits + row * stride
+    groups = tl.arange(0, BLOCKS)
+    lane = (groups * WIDTH)[:, None, None] + (tl.arange(0, 4) * 32)[None, :, None] + tl.arange(0, 32)[None, None, :]
+    for step in tl.static_range(STEPS):
+        first = (tl.program_id(0) * STEPS + step) * BLOCKS
+        if (first + BLOCKS) * WIDTH <= V:
+            z = tl.load(base + (first * WIDTH + lane)).to(tl.float32)
         else:
-            z = tl.load(base + token, mask=token < V, other=float("-inf")).to(tl.float32)
-        r, total, p = block_parts(z, c)
-        poison = tl.fma(p, 0.0, poison)  # p is NaN for NaN and for +inf, and finite otherwise
-        where = (begin // 128 + group).to(tl.int64) * B + row
-        keep = (begin + group * 128) < V
-        tl.store(r_ptr + where, r.to(tl.int32), mask=keep)
-        tl.store(total_ptr + where, total, mask=keep)
-        if not EXACT:
-            bits = noise_bits(token, key_low, key_high)
-            v = tl.fma(bits.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
-            if known == float("-inf"):
-                promise = tl.where(z > float("-inf"), z * inverse - tl.log(v), float("-inf"))
-                top = largest(promise)
-                if top > float("-inf"):
-                    choice = smallest(tl.where(promise == top, token, NONE))
-                    z_one = largest(tl.where(token == choice, z, float("-inf")))
-                    known = z_one * inverse + gumbel(noise_bits(choice, key_low, key_high))
-            # odds = exp(z / T - S), from p = 2^(c z - r) of the statistics; the factor covers all rounding
-            scale = tl.exp2(tl.minimum(r - known * LOG2E, 126.0)) * 1.001
-            could = v <= p * scale[:, None]
-            noted = tl.where(could, token, noted)
-            count += could.to(tl.int32)
-    if EXACT or greedy:
-        if greedy:
-            best, best_id, best_z = exact_span(base, span, inverse, key_low, key_high, V, BLOCK, STEPS, False)
-        else:
-            best, best_id, best_z = exact_span(base, span, inverse, key_low, key_high, V, BLOCK, STEPS, True)
-    elif largest(count) > 1:
-        best, best_id, best_z = exact_span(base, span, inverse, key_low, key_high, V, BLOCK, STEPS, True)
-    else:
-        z = tl.load(base + noted, mask=count > 0, other=float("-inf")).to(tl.float32)
-        score = tl.where(count > 0, z * inverse + gumbel(noise_bits(noted, key_low, key_high)), float("-inf"))
-        best = largest(score)
-        best_id = tl.minimum(smallest(tl.where((score == best) & (count > 0), noted, NONE)), V)
-        best_z = largest(tl.where(noted == best_id, z, float("-inf")))
-    bad = largest((poison != poison).to(tl.int32)) > 0
-    place = row.to(tl.int64) * spans + span
-    tl.store(best_ptr + place, tl.where(bad, float("inf"), best))
-    tl.store(id_ptr + place, tl.where(bad, V, best_id))
-    tl.store(z_ptr + place, best_z)
+            z = tl.load(base + (first * WIDTH + lane), mask=first * WIDTH + lane < V, other=float("-inf")).to(tl.float32)
+        top = tl.reduce(tl.reduce(z, 1, larger), 1, larger)
+        r = exponent_of(top, c)
+        t = tl.fma(z, tl.broadcast_to(c, z.shape), tl.broadcast_to(-r[:, None, None], z.shape))
+        # `on_grid(p)` with its constant taken off once: 128 times 0x4B000000 is 2^31 modulo 2^32
+        grid = tl.fma(tl.exp2(t), GRID, GRID).to(tl.int32, bitcast=True)
+        total = tl.sum(tl.sum(grid, 1), 1) ^ TOP_BIT
+        where = row * N + first + groups
+        tl.store(top_out + where, top, mask=first + groups < N)
+        tl.store(total_out + where, total, mask=first + groups < N)
 
 
-@triton.jit
-def pick(best_ptr, id_ptr, z_ptr, token_ptr, target_ptr, V, spans, SPANS: tl.constexpr):
-    """The best span of a row: largest score, lowest token id on a tie; token -1 where nothing could be drawn."""
+@triton.jit(do_not_specialize=["seed", "temperature"])
+def draw_token(
+    logits, temperature, seed, sample_id, position, top_in, total_in, token_out, logprob_out, V, N, stride,
+    WARM: tl.constexpr, SEEDS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Token (-1 where the logits are not numbers) and log-probability of a row from the sums of its blocks."""
     row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, SPANS)
-    mask = lane < spans
-    best = tl.load(best_ptr + row * spans + lane, mask=mask, other=float("-inf"))
-    token = tl.load(id_ptr + row * spans + lane, mask=mask, other=NONE)
-    z = tl.load(z_ptr + row * spans + lane, mask=mask, other=0.0)
-    top = tl.max(best, 0)
-    chosen = tl.min(tl.where(best == top, token, NONE), 0)
-    target = tl.max(tl.where((best == top) & (token == chosen), z, float("-inf")), 0)
-    tl.store(token_ptr + row, tl.where((chosen < V) & (top < float("inf")), chosen, -1).to(tl.int64))
-    tl.store(target_ptr + row, target)
+    inverse, greedy = inverse_temperature(temperature, row, WARM)
+    c = inverse * LOG2E
+    seed = (tl.load(seed + row) if SEEDS else seed).to(tl.int64)
+    key_low, key_high = row_keys(seed, tl.load(sample_id + row), tl.load(position + row))
+    blocks = tl.arange(0, BLOCKS)
+    tops = tl.load(top_in + row * N + blocks, mask=blocks < N, other=float("-inf"))
+    total = tl.load(total_in + row * N + blocks, mask=blocks < N, other=0).to(tl.uint32, bitcast=True)
+    highest = tl.reduce(tops, 0, larger)
+    sound = (highest > float("-inf")) & (highest < float("inf"))  # false for NaN
+    r = exponent_of(tops, c)
+    top = exponent_of(highest, c)
+    # a block: ln of its mass, relative to 2^top, and its noise
+    mass = (r - top) * LN2 + libdevice.log(total.to(tl.float32) * 1.1920928955078125e-07)
+    score = tl.where(tops > float("-inf"), mass + gumbel(-1 - blocks, key_low, key_high), float("-inf"))
+    _, block = first_largest(tl.where(greedy, tops, score), blocks)
+    # a token of it
+    ids = tl.minimum(block, N - 1) * WIDTH + tl.arange(0, WIDTH)
+    z = tl.load(logits + row * stride + ids, mask=ids < V, other=float("-inf")).to(tl.float32)
+    noisy = tl.where(z > float("-inf"), z * inverse + gumbel(ids, key_low, key_high), float("-inf"))
+    _, token = first_largest(tl.where(greedy, z, noisy), ids)
+    target = tl.max(tl.where(ids == token, z, float("-inf")), 0)
+    # its log-probability
+    down = shift_to(top, tl.maximum(r, -2.0e9))
+    log_mass = tl.log(tl.sum((total.to(tl.int64) << 20) >> down, 0).to(tl.float64) * (1.0 / 8796093022208.0))
+    tl.store(token_out + row, tl.where(sound, token, -1).to(tl.int64))
+    tl.store(logprob_out + row, tl.where(sound, logprob_of(target, c, top, log_mass), float("nan")))

@@ -1,8 +1,13 @@
-"""Keyed sampling: the noise of a token is a pure function of (seed, sample id, absolute position, token id).
+"""Keyed sampling: noise is a pure function of (seed, sample id, absolute position, id of a token or of a block of tokens).
 
 Legend: B = rows (one next token each), V = vocabulary, K = candidates kept in rank order, n = kept tokens of a row.
 
 No generator state exists, so a replay, another batch order or speculative decoding draws the identical token.
+
+A draw has two steps, each the largest of scores with standard Gumbel noise: a block of `BLOCK` consecutive tokens, scored by the
+logarithm of its mass, then a token of that block, scored by its scaled logit. The first gives a block its share of the mass, the
+second a token its share of the block (Gumbel 1954; Maddison, Tarlow, Minka 2014), so the token follows the distribution exactly;
+one pass over the logits then needs one noise per block, and what it does per logit is what a log-probability needs anyway.
 
 Filters, in this order: temperature, top-k, top-p, min-p. All three cut the same distribution softmax(logits / temperature):
 nothing is renormalised between them, which is SGLang's rule for top-k with top-p. In rank order (largest logit first,
@@ -23,12 +28,16 @@ from torch import Tensor
 from miles_kernels.native import kernels_for, library
 from miles_kernels.ops.logprob import VOCAB_CHUNK, logprob_from_logits
 
+BLOCK = 128
+"""Tokens of a block: those of the CUDA log-probability, whose sums the draw uses there."""
 PREFIXES = (256, 8192)
 """Candidates ranked before the whole row is: a nucleus is seldom larger than the first."""
 _CHUNK_ELEMENTS = 1 << 16
 """Noise is made for this many (row, token) pairs at a time, so its temporaries stay in the cache."""
 _CHUNK_RANKED = 1 << 19
 """The same for ranking."""
+_MASS_BITS = 40
+"""Filtered rows add masses as integers of 2^-40 of the likeliest token's: equal in any order, and a sum of 2^22 tokens fits."""
 
 # Odd constants of SplitMix64's finaliser (Steele, Lea, Flood 2014) and of 32-bit finalisers in the style of MurmurHash3.
 # The last of each is only added: a finaliser maps 0 to 0, so seed 0, sample 0, token 0 must not start there.
@@ -104,6 +113,12 @@ def _vocab_ids(vocab: int, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
+def _block_ids(num_blocks: int, device: torch.device) -> Tensor:
+    """Noise ids of the blocks, int32 [1, num_blocks]: -1, -2, .."""
+    return ~_vocab_ids(num_blocks, device)
+
+
+@functools.lru_cache(maxsize=8)
 def _vocab_bits(vocab: int, device: torch.device) -> Tensor:
     """`_token_bits` of the whole vocabulary [1, V]."""
     return _token_bits(_vocab_ids(vocab, device))
@@ -132,9 +147,14 @@ def _gumbel(keys: Tensor, token_ids: Tensor | int) -> Tensor:
 def keyed_gumbel(seed: Tensor | int, sample_id: Tensor, position: Tensor, vocab: int) -> Tensor:
     """Standard Gumbel noise [B, V] fp32 of every token for each row's (seed, sample id, position), int64 [B] each.
 
-    Example: argmax(logits / temperature + keyed_gumbel(...)) is one draw from softmax(logits / temperature).
+    `sample` uses the part of it that belongs to the block it drew by `keyed_block_gumbel`.
     """
     return _gumbel(_row_keys(seed, sample_id, position), vocab)
+
+
+def keyed_block_gumbel(seed: Tensor | int, sample_id: Tensor, position: Tensor, num_blocks: int) -> Tensor:
+    """The same for blocks of `BLOCK` tokens [B, num_blocks]: block b has the noise of id -1 - b, which no token has."""
+    return _gumbel(_row_keys(seed, sample_id, position), _block_ids(num_blocks, sample_id.device))
 
 
 def sample(
@@ -269,7 +289,7 @@ def _filtered_rows(
 
 
 def _draw_unfiltered(logits: Tensor, keys: Tensor, temperature: Tensor | float, greedy: Tensor | bool) -> Tensor:
-    """argmax(logits / temperature + noise) per row [B]; greedy rows get no noise."""
+    """One token per row [B]; greedy rows get the largest logit, lowest id on a tie."""
     if greedy is True:
         return logits.argmax(dim=1)
     rows, vocab = logits.shape
@@ -277,12 +297,24 @@ def _draw_unfiltered(logits: Tensor, keys: Tensor, temperature: Tensor | float, 
     tokens = []
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        score = _gumbel(keys[part], vocab)
-        if isinstance(greedy, Tensor):
-            score.masked_fill_(greedy[part, None], 0.0)
-        score += logits[part] / temperature[part, None] if isinstance(temperature, Tensor) else logits[part]
-        tokens.append(score.argmax(dim=1))
+        z = logits[part] / temperature[part, None] if isinstance(temperature, Tensor) else logits[part]
+        token = _draw_rows(z, keys[part])
+        tokens.append(torch.where(greedy[part], z.argmax(dim=1), token) if isinstance(greedy, Tensor) else token)
     return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
+
+
+def _draw_rows(z: Tensor, keys: Tensor) -> Tensor:
+    """One token per row [B] of scaled logits z[B, V]."""
+    rows, vocab = z.shape
+    blocks = -(-vocab // BLOCK)
+    odds = z.new_zeros((rows, blocks * BLOCK))
+    torch.exp(z - z.amax(dim=1, keepdim=True), out=odds[:, :vocab])
+    score = odds.view(rows, blocks, BLOCK).sum(dim=2).log_().add_(_gumbel(keys, _block_ids(blocks, z.device)))
+    ids = score.argmax(dim=1, keepdim=True) * BLOCK + torch.arange(BLOCK, device=z.device)
+    inner = _gumbel(keys, ids.to(torch.int32))
+    inner += z.gather(1, ids.clamp(max=vocab - 1))
+    choice = inner.masked_fill_(ids >= vocab, -torch.inf).argmax(dim=1, keepdim=True)
+    return ids.gather(1, choice).squeeze(1)
 
 
 def _ranked(logits: Tensor, count: int) -> Tensor:
@@ -334,9 +366,13 @@ def _draw_ranked(
         top = logprob_from_logits(logits, ids[:, 0], temperature, entropy=False).logprob
         keep[:, 1:] &= mass[:, :-1] < (cut.top_p * torch.exp(-top.double()))[:, None]
     kept = torch.minimum(keep.sum(dim=1), cut.most)[:, None]
+    cut_off = torch.arange(count, device=logits.device)[None] >= kept
+    place = ids // BLOCK
+    shares = place.new_zeros((len(ids), -(-vocab // BLOCK)))
+    shares.scatter_add_(1, place, (odds * 2.0**_MASS_BITS).round_().to(torch.int64).masked_fill_(cut_off, 0))
+    block = shares.double().log_().add_(_gumbel(keys, _block_ids(shares.shape[1], ids.device))).argmax(dim=1, keepdim=True)
     score = scaled + _gumbel(keys, ids.to(torch.int32))
-    score.masked_fill_(torch.arange(count, device=logits.device)[None] >= kept, -torch.inf)
-    choice = score.argmax(dim=1, keepdim=True)
+    choice = score.masked_fill_(cut_off | (place != block), -torch.inf).argmax(dim=1, keepdim=True)
     logprob = torch.log(torch.gather(odds, 1, choice) / torch.gather(mass, 1, (kept - 1).clamp(min=0)))
     logprob = torch.where(kept == vocab, torch.nan, logprob)[:, 0].float()
     inside = (kept[:, 0] < count) | (cut.most <= count)

@@ -4,7 +4,8 @@
 
 #include "rows.h"
 
-#define LARGEST_NOISE 23.0f /* -ln(2^-33) = 22.87 is the most the noise can be */
+#define BLOCK 128L
+#define LOG_BLOCK 4.8521f /* ln 128, rounded up: no block has more mass than its largest odds times this */
 
 INLINE uint64_t mix64(uint64_t x) {
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -43,33 +44,55 @@ INLINE u8 ids8(long first) {
     return lane + (uint32_t)first;
 }
 
-/* argmax of logits / temperature + noise, lowest id on a tie; `greedy` leaves the noise out. Vectors that cannot win are skipped. */
-INLINE int64_t draw_row(const float *logits, long V, const uint32_t keys[2], float temperature, int greedy) {
+/* Scaled logits i .. i + 7 of a row, -inf past its end. */
+INLINE f8 scaled8(const float *logits, long V, long i, float temperature) {
+    f8 z = V - i >= 8 ? load8(logits + i) : load_part(logits + i, V - i, -INFINITY);
+    return temperature != 1.0f ? z / all8(temperature) : z;
+}
+
+/* Largest of logits / temperature (+ noise where `keys` is given) among ids first .. stop - 1, the lowest id on a tie. */
+INLINE int64_t draw_token(const float *logits, long V, long first, long stop, float temperature, const uint32_t *keys) {
     f8 best = all8(-INFINITY);
     i8 where = alli8(0);
     i8 lane = {0, 1, 2, 3, 4, 5, 6, 7};
-    int divide = temperature != 1.0f;
-    float most = -INFINITY; /* a lower bound of the best score */
-    for (long i = 0; i < V; i += 8) {
-        f8 z = V - i >= 8 ? load8(logits + i) : load_part(logits + i, V - i, -INFINITY);
-        if (divide) z /= all8(temperature);
-        if (!greedy) {
-            i8 may = z > all8(most - LARGEST_NOISE);
-            int64_t any[4];
-            memcpy(any, &may, 32);
-            if (!(any[0] | any[1] | any[2] | any[3])) continue;
-            z += noise8(ids8(i), keys);
-        }
+    for (long i = first; i < stop; i += 8) {
+        f8 z = scaled8(logits, V, i, temperature);
+        if (keys) z += noise8(ids8(i), keys);
         i8 better = z > best;
         best = pick8(better, z, best);
         where = (better & (lane + (int32_t)i)) | (~better & where);
-        most = top8(best);
     }
-    long token = 0;
+    int64_t token = 0;
     float top = -INFINITY;
     for (int i = 0; i < 8; i++)
         if (best[i] > top || (best[i] == top && where[i] < token)) top = best[i], token = where[i];
     return token;
+}
+
+/* First id of the drawn block: the largest logarithm of its mass + noise of id -1 - block. Masses that cannot win are not added up. */
+INLINE long draw_block(const float *logits, long V, const uint32_t keys[2], float temperature) {
+    f8 noise = all8(0);
+    float best = -INFINITY;
+    long drawn = 0;
+    for (long b = 0; b * BLOCK < V; b++) {
+        long first = b * BLOCK, stop = V - first < BLOCK ? V : first + BLOCK;
+        if (b % 8 == 0) noise = noise8(~ids8(b), keys);
+        f8 top8s = all8(-INFINITY), mass = all8(0);
+        for (long i = first; i < stop; i += 8) top8s = max8(scaled8(logits, V, i, temperature), top8s);
+        float top = top8(top8s);
+        if (!(top > -INFINITY) || top + noise[b % 8] + LOG_BLOCK < best) continue;
+        for (long i = first; i < stop; i += 8) mass += exp8(scaled8(logits, V, i, temperature) - all8(top));
+        float score = top + log8(all8(sum8(mass)))[0] + noise[b % 8];
+        if (score > best) best = score, drawn = first;
+    }
+    return drawn;
+}
+
+/* One token of a row: a block by its mass, then a token of it; `greedy` takes the largest logit. */
+INLINE int64_t draw_row(const float *logits, long V, const uint32_t keys[2], float temperature, int greedy) {
+    if (greedy) return draw_token(logits, V, 0, V, 1.0f, 0);
+    long first = draw_block(logits, V, keys, temperature);
+    return draw_token(logits, V, first, V - first < BLOCK ? V : first + BLOCK, temperature, keys);
 }
 
 /* Draw, and the log-probability of what was drawn under softmax(logits / temperature) in chunks; -1 where it is not finite. */
