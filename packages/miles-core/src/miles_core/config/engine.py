@@ -37,6 +37,12 @@ class EngineConfig(Section):
     """Most draft tokens of a sequence in one step."""
     draft_adaptive: bool = True
     """Choose the draft length while running, by expected tokens per second, and 0 where drafts do not pay."""
+    overlap: bool | None = None
+    """Start a step before the tokens of the one before have been looked at; left out, on an accelerator only."""
+    cuda_graphs: bool = True
+    """Capture plain decode steps and launch each as a whole; without effect on the CPU."""
+    record_routed_experts: bool = False
+    """Keep which experts every token went to, so that requests may ask for it."""
 
     @model_validator(mode="after")
     def _as_the_engine_sees_it(self) -> EngineConfig:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Iterable
 
+import numpy as np
 from torch import Tensor
 
 from miles_kernels.nn.decoder import Decoder
+from miles_rollout.engine import MEMORY_TAGS
 from miles_rollout.engines.embedded.config import EmbeddedConfig
+from miles_rollout.engines.embedded.experts import ExpertStore
+from miles_rollout.engines.embedded.flight import Flight
 from miles_rollout.engines.embedded.kv import PagedKV
 from miles_rollout.engines.embedded.output import OutputProcessor, Token
 from miles_rollout.engines.embedded.pages import PagePool
 from miles_rollout.engines.embedded.prefix import PrefixCache
 from miles_rollout.engines.embedded.runner import Runner
-from miles_rollout.engines.embedded.scheduler import Scheduler
+from miles_rollout.engines.embedded.scheduler import Batch, Scheduler
 from miles_rollout.engines.embedded.speculate import make_speculator
 from miles_rollout.engines.embedded.state import Delivery, Job, Sequence
 from miles_rollout.engines.embedded.tables import Tables
+from miles_rollout.engines.embedded.tail import Tokens
 from miles_rollout.engines.embedded.weights import swap
 from miles_rollout.text import Tokenizer
 from miles_spec.draft import Draft
@@ -24,6 +31,9 @@ from miles_spec.draft import Draft
 
 class EngineCore:
     """Continuous batching over one decoder. Call everything under `torch.inference_mode()`.
+
+    With `overlap` a step starts its pass first and takes in the tokens of the step before while the device works. What is
+    sampled does not depend on it: a sequence that has ended meanwhile is computed once more, and that token is dropped.
 
     Example:
         core.add(job)
@@ -41,24 +51,33 @@ class EngineCore:
         weight_version: int = 0,
         draft: Draft | None = None,
     ) -> None:
-        shape = decoder.config
+        shape, device = decoder.config, decoder.embed_tokens.device
         self.weight_version = weight_version
         self._decoder = decoder
+        self.released: set[str] = set()
+        """Memory given back, of MEMORY_TAGS; "weights" until new ones have come. No step may be made meanwhile."""
         self._pool = PagePool(num_pages)
         self._cache = PrefixCache(self._pool, config.page_size, config.prefix_cache)
         self._tables = Tables(config.max_running, config.page_size)
         self.speculator = make_speculator(config, shape.vocab_size, draft)
-        self._scheduler = Scheduler(config, self._pool, self._cache, self._tables, self.speculator)
-        kv = PagedKV(
+        self._flights: deque[list[Flight]] = deque()
+        overlap = device.type == "cuda" if config.overlap is None else config.overlap
+        self._ahead = 1 if overlap and self.speculator is None else 0  # drafts are made from tokens the host has seen
+        self._scheduler = Scheduler(config, self._pool, self._cache, self._tables, self.speculator, self._land)
+        self._kv = kv = PagedKV(
             layers=shape.num_hidden_layers,
             kv_heads=shape.num_key_value_heads,
             head_dim=shape.head_dim,
             num_pages=num_pages,
             page_size=config.page_size,
             dtype=next(decoder.parameters()).dtype,
-            device=str(decoder.embed_tokens.device),
+            device=str(device),
         )
-        self._runner = Runner(decoder, kv, self._tables)
+        experts = None
+        if config.record_routed_experts and shape.num_experts:
+            experts = ExpertStore(shape, (num_pages + 1) * config.page_size, device)
+        max_context = min(config.max_context or shape.max_position_embeddings, shape.max_position_embeddings)
+        self._runner = Runner(decoder, kv, self._tables, max_context=max_context, cuda_graphs=config.cuda_graphs, experts=experts)
         self._outputs = OutputProcessor(tokenizer, decoder.contract.digest)
         self._jobs: dict[str, Job] = {}
         self._num_steps = self._num_generated = self._num_prompt = 0
@@ -66,8 +85,8 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do something."""
-        return self._scheduler.has_work
+        """Whether a step would do something: there is somebody to serve, and memory to do it in."""
+        return not self.released and (self._scheduler.has_work or bool(self._flights))
 
     def add(self, job: Job) -> None:
         """Queue a request that `check_request` let through."""
@@ -78,32 +97,28 @@ class EngineCore:
         self._scheduler.add(job)
 
     def step(self) -> list[Delivery]:
-        """One forward pass and a token, or several, for every sequence whose prompt is done; returns what became ready."""
+        """Start a pass and a draw for every sequence, take in the tokens that have arrived; returns what became ready."""
         started = time.perf_counter()
         batch = self._scheduler.schedule()
-        logits = self._runner.forward(batch)
-        self._scheduler.advance(batch, logits)
-        forks = self._scheduler.fork()
-        self._runner.copy_pages(self._scheduler.take_copies())
-        sequences, rows = self._scheduler.decoding, self._scheduler.decode_rows()
-        if sequences:
-            drawn = self._runner.sample(logits, forks, sequences, rows, batch.drafts)
-            if self.speculator is not None and batch.drafts is not None:
-                sequences, drawn = self.speculator.commit(batch.drafts, sequences, rows, self._tables, drawn)
-            self._append(sequences, *drawn)
-        elif batch.is_empty and self.has_work and not self._scheduler.unblock():
+        flights = self._launch(batch)
+        if flights:
+            self._flights.append(flights)
+        landed = self._land(keep=self._ahead if flights else 0)
+        if batch.is_empty and not flights and not landed and self.has_work and not self._scheduler.unblock():
             raise AssertionError(
                 f"nothing can move: {self._scheduler.num_running} running, {len(self._scheduler.waiting)} waiting"
             )
-        seconds = time.perf_counter() - started
-        self._num_steps += 1
-        self._busy_s += seconds
-        if self.speculator is not None:
-            self.speculator.note_step(len(batch.rows), batch.num_decode_tokens, bool(batch.chunks), seconds)
+        self._note_time(batch, time.perf_counter() - started)
+        return self._outputs.take_deliveries()
+
+    def settle(self) -> list[Delivery]:
+        """Take in every token that is on its way; returns what became ready by it."""
+        self._land()
         return self._outputs.take_deliveries()
 
     def abort(self, request_id: str) -> list[Delivery]:
-        """Finish a request now, with what it has; returns its deliveries, none when it is not running."""
+        """Finish a request now, with what it has; returns what became ready, nothing of it when it is not running."""
+        self._land()
         job = self._jobs.get(request_id)
         if job is not None:
             for seq in job.sequences:
@@ -112,17 +127,61 @@ class EngineCore:
                     self._finish(seq)
         return self._outputs.take_deliveries()
 
-    def swap_weights(self, staged: dict[str, Tensor], version: int) -> None:
-        """Replace all weights by a verified, complete set.
+    def retract_all(self) -> list[Delivery]:
+        """Free all keys and values: what runs goes back to the queue, its tokens stay. Returns what became ready."""
+        self._land()
+        self._scheduler.retract_all()
+        return self._outputs.take_deliveries()
+
+    def swap_weights(self, staged: dict[str, Tensor], version: int) -> list[Delivery]:
+        """Replace all weights by a verified, complete set; returns what became ready under the old ones.
 
         Running requests go on under the new weights: they are retracted, so that their keys and values are computed
         again; their tokens stay, and their weight spans tell which version sampled what.
         """
-        self._scheduler.retract_all()
+        ready = self.retract_all()
         swap(self._decoder.hf_state(), staged)
         self.weight_version = version
+        self.released.discard("new weights")
         for seq in self._scheduler.waiting:
             seq.start_version(version)
+        return ready
+
+    def release(self, tags: Iterable[str]) -> None:
+        """Give back the memory that `tags` name. Raises ValueError for an unknown or released tag, or while sequences run."""
+        tags = tuple(tags)
+        wrong = [f"unknown tag {tag!r}, known: {', '.join(MEMORY_TAGS)}" for tag in tags if tag not in MEMORY_TAGS]
+        wrong += [f"{tag!r} has been released already" for tag in tags if tag in self.released]
+        if self._scheduler.num_running or self._flights:
+            wrong.append(f"{self._scheduler.num_running} sequences hold keys and values; pause with mode retract or abort first")
+        if wrong:
+            raise ValueError("release memory: " + "; ".join(wrong))
+        self.released.update(tags)
+        if "kv_cache" in tags:
+            self._scheduler.forget_prefixes()
+            self._kv.release()
+        if "weights" in tags:
+            for parameter in self._decoder.parameters():
+                parameter.untyped_storage().resize_(0)
+        if self._runner.graphs is not None:
+            self._runner.graphs.forget()  # they hold addresses of all of it
+
+    def restore(self, tags: Iterable[str]) -> None:
+        """Take memory back; weights are undefined until the next update. Raises ValueError for a tag not released."""
+        tags = tuple(tags)
+        strange = [tag for tag in tags if tag not in self.released]
+        if strange:
+            raise ValueError(f"resume memory: {', '.join(map(repr, strange))} has not been released")
+        if "kv_cache" in tags:
+            self._kv.restore()
+        if "weights" in tags:
+            for parameter in self._decoder.parameters():
+                parameter.untyped_storage().resize_(parameter.numel() * parameter.itemsize)
+                parameter.zero_()
+            self.released.add("new weights")
+        self.released.difference_update(tags)
+        if not self.released & set(MEMORY_TAGS):
+            self._runner.forget_addresses()
 
     def metrics(self) -> dict[str, float]:
         """Counters since start and gauges of now. May be read while another thread steps; figures are then a step apart."""
@@ -143,28 +202,99 @@ class EngineCore:
             **(self.speculator.metrics() if self.speculator is not None else {}),
         }
 
-    def _append(self, sequences: list[Sequence], tokens: list[int], logprobs: list[float], sampled: list[float]) -> None:
-        """Hand each sequence its token, or its tokens in order, and take out the finished ones.
+    # ------------------------------------------------------------------ one step
 
-        A row without a token (NaN logits) fails its request.
-        """
-        for seq, token, logprob, sampled_logprob in zip(sequences, tokens, logprobs, sampled, strict=True):
+    def _launch(self, batch: Batch) -> list[Flight]:
+        """Start one pass and the draw of everybody who has one coming; nothing is waited for."""
+        scheduler, runner, known = self._scheduler, self._runner, self.speculator is not None
+        whole = runner.launch_decode(batch, tokens_known=known)
+        flights = [] if whole is None else [whole]
+        logits = runner.forward(batch, tokens_known=known) if whole is None else None
+        scheduler.advance(batch, logits)
+        forks = scheduler.fork()
+        runner.copy_pages(scheduler.take_copies())
+        rows = scheduler.decode_rows()[len(batch.rows) if whole is not None else 0 :]
+        if len(rows):
+            flights.append(runner.draw(logits, forks, rows, batch.drafts))
+        return flights
+
+    def _land(self, keep: int = 0) -> bool:
+        """Take in the tokens of all steps but the last `keep`; whether there were any."""
+        landed = False
+        while len(self._flights) > keep:
+            landed = True
+            for flight in self._flights.popleft():
+                tokens = flight.wait()
+                if flight.drafts is None:
+                    self._take_in(flight, tokens)
+                else:
+                    self._take_in_blocks(flight, tokens)
+        return landed
+
+    def _take_in(self, flight: Flight, tokens: Tokens) -> None:
+        """One token for each row; rows that have changed hands since are left out."""
+        tail, rows = self._tables.tail, flight.rows
+        current = tail.serial[rows] == flight.serials
+        fit = current & (tokens.token_ids >= 0)
+        if not fit.all():
+            for row in rows[current & ~fit].tolist():
+                self._fail_for_nan(row)
+            fit &= tail.serial[rows] == flight.serials  # a failed request takes its other rows along
+            rows, tokens = rows[fit], tokens.take(fit)
+        self._tables.last_token[rows] = tokens.token_ids
+        self._num_generated += len(rows)
+        for i in tail.record(rows, tokens).tolist():
+            seq = tail.owners[rows[i]]
+            if seq is not None:  # its request may have failed a moment ago
+                self._look_at(seq, Token(int(tokens.token_ids[i]), float(tokens.logprobs[i]), float(tokens.sampled_logprobs[i])))
+
+    def _take_in_blocks(self, flight: Flight, tokens: Tokens) -> None:
+        """Several tokens for a row: what the drafts agree with, in order, until a stop rule holds."""
+        assert self.speculator is not None and flight.drafts is not None
+        tail = self._tables.tail
+        owners = [owner for row in flight.rows.tolist() if (owner := tail.owners[row]) is not None]
+        drawn = (tokens.token_ids.tolist(), tokens.logprobs.tolist(), tokens.sampled_logprobs.tolist())
+        owners, drawn = self.speculator.commit(flight.drafts, owners, flight.rows, self._tables, drawn)
+        for seq, token in zip(owners, map(Token, *drawn), strict=True):
             if seq.finish_reason is not None:
                 continue  # its request failed a moment ago, or a stop rule held inside a block of draft tokens
+            if token.token_id < 0:
+                self._fail_for_nan(seq.row)
+                continue
             self._num_generated += 1
-            try:
-                if token < 0:
-                    raise ArithmeticError(
-                        f"request {seq.job.request.request_id!r}: the logits after {seq.num_tokens} tokens hold NaN or infinity "
-                        f"under weight version {self.weight_version}; the weights are damaged or training has diverged"
-                    )
-                finished = self._outputs.append(seq, Token(token, logprob, sampled_logprob), self.weight_version)
-                if finished:
-                    self._finish(seq)
-            except Exception as error:  # one request's fault, delivered to whoever awaits it; the others go on
-                self._fail(seq.job, error)
+            logprobs = (np.array([value], np.float32) for value in (token.logprob, token.sampled_logprob))
+            if len(tail.record(np.array([seq.row]), Tokens(np.array([token.token_id]), *logprobs))):
+                self._look_at(seq, token)
+
+    def _look_at(self, seq: Sequence, token: Token) -> None:
+        """A token that may end its completion, or that somebody reads along with."""
+        try:
+            if self._outputs.note(seq, token, self.weight_version):
+                self._finish(seq)
+        except Exception as error:  # one request's fault, delivered to whoever awaits it; the others go on
+            self._fail(seq.job, error)
+
+    def _note_time(self, batch: Batch, seconds: float) -> None:
+        self._num_steps += 1
+        self._busy_s += seconds
+        if self.speculator is not None:
+            self.speculator.note_step(len(batch.rows), batch.num_decode_tokens, bool(batch.chunks), seconds)
+
+    # ------------------------------------------------------------------ ends
+
+    def _fail_for_nan(self, row: int) -> None:
+        seq = self._tables.tail.owners[row]
+        if seq is None:
+            return  # it failed with another row of its request
+        error = ArithmeticError(
+            f"request {seq.job.request.request_id!r}: the logits after {seq.num_tokens} tokens hold NaN or infinity "
+            f"under weight version {self.weight_version}; the weights are damaged or training has diverged"
+        )
+        self._fail(seq.job, error)
 
     def _finish(self, seq: Sequence) -> None:
+        if self._runner.experts is not None and seq.job.request.return_routed_experts:
+            self._note_experts(seq)
         self._scheduler.finish(seq)
         self._outputs.close(seq)
         if not seq.job.unfinished:
@@ -179,3 +309,9 @@ class EngineCore:
         self._scheduler.forget_prefixes()
         self._jobs.pop(job.request.request_id, None)
         self._outputs.fail(job, error)
+
+    def _note_experts(self, seq: Sequence) -> None:
+        """Read which experts the tokens of an ending sequence went to; one that waits has no cache to read them from."""
+        experts = self._runner.experts
+        if experts is not None and seq.row >= 0 and not seq.is_prefilling:
+            seq.experts = experts.read(self._tables.slots_of(seq.pages, 0, seq.num_tokens - 1))

@@ -8,13 +8,13 @@ import contextlib
 import itertools
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from typing import Any, get_args
 
 import torch
 
 from miles_kernels.nn.decoder import Decoder
-from miles_rollout.engine import EngineRefusal
+from miles_rollout.engine import EngineRefusal, PauseMode
 from miles_rollout.engines.embedded.admission import Limits, check_request
 from miles_rollout.engines.embedded.config import EmbeddedConfig
 from miles_rollout.engines.embedded.core import EngineCore
@@ -31,7 +31,9 @@ _LIVENESS_S = 2.0
 
 
 class EmbeddedEngine:
-    """Paged, continuously batched generation inside this process; implements `miles_rollout.engine.Engine`.
+    """Paged, continuously batched generation inside this process.
+
+    Implements `Engine`, `PausableEngine` and `MemoryEngine` of `miles_rollout.engine`.
 
     The decoder belongs to the engine from now on: weight updates are copied into it. Requests may come from several event
     loops; those queued before the loop's next turn (a whole `asyncio.gather`) enter the same step. Prompt log-probabilities
@@ -82,6 +84,7 @@ class EmbeddedEngine:
         self._updating = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closing = False
+        self._paused = False
         self._failure: BaseException | None = None
 
     async def __aenter__(self) -> EmbeddedEngine:
@@ -121,6 +124,44 @@ class EmbeddedEngine:
         go on under the new version after their keys and values have been computed again.
         """
         await asyncio.to_thread(self._update_weights, manifest, tensors)
+
+    async def pause(self, mode: PauseMode = "in_place") -> int:
+        """Make no token until `resume`; the number of requests held. New requests are taken and wait.
+
+        "abort" ends what runs with what it has, "retract" frees its keys and values, "in_place" keeps them. Raises ValueError
+        for another mode.
+        """
+        if mode not in get_args(PauseMode):
+            raise ValueError(f"pause mode {mode!r} must be one of {', '.join(get_args(PauseMode))}")
+
+        def hold(core: EngineCore) -> None:
+            self._paused = True
+            if mode == "abort":
+                for request_id in list(self._replies):
+                    self._dispatch(core.abort(request_id))
+            self._dispatch(core.retract_all() if mode == "retract" else core.settle())
+
+        await self._command(hold)
+        return len(self._replies)
+
+    async def resume(self) -> None:
+        """Go on after `pause`. Harmless when not paused."""
+
+        def go_on(core: EngineCore) -> None:
+            self._paused = False
+
+        await self._command(go_on)
+
+    async def release_memory(self, tags: Sequence[str]) -> None:
+        """Give back what `tags` of MEMORY_TAGS name; requests wait until it is there again.
+
+        Raises ValueError for an unknown or already released tag, or while sequences hold keys and values.
+        """
+        await self._refusable(lambda core: core.release(tags))
+
+    async def resume_memory(self, tags: Sequence[str]) -> None:
+        """Take it back. After "weights" requests wait for the next update. Raises ValueError for a tag not released."""
+        await self._refusable(lambda core: core.restore(tags))
 
     def info(self) -> EngineInfo:
         """Model, contract digest, weight version, limits."""
@@ -180,6 +221,20 @@ class EmbeddedEngine:
         """Run something on the engine thread, between steps, and wait for it."""
         await asyncio.to_thread(self._run_command, command)
 
+    async def _refusable(self, command: Callable[[EngineCore], None]) -> None:
+        """`_command` for something that may refuse with a ValueError, which must not end the engine."""
+        refusal: list[ValueError] = []
+
+        def run(core: EngineCore) -> None:
+            try:
+                command(core)
+            except ValueError as error:
+                refusal.append(error)
+
+        await self._command(run)
+        if refusal:
+            raise refusal[0]
+
     # ------------------------------------------------------------------ any thread
 
     def _post(self, command: Callable[[EngineCore], None]) -> None:
@@ -234,7 +289,7 @@ class EmbeddedEngine:
             staged = stage(manifest, tensors)
 
             def swap(core: EngineCore) -> None:
-                core.swap_weights(staged, manifest.version)
+                self._dispatch(core.swap_weights(staged, manifest.version))
                 self._version = manifest.version
 
             self._run_command(swap)
@@ -277,7 +332,7 @@ class EmbeddedEngine:
         """Wait for something to do and carry out what was posted; False when the engine is to stop."""
         while True:
             with self._lock:
-                while not (self._inbox or self._closing or core.has_work):
+                while not (self._inbox or self._closing or (core.has_work and not self._paused)):
                     self._lock.wait()
                 commands = list(self._inbox)
                 self._inbox.clear()
@@ -285,7 +340,7 @@ class EmbeddedEngine:
                 command(core)
             if self._closing:
                 return False
-            if core.has_work:
+            if core.has_work and not self._paused:
                 return True
 
     def _dispatch(self, deliveries: list[Delivery]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-
-from miles_kernels.ops.attention import AttentionPlan
 
 
 class PagedKV:
@@ -14,7 +14,8 @@ class PagedKV:
     Memory is reserved, not touched: a slot costs real memory from its first use on. Page 0 stays zero.
     """
 
-    plan: AttentionPlan
+    plan: Any
+    """An AttentionPlan on the CPU, a KVBatch on CUDA."""
 
     def __init__(
         self,
@@ -43,7 +44,7 @@ class PagedKV:
         """Bytes of one page, keys and values of all layers."""
         return layers * 2 * kv_heads * page_size * head_dim * dtype.itemsize
 
-    def begin(self, plan: AttentionPlan, slots: Tensor) -> None:
+    def begin(self, plan: Any, slots: Tensor) -> None:
         """The next forward pass attends by `plan` and writes its tokens' keys and values to `slots` int64 [T]."""
         self.plan = plan
         self._slots = slots
@@ -63,3 +64,12 @@ class PagedKV:
         """Copy the first `tokens` slots of a page, all layers."""
         source, target = source * self.page_size, target * self.page_size
         self._pool[:, :, :, target : target + tokens] = self._pool[:, :, :, source : source + tokens]
+
+    def release(self) -> None:
+        """Give the memory back; nothing may be read or written until `restore`."""
+        self._pool.untyped_storage().resize_(0)
+
+    def restore(self) -> None:
+        """Take memory again, at another address and without the old contents."""
+        self._pool.untyped_storage().resize_(self._pool.numel() * self._pool.itemsize)
+        self._pool[:, :, :, : self.page_size] = 0

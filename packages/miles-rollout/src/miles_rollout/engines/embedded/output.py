@@ -30,21 +30,17 @@ class OutputProcessor:
         deliveries, self.deliveries = self.deliveries, []
         return deliveries
 
-    def append(self, seq: Sequence, token: Token, version: int) -> bool:
-        """Add a token; True when the completion is finished by it. Chunks of streamed requests are delivered at once."""
-        token_id = token.token_id
-        output = seq.output
-        output.append(token_id)
-        seq.logprobs.append(token.logprob)
-        seq.sampled_logprobs.append(token.sampled_logprob)
+    def note(self, seq: Sequence, token: Token, version: int) -> bool:
+        """Look at a token that was just recorded; True when the completion is finished by it. Streamed ones get a chunk."""
+        token_id, length = token.token_id, seq.num_output
         job = seq.job
         sampling = job.request.sampling
-        if len(output) >= sampling.min_new_tokens and token_id in job.eos:
+        if length >= sampling.min_new_tokens and token_id in job.eos:
             seq.finish_reason, seq.matched_stop = "stop", token_id
-        elif len(output) >= sampling.max_new_tokens:
+        elif length >= sampling.max_new_tokens:
             seq.finish_reason = "length"
         if job.stream or sampling.stop:
-            self._follow_text(seq, token, version)
+            self._follow_text(seq, token, version, length)
         return seq.finish_reason is not None
 
     def abort(self, seq: Sequence, version: int) -> None:
@@ -74,7 +70,7 @@ class OutputProcessor:
         """Deliver an error instead of a result."""
         self.deliveries.append(Delivery(job, Failed(error)))
 
-    def _follow_text(self, seq: Sequence, token: Token, version: int) -> None:
+    def _follow_text(self, seq: Sequence, token: Token, version: int, length: int) -> None:
         """Decode along, look for stop strings, and stream what is safe to show."""
         sampling = seq.job.request.sampling
         if seq.decoder is None:
@@ -82,7 +78,7 @@ class OutputProcessor:
         decoder = seq.decoder
         text = ""
         if not isinstance(seq.matched_stop, int):  # the stop token itself is not text
-            text = decoder.push((token.token_id,), can_stop=len(seq.output) >= sampling.min_new_tokens)
+            text = decoder.push((token.token_id,), can_stop=length >= sampling.min_new_tokens)
         if decoder.matched is None and seq.finish_reason is not None:
             text += decoder.finish()
         if decoder.matched is not None:
@@ -103,6 +99,7 @@ class OutputProcessor:
             finish_reason=reason,
             matched_stop=seq.matched_stop,
             weight_spans=seq.weight_spans(),
+            routed_experts=seq.experts,
         )
 
     def _text(self, seq: Sequence) -> str:

@@ -1,4 +1,4 @@
-"""One forward pass and one draw per step, in vector operations over the rows of the tables.
+"""One forward pass and one draw per step, in vector operations over the rows of the tables. Nothing here waits for the device.
 
 Legend: T = tokens of the pass, R = decoding rows, D = their draft tokens, S = sequences that sample, V = vocabulary.
 """
@@ -15,15 +15,15 @@ from miles_kernels.nn.decoder import Decoder
 from miles_kernels.nn.fused import MAX_TOKENS, FusedForward
 from miles_kernels.ops.attention import AttentionPlan, decode_plan, table_plan
 from miles_kernels.ops.attention_plan import KEY_MULTIPLE
-from miles_kernels.ops.logprob import logprob_from_logits
-from miles_kernels.ops.sample import SampleOutput, sample
+from miles_rollout.engines.embedded.experts import ExpertStore
+from miles_rollout.engines.embedded.flight import Flight, Readback, pack
 from miles_rollout.engines.embedded.kv import PagedKV
+from miles_rollout.engines.embedded.replay import DecodeGraphs
+from miles_rollout.engines.embedded.sampling import Sampler, upload
 from miles_rollout.engines.embedded.scheduler import Batch, Fork
 from miles_rollout.engines.embedded.speculate import Drafts
-from miles_rollout.engines.embedded.state import Sequence
 from miles_rollout.engines.embedded.tables import Tables
-
-_FILTERS = (("top_k", -1), ("top_p", 1.0), ("min_p", 0.0))
+from miles_rollout.engines.embedded.tail import Tokens
 
 
 class _Step(NamedTuple):
@@ -37,89 +37,130 @@ class _Step(NamedTuple):
     """int64 [T]: where their keys and values go"""
     token_rows: np.ndarray
     """int64 [T]: the table row of each"""
+    last: np.ndarray | None
+    """int64 [N]: tokens whose logits are wanted, all when None"""
+    most: int
+    """the largest position"""
 
 
 class Runner:
-    """Runs batches through the decoder and samples from what comes out."""
+    """Runs batches through the decoder and draws from what comes out.
 
-    def __init__(self, decoder: Decoder, kv: PagedKV, tables: Tables) -> None:
+    Drawn tokens are kept where the next pass reads them: by row on the device, or, on the CPU, in the tables.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv: PagedKV,
+        tables: Tables,
+        *,
+        max_context: int,
+        cuda_graphs: bool = True,
+        experts: ExpertStore | None = None,
+    ) -> None:
         self.num_tokens = 0
         """Tokens computed since start."""
+        self.experts = experts
         self._decoder = decoder
         self._kv = kv
         self._tables = tables
         self._fused = FusedForward(decoder, kv.pools) if FusedForward.refusal(decoder) is None else None
         self._device = decoder.embed_tokens.device
-        self._sampler_rows: np.ndarray | None = None
-        self._sampler: dict[str, Any] = {}
-        self._has_minimum = False
+        self._sampler = Sampler(tables, self._device)
+        self._last: Tensor | None = None
+        self.graphs: DecodeGraphs | None = None
+        if self._device.type == "cuda":
+            self._last = torch.zeros(len(tables.position) + 1, dtype=torch.int64, device=self._device)
+            if cuda_graphs:
+                self.graphs = DecodeGraphs(decoder, kv, tables, self._last, max_context, experts)
 
-    def forward(self, batch: Batch) -> Tensor | None:
+    def forget_addresses(self) -> None:
+        """Drop everything that holds the address of a weight or of the cache: graphs, and the C call's model."""
+        if self.graphs is not None:
+            self.graphs.forget()
+        if self._fused is not None:
+            self._fused = FusedForward(self._decoder, self._kv.pools)
+
+    def launch_decode(self, batch: Batch, *, tokens_known: bool) -> Flight | None:
+        """The whole step of a batch of plain decoding rows as one graph; None when this batch is not one that graphs serve.
+
+        `tokens_known`: the host has the tokens drawn last, in the tables; otherwise those on the device are meant.
+        """
+        rows = batch.rows
+        if self.graphs is None or batch.chunks or batch.drafts is not None or not len(rows):
+            return None
+        tables = self._tables
+        logits, readback = self.graphs.launch(rows, tables.last_token[rows] if tokens_known else None)
+        self.num_tokens += len(rows)
+        if self._sampler.is_plain(rows):
+            return Flight(rows, tables.tail.serial[rows], None, readback)
+        return self._draw(logits, rows, tables.position[rows] + 1, None, rows)
+
+    def forward(self, batch: Batch, *, tokens_known: bool) -> Tensor | None:
         """Logits fp32 [R + D + finished chunks, V] of a batch: decode rows first, then chunks that reach their last token."""
         if batch.is_empty:
             return None
-        step = self._inputs(batch)
+        step = self._inputs(batch, tokens_known)
         self.num_tokens += len(step.slots)
-        last = None
-        if batch.chunks:
-            ends = np.cumsum([chunk.stop - chunk.start for chunk in batch.chunks]) + batch.num_decode_tokens - 1
-            finished = [end for chunk, end in zip(batch.chunks, ends.tolist(), strict=True) if chunk.is_last]
-            last = torch.tensor([*range(batch.num_decode_tokens), *finished], dtype=torch.int64)
         if self._fused is not None and len(step.slots) <= MAX_TOKENS:
             table, rows = self._tables.slots_torch, torch.from_numpy(step.token_rows)
+            last = None if step.last is None else torch.from_numpy(step.last)
             hidden, logits = self._fused(step.token_ids, step.positions, step.slots, table, rows, last)
         else:
-            on_cuda = self._device.type == "cuda"
-            plan = self._cuda_plan(batch, step) if on_cuda else self._plan(batch, step)
-            token_ids, positions, slots = (part.to(self._device) for part in (step.token_ids, step.positions, step.slots))
-            self._kv.begin(plan, slots)
-            hidden = self._decoder(token_ids, positions, self._kv)
-            logits = self._decoder.logits(hidden if last is None else hidden[last.to(self._device)])
+            plan = self._cuda_plan(batch) if self._device.type == "cuda" else self._plan(batch, step)
+            self._kv.begin(plan, step.slots)
+            routed: dict[int, Tensor] | None = None if self.experts is None else {}
+            hidden = self._decoder(step.token_ids, step.positions, self._kv, routed=routed)
+            if self.experts is not None and routed is not None:
+                self.experts.store(step.slots, routed)
+            logits = self._decoder.logits(hidden if step.last is None else hidden[upload(step.last, self._device)])
         if batch.chunks:
             self._note_prompt_logprobs(batch, hidden)
         return logits if len(logits) else None
 
     def copy_pages(self, copies: list[tuple[int, int, int]]) -> None:
         """Copy the first tokens of pages: (source, target, tokens)."""
+        size = self._tables.page_size
         for source, target, tokens in copies:
             self._kv.copy(source, target, tokens)
+            if self.experts is not None:
+                start, end = source * size, target * size
+                self.experts.copy(slice(start, start + tokens), slice(end, end + tokens))
 
-    def sample(
-        self,
-        logits: Tensor | None,
-        forks: list[Fork],
-        sequences: list[Sequence],
-        rows: np.ndarray,
-        drafts: Drafts | None = None,
-    ) -> tuple[list[int], list[float], list[float]]:
-        """Token, log-probability and sampled one of each sequence, as lists [S]; with drafts of every position [S + D].
+    def draw(self, logits: Tensor | None, forks: list[Fork], rows: np.ndarray, drafts: Drafts | None = None) -> Flight:
+        """Start the draw of a token for each of rows [S], with drafts for every position [S + D].
 
-        The token is -1 where logits are not finite. `logits` are those of `forward`; the last sequences are the forks'
-        siblings, in order.
+        `logits` are those of `forward`; the last rows are the forks' siblings, in order.
         """
         parts = [logits] if logits is not None else []
         parts += [fork.logits.expand(len(fork.siblings), -1) for fork in forks]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-        assert len(rows) == len(sequences)
-        if drafts is None:
-            position = self._tables.position[rows]
-        else:
+        position, each = self._tables.position[rows], rows
+        if drafts is not None:
             of, offset = drafts.spread(np.arange(len(rows)))
-            rows, sequences = rows[of], [sequences[i] for i in of.tolist()]
-            position = self._tables.position[rows] + offset
-        assert len(logits) == len(rows)
-        keys = self._sampler_arguments(rows)
-        keys["position"] = torch.from_numpy(position).to(self._device)
-        banned = np.flatnonzero(self._tables.first_stop[rows] > position).tolist() if self._has_minimum else []
-        out = _sample(logits, keys, [(i, sequences[i].job.eos) for i in banned])
-        tokens = out.token.cpu()
-        self._tables.last_token[rows] = tokens.numpy()
-        return tokens.tolist(), out.logprob.tolist(), out.sampled_logprob.tolist()
+            each, position = rows[of], position[of] + offset
+        assert len(logits) == len(each)
+        return self._draw(logits, each, position, drafts, rows)
+
+    def _draw(self, logits: Tensor, each: np.ndarray, position: np.ndarray, drafts: Drafts | None, rows: np.ndarray) -> Flight:
+        out = self._sampler.draw(logits, each, position)
+        tables = self._tables
+        if self._last is not None:
+            if drafts is None:  # with drafts the host decides which token was the last
+                self._last.index_copy_(0, upload(rows, self._device), out.token.clamp(min=0))
+            readback = Readback(pack(out.token, out.logprob, out.sampled_logprob), len(each))
+            return Flight(rows, tables.tail.serial[rows], drafts, readback)
+        token = out.token.numpy()
+        if drafts is None:
+            tables.last_token[rows] = np.maximum(token, 0)
+        drawn = Tokens(token, out.logprob.numpy(), out.sampled_logprob.numpy())
+        return Flight(rows, tables.tail.serial[rows], drafts, drawn)
 
     # ------------------------------------------------------------------ inputs
 
-    def _inputs(self, batch: Batch) -> _Step:
-        """What every token of the pass is; enters the new slots into the tables."""
+    def _inputs(self, batch: Batch, tokens_known: bool) -> _Step:
+        """What every token of the pass is; on the CPU the new slots are entered into the tables."""
         tables, rows = self._tables, batch.rows
         if batch.drafts is None:
             positions, tokens = tables.position[rows], tables.last_token[rows]
@@ -128,25 +169,30 @@ class Runner:
             positions, tokens = tables.position[rows] + offset, tables.last_token[rows]
             tokens[offset > 0] = batch.drafts.tokens
         slots = tables.slots_at(rows, positions)
-        tables.slots[rows, positions] = slots
-        token_ids = torch.from_numpy(tokens)
-        if not batch.chunks:
-            return _Step(token_ids, torch.from_numpy(positions), torch.from_numpy(slots), rows)
-        chunk_ids, all_positions, all_slots, all_rows = [token_ids], [positions], [slots], [rows]
-        for chunk in batch.chunks:
-            assert chunk.seq.tokens is not None
-            new = tables.slots_of(chunk.seq.pages, chunk.start, chunk.stop)
-            tables.slots[chunk.seq.row, chunk.start : chunk.stop] = new
-            chunk_ids.append(chunk.seq.tokens[chunk.start : chunk.stop])
-            all_positions.append(np.arange(chunk.start, chunk.stop))
-            all_slots.append(new)
-            all_rows.append(np.full(len(new), chunk.seq.row))
-        positions, slots = np.concatenate(all_positions), np.concatenate(all_slots)
-        return _Step(torch.cat(chunk_ids), torch.from_numpy(positions), torch.from_numpy(slots), np.concatenate(all_rows))
+        last: np.ndarray | None = None
+        if batch.chunks:
+            prompts = [chunk.seq.tokens[chunk.start : chunk.stop] for chunk in batch.chunks if chunk.seq.tokens is not None]
+            sizes = [chunk.stop - chunk.start for chunk in batch.chunks]
+            ends = np.cumsum(sizes) + batch.num_decode_tokens - 1
+            is_last = np.fromiter((chunk.is_last for chunk in batch.chunks), bool, len(sizes))
+            last = np.concatenate((np.arange(batch.num_decode_tokens), ends[is_last]))
+            positions = np.concatenate((positions, *(np.arange(chunk.start, chunk.stop) for chunk in batch.chunks)))
+            slots = np.concatenate((slots, *(tables.slots_of(c.seq.pages, c.start, c.stop) for c in batch.chunks)))
+            rows = np.concatenate((rows, np.repeat([chunk.seq.row for chunk in batch.chunks], sizes)))
+            tokens = np.concatenate((tokens, *(part.numpy() for part in prompts)))
+        if self._last is None:
+            tables.slots[rows, positions] = slots
+            parts = (torch.from_numpy(part) for part in (tokens, positions, slots))
+        else:
+            parts = (upload(part, self._device) for part in (tokens, positions, slots))
+        token_ids, position_ids, slot_ids = parts
+        if self._last is not None and not tokens_known and batch.drafts is None and len(batch.rows):
+            torch.index_select(self._last, 0, upload(batch.rows, self._device), out=token_ids[: len(batch.rows)])
+        return _Step(token_ids, position_ids, slot_ids, rows, last, int(positions.max()))
 
     def _plan(self, batch: Batch, step: _Step) -> AttentionPlan:
         """The attention plan of a pass, for the decoder's own forward."""
-        count, keys = batch.num_decode_tokens, int(step.positions.max()) + 1
+        count, keys = batch.num_decode_tokens, step.most + 1
         rows = step.token_rows[:count]  # every draft token is a decode row of its own
         if not batch.chunks:
             return decode_plan(self._table(rows, keys), step.positions + 1)
@@ -155,26 +201,29 @@ class Runner:
         rows = np.concatenate((rows, [chunk.seq.row for chunk in batch.chunks]))
         return table_plan(self._table(rows, keys), query_lens, firsts)
 
-    def _cuda_plan(self, batch: Batch, step: _Step) -> Any:
+    def _cuda_plan(self, batch: Batch) -> Any:
         """The same for the CUDA kernels: which pages each sequence reads."""
         from miles_kernels.cuda.attention import KVBatch
 
-        size = self._tables.page_size
-        rows = np.concatenate((batch.rows, [chunk.seq.row for chunk in batch.chunks])).astype(np.int64)
-        firsts = self._tables.position[batch.rows].tolist() + [chunk.start for chunk in batch.chunks]
-        decode_lens = [1] * len(batch.rows) if batch.drafts is None else (batch.drafts.counts + 1).tolist()
-        query_lens = decode_lens + [chunk.stop - chunk.start for chunk in batch.chunks]
-        kv_lens = [first + count for first, count in zip(firsts, query_lens, strict=True)]
-        width = -(-max(kv_lens) // size) * size
-        pages = torch.from_numpy(self._tables.slots[rows, :width:size] // size)
-        return KVBatch.paged(query_lens, kv_lens, pages.to(self._device, torch.int32), size)
+        tables, device, size = self._tables, self._device, self._tables.page_size
+        drafted = 0 if batch.drafts is None else batch.drafts.counts
+        chunks = np.array([(chunk.seq.row, chunk.start, chunk.stop - chunk.start) for chunk in batch.chunks], np.int64)
+        chunk_rows, chunk_starts, chunk_sizes = chunks.reshape(-1, 3).T
+        rows = np.concatenate((batch.rows, chunk_rows))
+        queries = np.concatenate((np.ones(len(batch.rows), np.int64) + drafted, chunk_sizes))
+        keys = np.concatenate((tables.position[batch.rows], chunk_starts)) + queries
+        pages = tables.pages[rows, : -(-int(keys.max()) // size)].astype(np.int32)
+        cu_q = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(queries, out=cu_q[1:])
+        kv_len = upload(keys.astype(np.int32), device)
+        return KVBatch(upload(cu_q, device), kv_len, kv_len, upload(pages, device), size, int(queries.max()), int(keys.max()))
 
     def _table(self, rows: np.ndarray, keys: int) -> Tensor:
         """Slots int64 [R, keys rounded up to 16] of some rows."""
         return self._tables.slots_torch[:, : keys + -keys % KEY_MULTIPLE].index_select(0, torch.from_numpy(rows))
 
     def _note_prompt_logprobs(self, batch: Batch, hidden: Tensor) -> None:
-        """Log-probabilities of prompt tokens, for requests that want them, of what this batch predicts."""
+        """Log-probabilities of prompt tokens, for requests that want them, of what this batch predicts. Waits for the device."""
         start = batch.num_decode_tokens
         for chunk in batch.chunks:
             job, size = chunk.seq.job, chunk.stop - chunk.start
@@ -187,39 +236,3 @@ class Runner:
                     )
                     job.prompt_logprobs[chunk.start + 1 : chunk.start + 1 + count] = out.logprob.tolist()
             start += size
-
-    # ------------------------------------------------------------------ sampling
-
-    def _sampler_arguments(self, rows: np.ndarray) -> dict[str, Any]:
-        """Arguments of `sample` for these rows, gathered again only when the rows have changed.
-
-        What all rows leave at its default is passed as a number, which lets the sampler skip work.
-        """
-        if rows is not self._sampler_rows:
-            tables = self._tables
-            self._sampler_rows = rows
-            self._sampler = {
-                name: torch.from_numpy(getattr(tables, name)[rows]).to(self._device) for name in ("seed", "sample_id")
-            }
-            for name, default in (*_FILTERS, ("temperature", 1.0)):
-                values = getattr(tables, name)[rows]
-                self._sampler[name] = default if (values == default).all() else torch.from_numpy(values).to(self._device)
-            self._has_minimum = bool((tables.first_stop[rows] > tables.position[rows]).any())
-        return self._sampler
-
-
-def _sample(logits: Tensor, keys: dict[str, Any], banned: list[tuple[int, frozenset[int]]]) -> SampleOutput:
-    """`sample`, with the `banned` ids of a row out of reach (min_new_tokens); `logprob` stays that of the full distribution."""
-    banned = [(row, ids) for row, ids in banned if ids]
-    if not banned:
-        return sample(logits, **keys)
-    rows = torch.tensor([row for row, _ in banned], device=logits.device)
-    masked = logits.clone()
-    for row, ids in banned:
-        masked[row, list(ids)] = float("-inf")
-    out = sample(masked, **keys)
-    temperature = torch.as_tensor(keys["temperature"], dtype=torch.float32, device=logits.device).expand(len(logits))[rows]
-    temperature = torch.where(temperature == 0, 1.0, temperature)
-    logprob = out.logprob.clone()  # the sampler returns one tensor for both when nothing is filtered
-    logprob[rows] = logprob_from_logits(logits[rows], out.token[rows].clamp(min=0), temperature).logprob
-    return SampleOutput(out.token, logprob, out.sampled_logprob)

@@ -7,6 +7,7 @@ every token is a pure function of its own sequence.
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,8 +67,17 @@ class Fork:
 _NO_ROWS: np.ndarray = np.zeros(0, np.int64)
 
 
+def _nothing_in_flight() -> bool:
+    return False
+
+
 class Scheduler:
-    """Moves sequences between waiting, prefilling and decoding, and pages between them."""
+    """Moves sequences between waiting, prefilling and decoding, and pages between them.
+
+    It may be one step ahead of the tokens the host has seen: positions count what was started, outputs what has arrived.
+    Before a running sequence gives way, `settle` takes in what is on its way and says whether there was any; that may end a
+    sequence and spare the other.
+    """
 
     def __init__(
         self,
@@ -76,8 +86,10 @@ class Scheduler:
         cache: PrefixCache,
         tables: Tables,
         speculator: Speculator | None = None,
+        settle: Callable[[], bool] = _nothing_in_flight,
     ) -> None:
         self._config = config
+        self._settle = settle
         self._pool = pool
         self._cache = cache
         self._tables = tables
@@ -88,7 +100,7 @@ class Scheduler:
         self._rows = _NO_ROWS
         self._rows_stale = False
         self._slack, self._slack_rows = 0, _NO_ROWS
-        """Steps until the first of `_slack_rows` needs a page."""
+        """Steps until the first of `_slack_rows` needs a page or has all its tokens started."""
         self._holders: list[Job] = []
         self._copies: list[tuple[int, int, int]] = []
         self.num_retractions = 0
@@ -109,7 +121,7 @@ class Scheduler:
         self.waiting.extend(job.sequences)
 
     def schedule(self) -> Batch:
-        """The next forward pass: every decoding sequence, then as much prefill as the token budget allows."""
+        """The next forward pass: every sequence with a token left to start, then as much prefill as the budget allows."""
         self._give_room_to_decode()
         budget = self._config.max_batched_tokens - len(self.decoding)
         drafts = self._draft(budget)
@@ -178,7 +190,10 @@ class Scheduler:
             self._drop_hold(job)
 
     def retract_all(self) -> None:
-        """Send everything running back to the queue and forget all keys and values, as after a weight update."""
+        """Send everything running back to the queue and forget all keys and values, as after a weight update.
+
+        No token may be on its way.
+        """
         self.decode_rows()
         for seq in sorted(self.prefilling + self.decoding, key=lambda seq: seq.order, reverse=True):
             self._retract(seq)
@@ -196,7 +211,7 @@ class Scheduler:
     # ------------------------------------------------------------------ decode
 
     def decode_rows(self) -> np.ndarray:
-        """[R] int64, rows of `decoding` in order. All of them sample a token in every step."""
+        """[R] int64, rows of `decoding` in order. All of them draw a token in every step."""
         if self._rows_stale:
             self.decoding = [seq for seq in self.decoding if seq.row >= 0]
             self._rows = np.fromiter((seq.row for seq in self.decoding), np.int64, len(self.decoding))
@@ -208,10 +223,18 @@ class Scheduler:
         rows, tables = self.decode_rows(), self._tables
         self._slack -= 1
         if self._slack > 0 and rows is self._slack_rows:
-            return  # the same sequences as before, and nobody at the end of a page yet
+            return  # the same sequences as before, and nobody at the end of a page or of its tokens yet
+        left = tables.last_position[rows] - tables.position[rows]
+        if not (
+            left > 0
+        ).all():  # the last token of these is on its way: nothing to start, they keep their place until it arrives
+            self.decoding = [seq for seq, steps in zip(self.decoding, left.tolist(), strict=True) if steps > 0]
+            self._rows_stale = True
+            rows, left = self.decode_rows(), left[left > 0]
         room = tables.capacity[rows] - tables.position[rows]
         needy = sorted((self.decoding[i] for i in np.flatnonzero(room <= 0).tolist()), key=lambda seq: seq.order)
-        self._slack, self._slack_rows = (0 if needy else int(room.min(initial=self._config.page_size))), rows
+        steps = np.minimum(room, left).min(initial=self._config.page_size)
+        self._slack, self._slack_rows = (0 if needy else int(steps)), rows
         for seq in needy:
             while seq.row >= 0:
                 pages = self._pool.take(1)
@@ -219,7 +242,7 @@ class Scheduler:
                     seq.pages += pages
                     tables.set_pages(seq)
                     break
-                if not self.unblock():
+                if not self._settle() and not self.unblock():
                     self._retract(max((s for s in self.decoding + self.prefilling if s.row >= 0), key=lambda s: s.order))
                     self.num_retractions += 1
         self.decode_rows()

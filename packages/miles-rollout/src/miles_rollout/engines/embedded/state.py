@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from miles_rollout.text import IncrementalDecoder
-from miles_rollout.wire import FinishReason, GenerateRequest, WeightSpan
+from miles_rollout.wire import FinishReason, GenerateRequest, RoutedExperts, WeightSpan
 from miles_spec.draft import Draft, DraftSession
+
+if TYPE_CHECKING:
+    from miles_rollout.engines.embedded.tail import Tail
 
 
 class PromptHold(NamedTuple):
@@ -25,8 +28,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "job", "index", "sample_id", "order", "output", "logprobs", "sampled_logprobs", "row", "pages", "claims", "tokens",
+        "job", "index", "sample_id", "order", "recorded", "tail", "row", "pages", "claims", "tokens",
         "num_computed", "decoder", "finish_reason", "matched_stop", "version_starts", "max_tokens", "draft",
+        "experts",
     )  # fmt: skip
 
     def __init__(self, job: Job, index: int, sample_id: int) -> None:
@@ -34,9 +38,10 @@ class Sequence:
         self.index = index
         self.sample_id = sample_id
         self.order = (job.arrival, index)
-        self.output: list[int] = []
-        self.logprobs: list[float] = []
-        self.sampled_logprobs: list[float] = []
+        self.recorded: tuple[list[int], list[float], list[float]] = ([], [], [])
+        """Output tokens and their two log-probabilities, as far as they have been pulled from `tail`."""
+        self.tail: Tail | None = None
+        """Where its newest tokens are, while it has a row."""
         self.row = -1
         self.pages: list[int] = []
         self.claims: list[tuple[int, int]] = []
@@ -52,6 +57,33 @@ class Sequence:
         self.max_tokens = job.num_prompt + job.request.sampling.max_new_tokens
         self.draft: tuple[Draft, DraftSession, int] | None = None
         """The draft, its session and how many tokens that has seen; kept while the sequence waits."""
+        self.experts: RoutedExperts | None = None
+        """Which experts its tokens went to, once it has ended and somebody asked."""
+
+    @property
+    def output(self) -> list[int]:
+        """Output tokens so far."""
+        return self._up_to_date()[0]
+
+    @property
+    def logprobs(self) -> list[float]:
+        """The log-probability of each output token."""
+        return self._up_to_date()[1]
+
+    @property
+    def sampled_logprobs(self) -> list[float]:
+        """The same under the distribution that was sampled."""
+        return self._up_to_date()[2]
+
+    def _up_to_date(self) -> tuple[list[int], list[float], list[float]]:
+        if self.tail is not None:
+            self.tail.pull(self)
+        return self.recorded
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens so far."""
+        return len(self.recorded[0]) if self.tail is None else int(self.tail.count[self.row])
 
     @property
     def num_tokens(self) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from miles_rollout.engines.embedded.state import Sequence
+from miles_rollout.engines.embedded.tail import Tail
 
 _GROWTH = 256
 
@@ -23,7 +24,9 @@ class Tables:
         self.page_size = page_size
         self.slots: np.ndarray = np.zeros((max_running, _GROWTH), np.int64)
         self.position: np.ndarray = np.zeros(max_running, np.int64)
-        """Next position to compute when decoding: the last sampled token's."""
+        """Next position to compute when decoding: that of the last token drawn, which may still be on its way to the host."""
+        self.last_position: np.ndarray = np.zeros(max_running, np.int64)
+        """The position that is never computed: that of the last token the sequence may have."""
         self.capacity: np.ndarray = np.zeros(max_running, np.int64)
         """Tokens its pages have room for."""
         self.pages: np.ndarray = np.zeros((max_running, _GROWTH // page_size + 1), np.int64)
@@ -37,6 +40,7 @@ class Tables:
         self.min_p: np.ndarray = np.zeros(max_running, np.float32)
         self.first_stop: np.ndarray = np.zeros(max_running, np.int64)
         """First position a stop token may take (min_new_tokens)."""
+        self.tail = Tail(max_running)
         self._free = list(range(max_running - 1, -1, -1))
         self.slots_torch = torch.from_numpy(self.slots)
 
@@ -50,7 +54,9 @@ class Tables:
         row = seq.row = self._free.pop()
         sampling = seq.job.request.sampling
         self._widen(seq.max_tokens)
+        self.tail.open(seq)
         self.position[row] = seq.num_tokens - 1
+        self.last_position[row] = seq.max_tokens - 1
         self.last_token[row] = seq.output[-1] if seq.output else seq.job.input_ids[-1]
         self.seed[row] = sampling.seed
         self.sample_id[row] = seq.sample_id
@@ -76,6 +82,7 @@ class Tables:
         """Take the row back and leave it clean."""
         self.slots[seq.row, : self.capacity[seq.row]] = 0  # refused drafts reach further than the tokens do
         self.capacity[seq.row] = 0
+        self.tail.close(seq)
         self._free.append(seq.row)
         seq.row = -1
 

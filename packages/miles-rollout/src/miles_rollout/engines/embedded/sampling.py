@@ -1,0 +1,91 @@
+"""The draw at the end of a pass: arguments of `sample` by row, ids out of reach, and uploads that wait for nothing.
+
+Legend: S = rows that sample, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from miles_kernels.ops.logprob import logprob_from_logits
+from miles_kernels.ops.sample import SampleOutput, sample
+from miles_rollout.engines.embedded.tables import Tables
+
+_FILTERS = (("top_k", -1), ("top_p", 1.0), ("min_p", 0.0))
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy of `array` on the device, without waiting for what the device is doing."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Sampler:
+    """Draws for rows of the tables. Arguments are gathered again only when the rows change."""
+
+    def __init__(self, tables: Tables, device: torch.device) -> None:
+        self._tables = tables
+        self._device = device
+        self._rows: np.ndarray | None = None
+        self._arguments: dict[str, Any] = {}
+        self._is_plain = True
+        self._has_minimum = False
+
+    def is_plain(self, rows: np.ndarray) -> bool:
+        """Whether these rows sample without filters and without ids out of reach."""
+        self._arguments_of(rows)
+        return self._is_plain and not self._has_minimum
+
+    def draw(self, logits: Tensor, rows: np.ndarray, position: np.ndarray) -> SampleOutput:
+        """One token per row of logits [S, V], which will have `position` [S]; on the device, nothing is waited for when plain."""
+        keys = self._arguments_of(rows)
+        keys["position"] = upload(position, self._device)
+        tables = self._tables
+        banned = np.flatnonzero(tables.first_stop[rows] > position).tolist() if self._has_minimum else []
+        if banned:
+            owners = tables.tail.owners
+            stops = [(i, owner.job.eos) for i in banned if (owner := owners[rows[i]]) is not None]
+            return _sample_without(logits, keys, stops)
+        if self._is_plain and logits.is_cuda:
+            from miles_kernels.cuda.sample import draw
+
+            names = ("seed", "sample_id", "position", "temperature")
+            drawn = draw(logits, **{name: keys[name] for name in names})
+            return SampleOutput(drawn.token, drawn.logprob, drawn.logprob)
+        return sample(logits, **keys)
+
+    def _arguments_of(self, rows: np.ndarray) -> dict[str, Any]:
+        """Arguments of `sample`. What all rows leave at its default is passed as a number, which lets the sampler skip work."""
+        if rows is not self._rows:
+            tables, device = self._tables, self._device
+            self._rows = rows
+            self._arguments = {name: upload(getattr(tables, name)[rows], device) for name in ("seed", "sample_id")}
+            self._is_plain = True
+            for name, default in (*_FILTERS, ("temperature", 1.0)):
+                values = getattr(tables, name)[rows]
+                uniform = bool((values == default).all())
+                self._arguments[name] = default if uniform else upload(values, device)
+                self._is_plain &= uniform or name == "temperature"
+            self._has_minimum = bool((tables.first_stop[rows] > tables.position[rows]).any())
+        return self._arguments
+
+
+def _sample_without(logits: Tensor, keys: dict[str, Any], banned: list[tuple[int, frozenset[int]]]) -> SampleOutput:
+    """`sample`, with the `banned` ids of a row out of reach (min_new_tokens); `logprob` stays that of the full distribution."""
+    banned = [(row, ids) for row, ids in banned if ids]
+    if not banned:
+        return sample(logits, **keys)
+    rows = torch.tensor([row for row, _ in banned], device=logits.device)
+    masked = logits.clone()
+    for row, ids in banned:
+        masked[row, list(ids)] = float("-inf")
+    out = sample(masked, **keys)
+    temperature = torch.as_tensor(keys["temperature"], dtype=torch.float32, device=logits.device).expand(len(logits))[rows]
+    temperature = torch.where(temperature == 0, 1.0, temperature)
+    logprob = out.logprob.clone()  # the sampler returns one tensor for both when nothing is filtered
+    logprob[rows] = logprob_from_logits(logits[rows], out.token[rows].clamp(min=0), temperature).logprob
+    return SampleOutput(out.token, logprob, out.sampled_logprob)

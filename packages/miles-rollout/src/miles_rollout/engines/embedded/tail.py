@@ -1,0 +1,109 @@
+"""Tokens of running sequences as arrays by row, and the stop rules that need no text: one step costs a few vector operations.
+
+Legend: B = rows (max_running), W = output tokens a row can hold (grows), E = stop ids kept per row, S = tokens of one step.
+
+A `Sequence` reads its row only when somebody asks for its output, which is when it ends, streams or leaves its row.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from miles_rollout.engines.embedded.state import Sequence
+
+MAX_STOP_IDS = 8
+"""Rows with more stop ids are looked at one by one."""
+_GROWTH = 256
+
+
+class Tokens(NamedTuple):
+    """What was drawn in one step, all [S]."""
+
+    token_ids: np.ndarray
+    """int64; -1 where the logits were not numbers"""
+    logprobs: np.ndarray
+    """float32"""
+    sampled_logprobs: np.ndarray
+    """float32"""
+
+    def take(self, index: np.ndarray) -> Tokens:
+        """Some of them, in the order of `index` (numbers or a mask)."""
+        return Tokens(*(part[index] for part in self))
+
+
+class Tail:
+    """Output tokens [B, W] of the rows in use."""
+
+    def __init__(self, max_running: int) -> None:
+        self.owners: list[Sequence | None] = [None] * max_running
+        self.serial: np.ndarray = np.zeros(max_running, np.int64)
+        """Which use of the row this is, 0 for none. A token drawn for an earlier use is an over-run and dropped."""
+        self.count: np.ndarray = np.zeros(max_running, np.int64)
+        """Output tokens so far."""
+        self.is_watched: np.ndarray = np.zeros(max_running, bool)
+        """Rows that are looked at after every token: they stream, have stop strings or many stop ids."""
+        self._pulled: np.ndarray = np.zeros(max_running, np.int64)
+        self._most: np.ndarray = np.zeros(max_running, np.int64)
+        self._least: np.ndarray = np.zeros(max_running, np.int64)
+        self._stops: np.ndarray = np.full((max_running, MAX_STOP_IDS), -2, np.int64)
+        self._num_stops = 0
+        self._next_serial = 0
+        self._columns = [np.zeros((max_running, _GROWTH), kind) for kind in (np.int64, np.float32, np.float32)]
+
+    def open(self, seq: Sequence) -> None:
+        """A sequence has got its row."""
+        row, job = seq.row, seq.job
+        sampling = job.request.sampling
+        if sampling.max_new_tokens > self._columns[0].shape[1]:
+            self._widen(sampling.max_new_tokens)
+        self._next_serial += 1
+        self.serial[row] = self._next_serial
+        self.owners[row] = seq
+        self.count[row] = self._pulled[row] = len(seq.output)
+        self._most[row], self._least[row] = sampling.max_new_tokens, sampling.min_new_tokens
+        self.is_watched[row] = job.stream or bool(sampling.stop) or len(job.eos) > MAX_STOP_IDS
+        stops = sorted(job.eos)[:MAX_STOP_IDS]
+        self._stops[row] = -2
+        self._stops[row, : len(stops)] = stops
+        self._num_stops = max(self._num_stops, len(stops))
+        seq.tail = self
+
+    def close(self, seq: Sequence) -> None:
+        """The sequence gives its row back."""
+        self.pull(seq)
+        self.serial[seq.row] = 0
+        self.owners[seq.row] = None
+        seq.tail = None
+
+    def pull(self, seq: Sequence) -> None:
+        """Bring the sequence's own lists up to date."""
+        row = seq.row
+        start, stop = int(self._pulled[row]), int(self.count[row])
+        if start < stop:
+            self._pulled[row] = stop
+            parts = [column[row, start:stop].tolist() for column in self._columns]
+            for values, part in zip(seq.recorded, parts, strict=True):
+                values += part
+
+    def record(self, rows: np.ndarray, tokens: Tokens) -> np.ndarray:
+        """Note one token of each of distinct rows [S]; returns which of the S end or are watched."""
+        place = self.count[rows]
+        for column, values in zip(self._columns, tokens, strict=True):
+            column[rows, place] = values
+        place += 1
+        self.count[rows] = place
+        notable = (place >= self._most[rows]) | self.is_watched[rows]
+        if self._num_stops:
+            stopped = (tokens.token_ids[:, None] == self._stops[rows, : self._num_stops]).any(1)
+            notable |= stopped & (place >= self._least[rows])
+        return np.flatnonzero(notable)
+
+    def _widen(self, width: int) -> None:
+        width = max(2 * self._columns[0].shape[1], -(-width // _GROWTH) * _GROWTH)
+        wide = [np.zeros((len(self.owners), width), column.dtype) for column in self._columns]
+        for new, old in zip(wide, self._columns, strict=True):
+            new[:, : old.shape[1]] = old
+        self._columns = wide
