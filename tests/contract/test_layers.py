@@ -77,8 +77,8 @@ def import_alone(package: str, extras: frozenset[str] = frozenset(), skip: str =
     [
         ("miles_lean", (), r"\.(server|recipes)\.", {"torch", "starlette"}),
         ("miles_lean", ("server",), r"\.recipes\.", {"torch"}),
-        ("miles_rollout", (), r"\.(engines|server|router)\b", {"torch", "starlette", "miles_kernels"}),
-        ("miles_rollout", ("server",), r"\.engines\b", {"torch", "miles_kernels"}),
+        ("miles_rollout", (), r"\.(engines|server|router|weights)\b", {"torch", "starlette", "miles_kernels"}),
+        ("miles_rollout", ("server",), r"\.(engines|weights)\b", {"torch", "miles_kernels"}),
         ("miles_rollout", ("embedded",), "", {"miles_core"}),
         ("miles_kernels", (), r"_kernels$|\.verify\.plugin$", {"safetensors", "transformers", "triton"}),
         ("miles_spec", (), "", {"miles_rollout"}),

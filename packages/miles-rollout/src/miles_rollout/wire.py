@@ -247,7 +247,7 @@ class EngineInfo(Wire, frozen=True, kw_only=True):
 
 
 class TensorSpec(Wire, frozen=True, kw_only=True):
-    """One tensor of a weight update: HF name, torch dtype name ("float32"), shape, xxh3-64 of its bytes in hex."""
+    """One tensor of a weight update: HF name, torch dtype name ("float32"), shape, `miles_kernels.checksum` of its bytes."""
 
     name: str
     dtype: str

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from miles_core.trainer.base import Trainer
-from miles_core.trainer.hashing import dtype_name, tensor_hash
 from miles_rollout.engine import Engine
-from miles_rollout.wire import TensorSpec, WeightManifest
+from miles_rollout.weights.stage import make_manifest
+from miles_rollout.wire import WeightManifest
 
 
 def manifest(trainer: Trainer, version: int) -> WeightManifest:
-    """What the trainer's weights are right now: name, dtype, shape and xxh3-64 of every tensor."""
-    tensors = tuple(
-        TensorSpec(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), hash=tensor_hash(tensor))
-        for name, tensor in trainer.export_weights()
-    )
-    return WeightManifest(version=version, tensors=tensors, contract_digest=trainer.contract.digest)
+    """What the trainer's weights are right now: name, dtype, shape and checksum of every tensor."""
+    return make_manifest(trainer.export_weights(), version=version, contract_digest=trainer.contract.digest)
 
 
 async def publish(trainer: Trainer, engine: Engine, version: int) -> WeightManifest:

@@ -68,6 +68,8 @@ class EmbeddedEngine:
         self._limits = Limits(decoder.config.vocab_size, max_context, config.page_size, num_pages)
         self._held = {name: (tuple(t.shape), dtype_name(t.dtype)) for name, t in decoder.hf_state()}
         self._digest = decoder.contract.digest
+        self._decoder = decoder
+        self.device = next(decoder.parameters()).device
         self._model = model
         self._version = weight_version
         self._eos = frozenset(eos)
@@ -162,6 +164,11 @@ class EmbeddedEngine:
     async def resume_memory(self, tags: Sequence[str]) -> None:
         """Take it back. After "weights" requests wait for the next update. Raises ValueError for a tag not released."""
         await self._refusable(lambda core: core.restore(tags))
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(HF name, tensor) of the weights held, as views; do not change them, and do not keep them over an update."""
+        for name, tensor in self._decoder.hf_state():
+            yield name, tensor.detach()
 
     def info(self) -> EngineInfo:
         """Model, contract digest, weight version, limits."""
@@ -286,7 +293,7 @@ class EmbeddedEngine:
     def _update_weights(self, manifest: WeightManifest, tensors: Iterable[tuple[str, Any]]) -> None:
         with self._updating:
             check_manifest(manifest, self._held, version=self._version, contract_digest=self._digest)
-            staged = stage(manifest, tensors)
+            staged = stage(manifest, tensors, self.device)
 
             def swap(core: EngineCore) -> None:
                 self._dispatch(core.swap_weights(staged, manifest.version))

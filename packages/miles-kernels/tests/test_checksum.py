@@ -1,0 +1,77 @@
+"""The checksum of tensor bytes: against a naive loop over Python integers, and against every small fault."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from miles_kernels.checksum import BLOCK_WORDS, GOLDEN, ODD, copy_hashed, dtype_name, mix, tensor_hash, tensor_hashes
+
+MASK = (1 << 64) - 1
+BLOCK = 8 * BLOCK_WORDS
+
+
+def naive(data: bytes) -> str:
+    words = [int.from_bytes(data[at : at + 8].ljust(8, b"\0"), "little") for at in range(0, len(data), 8)]
+    total = 0
+    for block in range(0, len(words), BLOCK_WORDS):
+        inner = 0
+        for j, word in enumerate(words[block : block + BLOCK_WORDS]):
+            x = ((word ^ ((j + 1) * GOLDEN & MASK)) * ODD) & MASK
+            inner += x ^ (x >> 32)
+        total += mix((inner + (block // BLOCK_WORDS + 1) * GOLDEN) & MASK)
+    return f"{mix((total + len(data) * GOLDEN) & MASK):016x}"
+
+
+def of(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, BLOCK - 3, BLOCK, BLOCK + 5, 5 * BLOCK + 13, 9 * BLOCK])
+def test_equals_a_naive_loop(size: int) -> None:
+    data = random.randbytes(size)
+    source, target = of(data), torch.empty(size, dtype=torch.uint8)
+    assert tensor_hash(source) == naive(data)
+    assert copy_hashed([source], [target]) == [naive(data)] and torch.equal(source, target)
+
+
+def test_any_change_inside_one_word_is_noticed_and_so_are_swaps() -> None:
+    tensor = torch.randint(0, 3, (3 * BLOCK_WORDS,), dtype=torch.int64)
+    seen = {tensor_hash(tensor)}
+    places = [(random.randrange(tensor.numel()), bit) for bit in range(63)]
+    for at, bit in places:
+        changed = tensor.clone()
+        changed[at] ^= 1 << bit
+        seen.add(tensor_hash(changed))
+    assert len(seen) == 1 + len(set(places))
+    for _ in range(50):
+        a, b = random.sample(range(tensor.numel()), 2)
+        if tensor[a] != tensor[b]:
+            changed = tensor.clone()
+            changed[a], changed[b] = tensor[b].clone(), tensor[a].clone()
+            seen.add(tensor_hash(changed))
+    blocks = tensor.view(3, BLOCK_WORDS)[[1, 0, 2]].contiguous()
+    longer = torch.cat([tensor, torch.zeros(1, dtype=torch.int64)])
+    assert len({tensor_hash(blocks), tensor_hash(longer), tensor_hash(tensor[:-1]), *seen}) == len(seen) + 3
+
+
+def test_the_bytes_count_in_row_major_order_whatever_the_dtype_and_the_memory() -> None:
+    tensor = torch.randn(40, 24)
+    assert tensor_hash(tensor.t()) == tensor_hash(tensor.t().contiguous()) != tensor_hash(tensor)
+    assert tensor_hash(tensor.view(torch.int32)) == tensor_hash(tensor) == naive(tensor.numpy().tobytes())
+    odd = tensor.bfloat16().reshape(-1)[1:]  # its first byte is not at a multiple of 8
+    assert tensor_hash(odd) == tensor_hash(odd.clone())
+    assert tensor_hashes([tensor, odd]) == [tensor_hash(tensor), tensor_hash(odd)]
+    assert dtype_name(torch.bfloat16) == "bfloat16"
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_digits_of_the_cpu_alone_and_while_copying() -> None:
+    tensors = [torch.randn(size).to(dtype) for size in (1, 5, 4099, 1 << 20) for dtype in (torch.float32, torch.bfloat16)]
+    there = [tensor.cuda() for tensor in tensors]
+    room = [torch.empty_like(tensor) for tensor in there]
+    wanted = tensor_hashes(tensors)
+    assert tensor_hashes(there) == wanted == copy_hashed(there, room) == tensor_hashes(room)
+    assert tensor_hash(there[-1][1:]) == tensor_hash(tensors[-1][1:])
