@@ -1,4 +1,4 @@
-"""The `miles-kernels` command: contract, probe, parity. torch is imported inside the commands."""
+"""The `miles-kernels` command: contract, probe, parity, verify, bench. torch is imported inside the commands."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from miles_kernels.bench.command import add_to as add_bench
 from miles_kernels.verify.command import add_to as add_verify
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parity.set_defaults(command=_parity)
 
     add_verify(commands)
+    add_bench(commands)
     return parser
 
 

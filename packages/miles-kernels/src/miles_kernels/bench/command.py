@@ -1,4 +1,4 @@
-"""`python -m miles_kernels.bench [WHAT ...] --out DIR`: see `run`."""
+"""`miles-kernels bench [WHAT ...] --out DIR`: see `run`. Importing this loads no torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,20 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-SECTIONS = {"gemm": "gemm:rows", "moe": "moe:rows", "logprob": "logprob:rows", "fp8": "fp8:rows", "attention": "attention:rows"}
-EXTRA = {"tune": "gemm:tune", "moe-tiles": "moe:tiles"}
+SECTIONS = {
+    "gemm": "gemm:rows",
+    "moe": "moe:rows",
+    "logprob": "logprob:rows",
+    "fp8": "fp8:rows",
+    "attention": "attention:rows",
+    "model": "model:rows",
+}
+EXTRA = {
+    "model-0.6b": "model:rows_small",
+    "model-8b": "model:rows_large",
+    "tune": "gemm:tune",
+    "moe-tiles": "moe:tiles",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,11 +35,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(parser.parse_args(arguments))
 
 
+def add_to(commands: Any) -> None:
+    """Add the command to the subparsers of `miles-kernels`."""
+    parser = commands.add_parser(
+        "bench",
+        help="ratios to cuBLAS, SDPA and the hardware floor on this GPU, and a roofline",
+        description="Measures ops and whole models against stock torch and the measured ceilings, all in one run. "
+        "Writes bench.md, bench.json and roofline.svg after every section.",
+    )
+    add_arguments(parser)
+    parser.set_defaults(command=run)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench`, for this module and for the `miles-kernels` command."""
     known = ", ".join([*SECTIONS, *EXTRA])
     parser.add_argument(
-        "what", nargs="*", default=[], help=f"sections to run, in order: {known} (default: all that exist but tuning)"
+        "what", nargs="*", default=[], help=f"sections to run, in order: {known} (default: all of {', '.join(SECTIONS)})"
     )
     parser.add_argument("--out", type=Path, default=Path("bench-out"), help="folder for bench.md, bench.json and roofline.svg")
 
@@ -75,7 +99,3 @@ def run(options: argparse.Namespace) -> int:
         write(found, machine, options.out)
     print(markdown(found, machine))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
