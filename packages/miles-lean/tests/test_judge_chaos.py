@@ -49,7 +49,7 @@ def _descendants(root: int) -> set[int]:
 
 @pytest.mark.slow
 def test_killing_everything_changes_no_verdict(judge: Judge) -> None:
-    """SIGKILL to compilers, checkers and the process they are copied from, while 40 verdicts are made."""
+    """SIGKILL to compilers, checkers and the process they are copied from, while 120 verdicts are made."""
     judge.warm()
     stop, killed = threading.Event(), 0
 
@@ -71,7 +71,7 @@ def test_killing_everything_changes_no_verdict(judge: Judge) -> None:
     thread.start()
     try:
         with ThreadPoolExecutor(2) as pool:
-            asked = [(ASKED, GOOD, True), (WRONG, BAD, False)] * 20
+            asked = [(ASKED, GOOD, True), (WRONG, BAD, False)] * 60
             verdicts = list(pool.map(lambda row: (judge.verify(row[0], row[1]), row[2]), asked))
     finally:
         stop.set()

@@ -186,8 +186,9 @@ class Judge:
 
     def _compile(self, source: str, limits: Limits) -> Compiled:
         """Compile; what the machine broke is tried again, and so, once, is a crash."""
-        data = with_header(source, self.backend.capabilities.default_header).encode("utf-8", "surrogatepass")
-        message = {"max_rss": limits.max_rss}
+        text = with_header(source, self.backend.capabilities.default_header)
+        message = {"max_rss": limits.max_rss, "bare": is_bare(text)}
+        data = text.encode("utf-8", "surrogatepass")
         odd, problem = 0, ""
         for _ in range(ATTEMPTS):
             try:
@@ -290,6 +291,16 @@ def refusal(result: CompileResult) -> tuple[str, str, str]:
 
 def with_header(source: str, header: str) -> str:
     """The source, with the header before it when it has none of its own."""
+    return f"{header.rstrip()}\n{source}" if header and not has_header(source) else source
+
+
+def has_header(source: str) -> bool:
+    """Whether a file begins with a header of its own, comments aside."""
     tokens = code_tokens(source)
-    own = tokens and tokens[0].text in ("import", "prelude", "module", "public", "meta")
-    return source if own or not header else f"{header.rstrip()}\n{source}"
+    return bool(tokens) and tokens[0].text in ("import", "prelude", "module", "public", "meta")
+
+
+def is_bare(source: str) -> bool:
+    """Whether a file has no header, and is plain text as Lean's strings hold it: no carriage return, NUL or surrogate."""
+    plain = "\r" not in source and "\0" not in source and not any("\ud800" <= char <= "\udfff" for char in source)
+    return plain and not has_header(source)

@@ -8,56 +8,47 @@ count 0) and never freed, so a process that checks submissions is meant to be fo
 from __future__ import annotations
 
 import ctypes
-import mmap
 import struct
 from pathlib import Path
 from typing import Any
 
 from miles_lean.judge.names import Name, show_name
+from miles_lean.judge.objects import NIL, POINTER, NoKernel, Objects, bind
 from miles_lean.judge.olean import Constant
 from miles_lean.judge.terms import Terms
 
-NIL = 1
-"""A small number 0: the empty list, `none`, the anonymous name."""
 EXCEPTIONS = (
     "unknownConstant", "alreadyDeclared", "declTypeMismatch", "declHasMVars", "declHasFVars", "funExpected", "typeExpected",
     "letTypeMismatch", "exprTypeMismatch", "appTypeMismatch", "invalidProj", "thmTypeIsNotProp", "other",
     "deterministicTimeout", "excessiveMemory", "deepRecursion", "interrupted",
 )  # fmt: skip
 """The kernel's complaints, in Lean's order."""
-_POINTER = ctypes.c_void_p
 _ENTRIES: dict[str, tuple[Any, ...]] = {
-    "lean_name_mk_string": (_POINTER, _POINTER),
-    "lean_name_mk_numeral": (_POINTER, _POINTER),
-    "lean_level_mk_zero": (_POINTER,),
-    "lean_level_mk_succ": (_POINTER,),
-    "lean_level_mk_max": (_POINTER, _POINTER),
-    "lean_level_mk_imax": (_POINTER, _POINTER),
-    "lean_level_mk_param": (_POINTER,),
-    "lean_expr_mk_bvar": (_POINTER,),
-    "lean_expr_mk_sort": (_POINTER,),
-    "lean_expr_mk_const": (_POINTER, _POINTER),
-    "lean_expr_mk_app": (_POINTER, _POINTER),
-    "lean_expr_mk_lambda": (_POINTER, _POINTER, _POINTER, ctypes.c_uint8),
-    "lean_expr_mk_forall": (_POINTER, _POINTER, _POINTER, ctypes.c_uint8),
-    "lean_expr_mk_let": (_POINTER, _POINTER, _POINTER, _POINTER, ctypes.c_uint8),
-    "lean_expr_mk_lit": (_POINTER,),
-    "lean_expr_mk_proj": (_POINTER, _POINTER, _POINTER),
-    "lean_expr_eqv": (_POINTER, _POINTER),
-    "lean_name_eq": (_POINTER, _POINTER),
-    "lean_add_decl": (_POINTER, ctypes.c_size_t, ctypes.c_size_t, _POINTER, _POINTER),
-    "lean_environment_find": (_POINTER, _POINTER),
-    "lean_elab_environment_to_kernel_env": (_POINTER,),
-    "l_Lean_mkEmptyEnvironment": (ctypes.c_uint32, _POINTER),
+    "lean_level_mk_zero": (POINTER,),
+    "lean_level_mk_succ": (POINTER,),
+    "lean_level_mk_max": (POINTER, POINTER),
+    "lean_level_mk_imax": (POINTER, POINTER),
+    "lean_level_mk_param": (POINTER,),
+    "lean_expr_mk_bvar": (POINTER,),
+    "lean_expr_mk_sort": (POINTER,),
+    "lean_expr_mk_const": (POINTER, POINTER),
+    "lean_expr_mk_app": (POINTER, POINTER),
+    "lean_expr_mk_lambda": (POINTER, POINTER, POINTER, ctypes.c_uint8),
+    "lean_expr_mk_forall": (POINTER, POINTER, POINTER, ctypes.c_uint8),
+    "lean_expr_mk_let": (POINTER, POINTER, POINTER, POINTER, ctypes.c_uint8),
+    "lean_expr_mk_lit": (POINTER,),
+    "lean_expr_mk_proj": (POINTER, POINTER, POINTER),
+    "lean_expr_eqv": (POINTER, POINTER),
+    "lean_name_eq": (POINTER, POINTER),
+    "lean_add_decl": (POINTER, ctypes.c_size_t, ctypes.c_size_t, POINTER, POINTER),
+    "lean_environment_find": (POINTER, POINTER),
+    "lean_elab_environment_to_kernel_env": (POINTER,),
+    "l_Lean_mkEmptyEnvironment": (ctypes.c_uint32, POINTER),
     "lean_io_mark_end_initialization": (),
     "lean_initialize": (),
 }
 _ARENA_SIZE = 1 << 29
 MAX_REC_DEPTH = 1 << 20
-
-
-class NoKernel(RuntimeError):
-    """The library is missing, or is not the one this module was written for."""
 
 
 class KernelError(Exception):
@@ -69,100 +60,26 @@ class KernelError(Exception):
         self.name = name
 
 
-class Kernel:
+class Kernel(Objects):
     """An environment that starts empty, and Lean's type checker.
 
     Raises NoKernel when the library lacks an entry point.
     """
 
     def __init__(self, library: Path) -> None:
-        try:
-            lib = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-            for entry, arguments in _ENTRIES.items():
-                function = getattr(lib, entry)
-                function.argtypes, function.restype = arguments, _POINTER
-        except (OSError, AttributeError) as error:
-            raise NoKernel(f"{library}: {error}") from error
+        lib = bind(library, _ENTRIES)
         lib.lean_expr_eqv.restype = lib.lean_name_eq.restype = ctypes.c_uint8
         lib.lean_initialize()
         lib.lean_io_mark_end_initialization()
-        self._lib = lib
-        # Address space only; pages are touched as they are used.
-        self._arena = mmap.mmap(-1, _ARENA_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._start = ctypes.addressof(ctypes.c_char.from_buffer(self._arena))
-        self._used = 0
-        self._names: dict[Name, int] = {(): NIL}
+        super().__init__(lib, _ARENA_SIZE)
         self._env = self._empty()
 
     def _empty(self) -> int:
         result = self._lib.l_Lean_mkEmptyEnvironment(0, NIL)
-        tag, fields = self._ctor(result)
+        tag, fields = self.ctor(result)
         if tag != 0 or not fields:
             raise NoKernel("Lean made no empty environment")
         return int(self._lib.lean_elab_environment_to_kernel_env(fields[0]))
-
-    # ------------------------------------------------------------ objects
-
-    def _object(self, tag: int, fields: tuple[int, ...], scalars: bytes = b"") -> int:
-        """An immortal constructor object in our own memory."""
-        scalars += b"\0" * (-len(scalars) % 8)
-        size = 8 + 8 * len(fields) + len(scalars)
-        return self._raw(struct.pack(f"<iHBB{len(fields)}Q", 0, size, len(fields), tag, *fields) + scalars)
-
-    def _raw(self, data: bytes) -> int:
-        at = self._used
-        if at + len(data) > _ARENA_SIZE:
-            raise MemoryError("the declarations need more than half a gigabyte of objects")
-        self._arena[at : at + len(data)] = data
-        self._used = at + len(data) + (-len(data) % 8)
-        return self._start + at
-
-    def _string(self, text: str) -> int:
-        raw = text.encode() + b"\0"
-        return self._raw(struct.pack("<iHBBQQQ", 0, 1, 0, 249, len(raw), len(raw), len(text)) + raw)
-
-    def _nat(self, value: int) -> int:
-        if value < 1 << 63:
-            return value << 1 | 1
-        limbs = (value.bit_length() + 63) // 64
-        digits = self._start + self._used + 24
-        return self._raw(struct.pack("<iHBBiiQ", 0, 24, 0, 250, limbs, limbs, digits) + value.to_bytes(8 * limbs, "little"))
-
-    def _list(self, items: list[int]) -> int:
-        result = NIL
-        for item in reversed(items):
-            result = self._object(1, (item, result))
-        return result
-
-    @staticmethod
-    def _immortal(address: int) -> int:
-        if not address & 1:
-            ctypes.c_int32.from_address(address).value = 0
-        return address
-
-    @staticmethod
-    def _ctor(address: int) -> tuple[int, tuple[int, ...]]:
-        """Tag and pointer fields of a live object; a small number has none."""
-        if address & 1:
-            return address >> 1, ()
-        _, _, count, tag = struct.unpack("<iHBB", ctypes.string_at(address, 8))
-        return tag, struct.unpack(f"<{count}Q", ctypes.string_at(address + 8, 8 * count))
-
-    def name(self, name: Name) -> int:
-        """The live object of a name."""
-        found = self._names.get(name)
-        if found is None:
-            prefix, part = self.name(name[:-1]), name[-1]
-            if isinstance(part, str):
-                made = self._lib.lean_name_mk_string(prefix, self._string(part))
-            else:
-                made = self._lib.lean_name_mk_numeral(prefix, self._nat(part))
-            found = self._names[name] = self._immortal(made)
-        return found
-
-    def name_list(self, names: tuple[Name, ...]) -> int:
-        """A list of names."""
-        return self._list([self.name(name) for name in names])
 
 
 class Builder:
@@ -187,7 +104,7 @@ class Builder:
                 continue
             needed.add(term)
             stack.extend(_parts(nodes[term]))
-        immortal = Kernel._immortal
+        immortal = Kernel.immortal
         for term in sorted(needed):
             made[term] = immortal(self._make(nodes[term]))
         return made[root]
@@ -198,9 +115,9 @@ class Builder:
             case ("app", function, argument):
                 return lib.lean_expr_mk_app(made[function], made[argument])
             case ("bvar", index):
-                return lib.lean_expr_mk_bvar(kernel._nat(index))
+                return lib.lean_expr_mk_bvar(kernel.nat(index))
             case ("const", name, levels):
-                return lib.lean_expr_mk_const(kernel.name(name), kernel._list([made[level] for level in levels]))
+                return lib.lean_expr_mk_const(kernel.name(name), kernel.list([made[level] for level in levels]))
             case ("lam", domain, body):
                 return lib.lean_expr_mk_lambda(kernel.name(("x",)), made[domain], made[body], 0)
             case ("pi", domain, body):
@@ -210,11 +127,11 @@ class Builder:
             case ("sort", level):
                 return lib.lean_expr_mk_sort(made[level])
             case ("proj", name, index, struct_):
-                return lib.lean_expr_mk_proj(kernel.name(name), kernel._nat(index), made[struct_])
+                return lib.lean_expr_mk_proj(kernel.name(name), kernel.nat(index), made[struct_])
             case ("nat", value):
-                return lib.lean_expr_mk_lit(kernel._object(0, (kernel._nat(value),)))
+                return lib.lean_expr_mk_lit(kernel.object(0, (kernel.nat(value),)))
             case ("str", text):
-                return lib.lean_expr_mk_lit(kernel._object(1, (kernel._string(text),)))
+                return lib.lean_expr_mk_lit(kernel.object(1, (kernel.string(text),)))
             case ("zero",):
                 return lib.lean_level_mk_zero(NIL)
             case ("succ", level):
@@ -231,7 +148,7 @@ class Builder:
 
     def _head(self, constant: Constant) -> int:
         kernel = self.kernel
-        return kernel._object(0, (kernel.name(constant.name), kernel.name_list(constant.levels), self.build(constant.type)))
+        return kernel.object(0, (kernel.name(constant.name), kernel.name_list(constant.levels), self.build(constant.type)))
 
     def declare(self, constant: Constant) -> None:
         """Check and add an axiom, definition, theorem, opaque constant or the quotient type. Raises KernelError."""
@@ -242,18 +159,18 @@ class Builder:
         head = self._head(constant)
         unsafe = constant.safety == "unsafe"
         if constant.kind == "axiom":
-            declaration = kernel._object(0, (kernel._object(0, (head,), bytes([unsafe])),))
+            declaration = kernel.object(0, (kernel.object(0, (head,), bytes([unsafe])),))
         elif constant.kind == "definition":
             hints = constant.hints
-            hint = (-1 - hints) << 1 | 1 if hints < 0 else kernel._object(2, (), struct.pack("<I", hints))
+            hint = (-1 - hints) << 1 | 1 if hints < 0 else kernel.object(2, (), struct.pack("<I", hints))
             safety = bytes([("unsafe", "safe", "partial").index(constant.safety)])
-            value = kernel._object(0, (head, self.build(_value(constant)), hint, all_), safety)
-            declaration = kernel._object(1, (value,))
+            value = kernel.object(0, (head, self.build(_value(constant)), hint, all_), safety)
+            declaration = kernel.object(1, (value,))
         elif constant.kind == "theorem":
-            declaration = kernel._object(2, (kernel._object(0, (head, self.build(_value(constant)), all_)),))
+            declaration = kernel.object(2, (kernel.object(0, (head, self.build(_value(constant)), all_)),))
         elif constant.kind == "opaque":
-            value = kernel._object(0, (head, self.build(_value(constant)), all_), bytes([unsafe]))
-            declaration = kernel._object(3, (value,))
+            value = kernel.object(0, (head, self.build(_value(constant)), all_), bytes([unsafe]))
+            declaration = kernel.object(3, (value,))
         else:
             raise AssertionError(f"{constant.kind} is declared with its inductive type")
         self._add(declaration, constant.name)
@@ -264,21 +181,21 @@ class Builder:
         items = []
         for type_ in types:
             found = [ctors[name] for name in type_.names]
-            listed = kernel._list([kernel._object(0, (kernel.name(ctor.name), self.build(ctor.type))) for ctor in found])
-            items.append(kernel._object(0, (kernel.name(type_.name), self.build(type_.type), listed)))
+            listed = kernel.list([kernel.object(0, (kernel.name(ctor.name), self.build(ctor.type))) for ctor in found])
+            items.append(kernel.object(0, (kernel.name(type_.name), self.build(type_.type), listed)))
         first = types[0]
-        fields = (kernel.name_list(first.levels), kernel._nat(first.numbers[0]), kernel._list(items))
-        self._add(kernel._object(6, fields, bytes([first.safety == "unsafe"])), first.name)
+        fields = (kernel.name_list(first.levels), kernel.nat(first.numbers[0]), kernel.list(items))
+        self._add(kernel.object(6, fields, bytes([first.safety == "unsafe"])), first.name)
 
     def _add(self, declaration: int, name: Name) -> None:
         kernel = self.kernel
         env = kernel._env
         ctypes.c_int32.from_address(env).value += 1  # a refused declaration must not take the environment with it
-        tag, fields = kernel._ctor(kernel._lib.lean_add_decl(env, 0, MAX_REC_DEPTH, declaration, NIL))
+        tag, fields = kernel.ctor(kernel._lib.lean_add_decl(env, 0, MAX_REC_DEPTH, declaration, NIL))
         if tag == 1 and len(fields) == 1:
             kernel._env = fields[0]
             return
-        inner = kernel._ctor(fields[0])[0] if fields else 12
+        inner = kernel.ctor(fields[0])[0] if fields else 12
         raise KernelError(EXCEPTIONS[inner] if inner < len(EXCEPTIONS) else f"exception {inner}", name)
 
     def knows(self, name: Name) -> bool:
@@ -288,7 +205,7 @@ class Builder:
     def _find(self, name: Name) -> int | None:
         kernel = self.kernel
         ctypes.c_int32.from_address(kernel._env).value += 1
-        tag, found = kernel._ctor(kernel._lib.lean_environment_find(kernel._env, kernel.name(name)))
+        tag, found = kernel.ctor(kernel._lib.lean_environment_find(kernel._env, kernel.name(name)))
         return found[0] if tag == 1 else None
 
     def matches(self, constant: Constant) -> bool:
@@ -301,10 +218,10 @@ class Builder:
         found = self._find(constant.name)
         if found is None:
             return False
-        tag, payload = kernel._ctor(found)
+        tag, payload = kernel.ctor(found)
         at = payload[0]
-        _, fields = kernel._ctor(at)
-        _, (_, levels, type_) = kernel._ctor(fields[0])
+        _, fields = kernel.ctor(at)
+        _, (_, levels, type_) = kernel.ctor(fields[0])
         same = self._same_names(levels, constant.levels) and bool(lib.lean_expr_eqv(type_, self.build(constant.type)))
         scalars = ctypes.string_at(at + 8 + 8 * len(fields), 8)
         match constant.kind, tag:
@@ -316,7 +233,7 @@ class Builder:
                 return same and self._same_names(fields[3], constant.all) and self._same_names(fields[4], constant.names)
             case "constructor", 6:
                 counts = tuple(value >> 1 for value in fields[2:])
-                return same and counts == constant.numbers and self._same_names(kernel._list([fields[1]]), constant.names)
+                return same and counts == constant.numbers and self._same_names(kernel.list([fields[1]]), constant.names)
             case "recursor", 7:
                 counts = tuple(value >> 1 for value in fields[2:6])
                 same = same and counts == constant.numbers and (scalars[0],) == constant.flags
@@ -326,7 +243,7 @@ class Builder:
     def _items(self, address: int) -> list[int]:
         found = []
         while address != NIL:
-            _, (head, address) = self.kernel._ctor(address)
+            _, (head, address) = self.kernel.ctor(address)
             found.append(head)
         return found
 
@@ -335,7 +252,7 @@ class Builder:
         return len(items) == len(names) and all(eq(x, self.kernel.name(y)) for x, y in zip(items, names, strict=True))
 
     def _same_rules(self, address: int, constant: Constant) -> bool:
-        rules = [self.kernel._ctor(item)[1] for item in self._items(address)]
+        rules = [self.kernel.ctor(item)[1] for item in self._items(address)]
         eqv, eq = self.kernel._lib.lean_expr_eqv, self.kernel._lib.lean_name_eq
         return len(rules) == len(constant.rules) and all(
             eq(ctor, self.kernel.name(rule.ctor)) and count >> 1 == rule.num_fields and eqv(rhs, self.build(rule.rhs))

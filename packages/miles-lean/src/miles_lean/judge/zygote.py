@@ -24,6 +24,7 @@ from typing import Any
 from miles_lean import sandbox
 from miles_lean.judge import check
 from miles_lean.judge.channel import Channel, Closed
+from miles_lean.judge.warm import WarmLean
 from miles_lean.judge.watch import watch
 
 SOURCE, OLEAN = "Submission.lean", "Submission.olean"
@@ -59,7 +60,7 @@ class Compiler:
                 raise sandbox.SandboxError(f"missing sandbox layers: {layer}; {private}")
         # After the namespaces, which a process can only enter with one thread.
         self.library = ctypes.CDLL(setup["library"], mode=ctypes.RTLD_GLOBAL)
-        self.library.lean_initialize()
+        self.warm = WarmLean(Path(setup["library"]), (SOURCE.removesuffix(".lean"),))
 
     def run(self, message: dict[str, Any], blobs: list[bytes], client: int) -> tuple[dict[str, Any], list[bytes]]:
         """Compile one source."""
@@ -76,7 +77,7 @@ class Compiler:
             started = time.monotonic()
             pid = sandbox.fork(self.separate)
             if pid == 0:
-                self._child(work, out[1], err[1])
+                self._child(work, out[1], err[1], blobs[0] if message["bare"] else None)
             os.close(out[1])
             os.close(err[1])
             try:
@@ -94,7 +95,8 @@ class Compiler:
                 sandbox.unmount(work)
             shutil.rmtree(work, ignore_errors=True)
 
-    def _child(self, work: str, out: int, err: int) -> None:
+    def _child(self, work: str, out: int, err: int, bare: bytes | None) -> None:
+        """Never returns. `bare` is a source without a header; others are Lean's command line's to read."""
         try:
             os.setsid()
             os.chdir(work)
@@ -106,8 +108,12 @@ class Compiler:
                 sandbox.seal(self.policy)
             else:
                 sandbox.die_with_parent()
-            arguments = [b"lean", b"--json", b"-j1", b"-s8192", b"-o", OLEAN.encode(), SOURCE.encode()]
-            code = self.library.lean_main(len(arguments), (ctypes.c_char_p * (len(arguments) + 1))(*arguments, None))
+            if bare is not None:
+                code = self.warm.compile(bare.decode(), SOURCE, OLEAN)
+            else:
+                # Not async, as in the warm process: the names of helpers that Lean makes depend on it.
+                arguments = [b"lean", b"--json", b"-DElab.async=false", b"-j1", b"-s8192", b"-o", OLEAN.encode(), SOURCE.encode()]
+                code = self.library.lean_main(len(arguments), (ctypes.c_char_p * (len(arguments) + 1))(*arguments, None))
             ctypes.CDLL(None).fflush(None)
             os._exit(code & 0xFF)
         except BaseException as error:  # nothing may return into the zygote's loop
