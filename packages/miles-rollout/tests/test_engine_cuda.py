@@ -1,0 +1,174 @@
+"""The embedded engine on a GPU: graphs, overlap, schedules and the trainer's forward give the same bits."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from miles_kernels.contract import Contract
+from miles_kernels.nn.checkpoint import random_decoder
+from miles_kernels.nn.config import DecoderConfig
+from miles_kernels.nn.decoder import Decoder, PackedKV
+from miles_rollout.engines.embedded import EmbeddedConfig
+from miles_rollout.engines.embedded.core import EngineCore
+from miles_rollout.engines.embedded.state import Job
+from miles_rollout.text import CharTokenizer
+from miles_rollout.wire import GenerateRequest, GenerateResult, SamplingParams
+
+pytestmark = pytest.mark.gpu
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 2048, "initializer_range": 0.1,
+}  # fmt: skip
+DENSE = DecoderConfig(family="qwen3", **COMMON)
+MOE = DecoderConfig(family="qwen3_moe", num_experts=16, num_experts_per_tok=4, moe_intermediate_size=128, **COMMON)
+CONFIG = EmbeddedConfig(num_pages=600, max_running=48, max_batched_tokens=512, prefill_chunk=96, record_routed_experts=True)
+EAGER = msgspec.structs.replace(CONFIG, cuda_graphs=False, overlap=False)
+
+
+def make(shape: DecoderConfig, seed: int = 0) -> Decoder:
+    contract = Contract.for_device("cuda", "bfloat16")
+    return random_decoder(shape, seed, contract=contract, dtype=torch.bfloat16, device="cuda").requires_grad_(False)
+
+
+def requests(count: int, seed: int, *, plain: bool = False) -> list[GenerateRequest]:
+    rng = random.Random(seed)
+    common = tuple(rng.randrange(2048) for _ in range(64))
+    made = []
+    for i in range(count):
+        ids = common[: rng.choice([0, 16, 48, 64])] + tuple(rng.randrange(2048) for _ in range(rng.randint(1, 200)))
+        n = rng.choice([1, 1, 3])
+        sampling = SamplingParams(
+            temperature=rng.choice([1.0, 0.7, 0.0, 1.3]),
+            top_k=-1 if plain else rng.choice([-1, -1, -1, 20]),
+            max_new_tokens=rng.choice([1, 2, 30, 100, 500]),
+            min_new_tokens=0 if plain else rng.choice([0, 0, 0, 1]),
+            stop_token_ids=tuple(rng.randrange(2048) for _ in range(20)) if rng.random() < 0.3 else (),
+            seed=rng.randrange(2**40),
+            n=n,
+        )
+        made.append(
+            GenerateRequest(
+                request_id=f"r{i}",
+                input_ids=ids,
+                sampling=sampling,
+                sample_ids=tuple(rng.randrange(2**50) for _ in range(n)),
+                return_routed_experts=rng.random() < 0.3,
+            )
+        )
+    return made
+
+
+@torch.inference_mode()
+def serve(decoder: Decoder, config: EmbeddedConfig, asked: list[GenerateRequest], seed: int = 0) -> dict[str, GenerateResult]:
+    """Serve requests that arrive at random times; everything must be given back."""
+    rng = random.Random(seed)
+    core = EngineCore(decoder, CharTokenizer("abc"), config, num_pages=config.num_pages or 0)
+    waiting = [Job(request, i, frozenset((2,))) for i, request in enumerate(asked)]
+    rng.shuffle(waiting)
+    done: dict[str, GenerateResult] = {}
+    while waiting or core.has_work:
+        while waiting and (not core.has_work or rng.random() < 0.3):
+            core.add(waiting.pop())
+        for delivery in core.step():
+            assert isinstance(delivery.item, GenerateResult), delivery.item
+            done[delivery.item.request_id] = delivery.item
+    assert core.metrics()["kv_used_ratio"] == 0 and core.metrics()["num_running"] == 0
+    return done
+
+
+def outcome(result: GenerateResult) -> Any:
+    return result.completions
+
+
+@pytest.mark.parametrize("shape", [DENSE, MOE], ids=["dense", "moe"])
+def test_graphs_and_overlap_give_the_bits_of_the_eager_engine(shape: DecoderConfig):
+    decoder = make(shape)
+    for seed in (1, 2):
+        asked = requests(60, seed)
+        eager = serve(decoder, EAGER, asked, seed)
+        for config in (
+            CONFIG,
+            msgspec.structs.replace(CONFIG, overlap=False),
+            msgspec.structs.replace(CONFIG, cuda_graphs=False),
+            msgspec.structs.replace(CONFIG, max_running=7, num_pages=120, prefix_cache=False),
+            msgspec.structs.replace(CONFIG, draft="ngram"),
+        ):
+            found = serve(decoder, config, asked, seed + 5)
+            assert found.keys() == eager.keys()
+            for name, result in eager.items():
+                assert outcome(found[name]) == outcome(result), (config, name)
+
+
+@pytest.mark.parametrize("shape", [DENSE, MOE], ids=["dense", "moe"])
+@torch.inference_mode()
+def test_every_token_has_the_trainers_bits(shape: DecoderConfig):
+    from miles_kernels.cuda.attention import KVBatch
+
+    decoder = make(shape, 3)
+    asked = requests(40, 9, plain=True)
+    found = serve(decoder, CONFIG, asked)
+    compared = 0
+    for request in asked:
+        for completion in found[request.request_id].completions:
+            ids = torch.tensor(request.input_ids + completion.token_ids, device="cuda")
+            batch = KVBatch.packed([len(ids)])
+            routed: dict[int, torch.Tensor] = {}
+            hidden = decoder(ids, torch.arange(len(ids), device="cuda"), PackedKV(batch), routed=routed)  # type: ignore[arg-type]
+            first = len(request.input_ids) - 1
+            out = decoder.logprob(hidden[first:-1], ids[first + 1 :], request.sampling.temperature or 1.0)
+            expected = torch.tensor(completion.logprobs, device="cuda")
+            assert torch.equal(out.logprob, expected), request.request_id
+            compared += len(expected)
+            if completion.routed_experts is not None:
+                ids_by_layer = torch.stack([routed[layer] for layer in sorted(routed)], 1)[:-1]
+                experts = torch.frombuffer(bytearray(completion.routed_experts.data), dtype=torch.uint8)
+                assert torch.equal(ids_by_layer.cpu().to(torch.uint8).flatten(), experts)
+    assert compared > 2000
+    assert any(c.routed_experts is not None for r in found.values() for c in r.completions) == (shape is MOE)
+
+
+def test_the_comparison_can_fail():
+    decoder, other = make(DENSE), make(DENSE)
+    with torch.no_grad():
+        other.layers[1].down_proj[0, 0] += 0.5  # type: ignore[index,union-attr]
+    asked = requests(10, 3)
+    first, second = serve(decoder, CONFIG, asked), serve(other, CONFIG, asked)
+    assert any(outcome(first[name]) != outcome(second[name]) for name in first)
+
+
+@torch.inference_mode()
+def test_memory_can_be_given_back_and_graphs_are_made_again():
+    decoder = make(DENSE)
+    asked = requests(12, 4)
+    expected = serve(decoder, EAGER, asked)
+    core = EngineCore(decoder, CharTokenizer("abc"), CONFIG, num_pages=600)
+
+    def all_of() -> dict[str, Any]:
+        for i, request in enumerate(asked):
+            core.add(Job(request, i, frozenset((2,))))
+        items = []
+        while core.has_work:
+            items += [delivery.item for delivery in core.step()]
+        return {item.request_id: outcome(item) for item in items}
+
+    whole = {name: outcome(result) for name, result in expected.items()}
+    assert all_of() == whole
+    saved = {name: view.clone() for name, view in decoder.hf_state()}
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    core.release(("weights", "kv_cache", "cuda_graph"))
+    assert torch.cuda.memory_allocated() < before - sum(p.numel() for p in decoder.parameters())
+    core.restore(("kv_cache",))
+    core.restore(("weights", "cuda_graph"))
+    assert not core.has_work
+    core.swap_weights(saved, 1)
+    spans = all_of()
+    assert {name: [c.token_ids for c in found] for name, found in spans.items()} == {
+        name: [c.token_ids for c in found] for name, found in whole.items()
+    }
