@@ -21,7 +21,7 @@ EDGES = (
     "theorem t : True := trivial\n#exit\ntheorem u : False := sorry",
     "theorem t : 2 + 2 = 5 := rfl\ntheorem u : 2 + 2 = 4 := rfl",
     "private theorem p : True := trivial\ntheorem t (n : Nat) : n = n := by cases n <;> decide +revert",
-    "structure S where\n  a : Nat\n  b : a = a\n\ndef f : Nat → Nat\n  | 0 => 1\n  | n + 1 => f n + n\n\ntheorem t : f 3 = 4 := rfl",
+    "structure S where\n  a : Nat\n  b : a = a\ndef f : Nat → Nat\n  | 0 => 1\n  | n + 1 => f n + n\ntheorem t : f 3 = 4 := rfl",
     "theorem ⟨unicode⟩ : True := trivial",
     "theorem «a.b ∧ 𝔸» (α : Type) (x : α) : x = x := by\n  have h := x\n  rfl",
 )

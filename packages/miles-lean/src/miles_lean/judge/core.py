@@ -97,6 +97,15 @@ class Judge:
         """The sandbox layers of the compiling processes, once one has started: (name, on, detail)."""
         return next((zygote.layers for zygote in self._compilers.zygotes if zygote.starts), ())
 
+    def pids(self) -> list[int]:
+        """Process ids of all workers that run."""
+        return [zygote.pid for zygote in (*self._compilers.zygotes, *self._checkers.zygotes) if zygote.pid is not None]
+
+    def forget(self) -> None:
+        """Compile challenges anew from now on."""
+        with self._lock:
+            self._challenges.clear()
+
     def verify(self, challenge: str, solution: str, rules: Rules | None = None, limits: Limits | None = None) -> Verdict:
         """Whether `solution` proves what `challenge` leaves open.
 

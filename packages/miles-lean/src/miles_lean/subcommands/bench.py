@@ -17,6 +17,7 @@ from typing import Any
 from miles_lean.backends.base import Backend, CompileResult
 from miles_lean.backends.discover import find_backend
 from miles_lean.honest import HonestProof, honest_proofs
+from miles_lean.judge import bench as judge_bench
 from miles_lean.workers.lsp import LspWorker
 from miles_lean.workers.pool import Pool
 from miles_lean.workers.process import rss_bytes
@@ -30,17 +31,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, help="workers of each stage (default: one per core)")
     parser.add_argument("--checks", type=int, default=1000, help="checks of the fast stage (default 1000)")
     parser.add_argument("--isolated", type=int, default=200, help="checks of the isolated stage (default 200)")
+    parser.add_argument("--judged", type=int, default=300, help="judged verifications (default 300)")
     parser.add_argument("--restarts", type=int, default=10, help="worker restarts to time (default 10)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(options: argparse.Namespace) -> int:
     """0 measured, 1 a proof that holds was refused, 3 no Lean."""
-    if min(options.checks, options.isolated, options.restarts) < 0 or (options.workers is not None and options.workers < 1):
+    counts = (options.checks, options.isolated, options.judged, options.restarts)
+    if min(counts) < 0 or (options.workers is not None and options.workers < 1):
         raise ValueError("counts must not be negative, and --workers at least 1")
     try:
         backend = find_backend(options.backend)
-        report = asyncio.run(measure(backend, options.workers, options.checks, options.isolated, options.restarts))
+        report = asyncio.run(measure(backend, options.workers, *counts))
     except RuntimeError as error:
         print(f"miles-lean: {error}", file=sys.stderr)
         return 3
@@ -48,14 +51,17 @@ def run(options: argparse.Namespace) -> int:
     return 1 if report["false_rejects"] else 0
 
 
-async def measure(backend: Backend, workers: int | None, checks: int, isolated: int, restarts: int) -> dict[str, Any]:
-    """All measurements, in this order: fast stage, isolated stage, restarts. Times in seconds or milliseconds as named."""
+async def measure(
+    backend: Backend, workers: int | None, checks: int, isolated: int, judged: int, restarts: int
+) -> dict[str, Any]:
+    """All measurements: fast stage, isolated stage, judge, restarts. Times in seconds or milliseconds as named."""
     cores = len(os.sched_getaffinity(0))
     workers = workers or cores
     report: dict[str, Any] = {
         "machine": f"{platform.machine()}, {cores} cores, Python {platform.python_version()}",
         "lean": f"{backend.capabilities.version} ({backend.capabilities.name}), identity {backend.capabilities.identity[:12]}",
         "workers": workers,
+        "load_before": os.getloadavg()[0],
         "false_rejects": [],
     }
     proofs = honest_proofs()
@@ -65,10 +71,12 @@ async def measure(backend: Backend, workers: int | None, checks: int, isolated: 
     if isolated:
         async with Pool(backend, num_fast=0, num_isolated=workers) as pool:
             report |= await _stage(pool, "isolated", isolated, workers, proofs, report["false_rejects"], _compile)
+    if judged and backend.capabilities.can_replay:
+        report |= await asyncio.to_thread(judge_bench.measure, backend, workers, judged, report["false_rejects"])
     if restarts and backend.capabilities.can_lsp:
         times = sorted(await asyncio.to_thread(_restart_times, backend, restarts))
         report |= {"restart_ms_median": _ms(times[len(times) // 2]), "restart_ms_max": _ms(times[-1])}
-    return report
+    return report | {"load_after": os.getloadavg()[0]}
 
 
 async def _elaborate(pool: Pool, source: str, folder: Path) -> CompileResult:
