@@ -241,7 +241,8 @@ class EngineCore:
                 self._fail_for_nan(row)
             fit &= tail.serial[rows] == flight.serials  # a failed request takes its other rows along
             rows, tokens = rows[fit], tokens.take(fit)
-        self._tables.last_token[rows] = tokens.token_ids
+        if not self._ahead:  # otherwise the next ones have been drawn already
+            self._tables.last_token[rows] = tokens.token_ids
         self._num_generated += len(rows)
         for i in tail.record(rows, tokens).tolist():
             seq = tail.owners[rows[i]]
