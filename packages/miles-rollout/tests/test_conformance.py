@@ -58,7 +58,7 @@ def test_our_server_conforms() -> None:
     assert report.flavour == "miles" and len(report.results) == len(CHECKS)
     others = {r.name: (r.status, r.detail) for r in report.results if r.status != "pass"}
     assert {name: status for name, (status, _) in others.items()} == {
-        "openai/alternatives": "unsupported", "admin/flush": "unsupported", "admin/pause": "unsupported",
+        "openai/alternatives": "unsupported", "admin/flush": "unsupported",
     }, report.text()  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from types import TracebackType
@@ -19,6 +20,7 @@ from miles_rollout.wire import (
     GenerateChunk,
     GenerateRequest,
     GenerateResult,
+    RoutedExperts,
     WeightSpan,
     check_schema,
 )
@@ -42,7 +44,7 @@ class _Finish(msgspec.Struct, frozen=True):
 
 
 class _Meta(msgspec.Struct, frozen=True):
-    """The part of `meta_info` the client reads. The last four are Miles' extensions."""
+    """The part of `meta_info` the client reads. Miles' extensions among it."""
 
     finish_reason: _Finish | None
     output_token_logprobs: list[tuple[float, int, str | None]]
@@ -52,6 +54,8 @@ class _Meta(msgspec.Struct, frozen=True):
     cached_tokens: int | None = None
     input_token_logprobs: list[tuple[float | None, int, str | None]] = []
     contract_digest: str = ""
+    routed_experts: str | None = None
+    routed_experts_shape: tuple[int, int, int] | None = None
 
 
 class _Reply(msgspec.Struct, frozen=True):
@@ -242,6 +246,12 @@ class RolloutClient:
         meta = reply.meta_info
         if meta.finish_reason is None:
             raise ServerError(f"{self.base_url}: a completion without finish_reason")
+        routed = None
+        if meta.routed_experts is not None and meta.routed_experts_shape is not None:
+            tokens, layers, top_k = meta.routed_experts_shape
+            data = base64.b64decode(meta.routed_experts)
+            routed = RoutedExperts(num_tokens=tokens, num_layers=layers, top_k=top_k, data=data)
+            routed.validate()
         return Completion(
             sample_id=meta.sample_id,
             index=index,
@@ -252,6 +262,7 @@ class RolloutClient:
             finish_reason=meta.finish_reason.type,
             matched_stop=meta.finish_reason.matched,
             weight_spans=tuple(meta.weight_spans),
+            routed_experts=routed,
         )
 
     def _chunk(self, request: GenerateRequest, event: bytes) -> GenerateChunk:
@@ -281,6 +292,8 @@ def _body(request: GenerateRequest) -> dict[str, Any]:
     seed = sampling.pop("seed")
     body: dict[str, Any] = {"rid": request.request_id, "input_ids": request.input_ids, "return_logprob": True}
     body["sampling_params"] = sampling | {"sampling_seed": seed}
+    if request.return_routed_experts:
+        body["return_routed_experts"] = True
     return body | {"sample_ids": request.sample_ids} if request.sample_ids else body
 
 

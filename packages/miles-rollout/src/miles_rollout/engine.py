@@ -7,7 +7,6 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from miles_rollout.wire import EngineInfo, GenerateChunk, GenerateRequest, GenerateResult, WeightManifest
 
-
 PauseMode = Literal["abort", "retract", "in_place"]
 """abort: running requests end. retract: their keys and values are freed and computed again. in_place: both are kept."""
 MEMORY_TAGS = ("weights", "kv_cache", "cuda_graph")

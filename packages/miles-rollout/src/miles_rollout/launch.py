@@ -1,4 +1,4 @@
-"""What a command line builds before it serves: the embedded engine, and how new weights are read from disk."""
+"""What a command line builds before it serves: an engine, its tokenizer, and how new weights are read from disk."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from miles_rollout.extras import require
 if TYPE_CHECKING:
     from miles_rollout.engine import Engine
     from miles_rollout.engines.embedded.config import EmbeddedConfig
+    from miles_rollout.engines.sglang.config import SglangConfig
     from miles_rollout.server.service import WeightLoader
     from miles_rollout.text import Tokenizer
 
@@ -50,3 +51,17 @@ def disk_loader(dtype: str) -> WeightLoader:
         return manifest, decoder.hf_state()
 
     return load
+
+
+async def load_sglang(model: str, config: SglangConfig) -> tuple[Engine, Tokenizer]:
+    """An SGLang server, started or attached to, and the tokenizer of its model directory.
+
+    Raises ValueError for settings, model or server, MissingExtraError naming what to install.
+    """
+    if not Path(model).is_dir():
+        raise ValueError(f"{model}: not a directory; give the model's local one, with config.json and tokenizer files")
+    from miles_rollout.engines.sglang.engine import SglangEngine
+    from miles_rollout.text import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    return await SglangEngine.start(config), tokenizer

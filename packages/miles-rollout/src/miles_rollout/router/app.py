@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -16,10 +17,12 @@ from starlette.routing import Route
 from miles_rollout.router.config import RouterConfig
 from miles_rollout.router.fleet import NoWorker
 from miles_rollout.router.proxy import Router
-from miles_rollout.router.upstream import UpstreamError
 from miles_rollout.server.admin import guarded
 from miles_rollout.server.errors import Handler, JSONResponse, RequestError, answers_errors, http_error
+from miles_rollout.server.observe import Observed
 from miles_rollout.server.params import read_body, read_object
+from miles_rollout.server.status import table_page
+from miles_rollout.upstream import UpstreamError
 
 RouterHandler = Callable[[Router, Request], Awaitable[Response]]
 SUMMED = {
@@ -54,6 +57,17 @@ async def workers(router: Router, request: Request) -> Response:
     )
 
 
+async def status(router: Router, request: Request) -> Response:
+    """GET /status: the same as a page for people."""
+    fleet = router.fleet
+    facts = {
+        "weight version": fleet.target.version if fleet.target is not None else "as the workers say", "contract": fleet.digest,
+        "waiting": fleet.num_waiting, "running": len(router.running), "draining": router.draining, "paused": fleet.paused,
+        **{name: fleet.counts[name] for name in ("updates", "repushes", "retries", "restarts", "refused", "broken_streams")},
+    }  # fmt: skip
+    return table_page("miles-rollout router", facts, [worker.describe() for worker in fleet.workers.values()])
+
+
 async def list_workers(router: Router, request: Request) -> Response:
     """GET /list_workers, as SGLang's router has it."""
     return JSONResponse({"urls": list(router.fleet.workers)})
@@ -62,7 +76,7 @@ async def list_workers(router: Router, request: Request) -> Response:
 async def _url(router: Router, request: Request) -> str:
     url: Any = request.query_params.get("url")
     if url is None:
-        url = (await read_object(request, router.config.max_body_bytes)).get("url")
+        url = (await read_object(request, router.config.max_body_bytes, router.config.body_s)).get("url")
     if not isinstance(url, str):
         raise RequestError('name the worker: "url"', param="url")
     return url
@@ -88,7 +102,7 @@ async def remove_worker(router: Router, request: Request) -> Response:
 
 async def update_weights(router: Router, request: Request) -> Response:
     """POST /update_weights_from_disk: one transaction over all workers."""
-    body = await read_object(request, router.config.max_body_bytes)
+    body = await read_object(request, router.config.max_body_bytes, router.config.body_s)
     if not isinstance(body.get("model_path"), str):
         raise RequestError('parameter "model_path" is missing', param="model_path")
     version = body.get("weight_version")
@@ -116,7 +130,7 @@ async def update_weights(router: Router, request: Request) -> Response:
 async def everywhere(router: Router, request: Request) -> Response:
     """POST to every worker; the reply is the first that is no success, else the first."""
     path = request.url.path
-    body = await read_body(request, router.config.max_body_bytes)
+    body = await read_body(request, router.config.max_body_bytes, router.config.body_s)
     replies = await router.fleet.everywhere(path, body)
     if not replies:
         raise RequestError("no worker serves", status=503)
@@ -143,7 +157,7 @@ async def metrics(router: Router, request: Request) -> Response:
     lines += [
         line for name, value in gauges.items() for line in (f"# TYPE miles_router_{name} gauge", f"miles_router_{name} {value}")
     ]
-    for name in ("retries", "refused", "broken_streams", "prefix_hits", "updates", "repushes"):
+    for name in ("retries", "refused", "broken_streams", "prefix_hits", "updates", "repushes", "hedges", "restarts"):
         lines += [f"# TYPE miles_router_{name}_total counter", f"miles_router_{name}_total {fleet.counts[name]}"]
     lines.append("# TYPE miles_router_responses_total counter")
     for (path, status), count in sorted(router.num_replies.items()):
@@ -188,6 +202,7 @@ ADMIN: tuple[tuple[str, RouterHandler, str], ...] = (
     ("/workers", workers, "GET"),
     ("/workers", add_worker, "POST"),
     ("/workers", remove_worker, "DELETE"),
+    ("/status", status, "GET"),
     ("/list_workers", list_workers, "GET"),
     ("/add_worker", add_worker, "POST"),
     ("/remove_worker", remove_worker, "POST"),
@@ -213,14 +228,14 @@ def create_router(worker_urls: Iterable[str], config: RouterConfig | None = None
     for path, function, methods, openai, closed in tables:
         handler: Handler = functools.partial(function, router)
         if closed:
-            handler = guarded(router.config.admin_token, handler)
+            handler = guarded(router.config.admin_token, handler, browser=path == "/status")
         route = Route(path, _counted(router, path, answers_errors(handler, openai=openai)), methods=methods)
         if route.methods is not None:
             route.methods.discard("HEAD")
         routes.append(route)
     for url in worker_urls:
         router.fleet.add(url)
-    app = Starlette(routes=routes, exception_handlers={HTTPException: http_error})
+    app = Starlette(routes=routes, exception_handlers={HTTPException: http_error}, middleware=[Middleware(Observed)])
     app.state.service = router
     return app
 

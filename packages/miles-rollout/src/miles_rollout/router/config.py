@@ -32,6 +32,9 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Deadline of a request, waiting and retries included."""
     retries: int = 3
     """How often a request of which no token was delivered goes to another worker."""
+    hedge_s: float = 0.0
+    """Above 0: a request without a reply after so long goes to a second worker too, and the first reply is delivered. Requests
+    without a seed then cost twice and differ; off by default."""
     health_interval_s: float = 1.0
     health_s: float = 5.0
     """Deadline of one health check; a worker that sent any byte meanwhile counts as alive."""
@@ -41,6 +44,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Deadline of one worker's weight update."""
     drain_s: float = 30.0
     max_body_bytes: int = 32 << 20
+    body_s: float = 60.0
+    """How long the body of a request may take to arrive."""
     state: Path | None = None
     """Where the fleet's weight version is kept, so that a restarted router still refuses workers that lack it."""
 
@@ -50,8 +55,12 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
         wrong = [
             f"{name}={getattr(self, name)} must be at least {least}" for name, least in low.items() if getattr(self, name) < least
         ]
-        seconds = ("wait_s", "request_s", "health_interval_s", "health_s", "update_s", "drain_s")
+        seconds = ("wait_s", "request_s", "health_interval_s", "health_s", "update_s", "drain_s", "body_s")
         wrong += [f"{name}={getattr(self, name)} must be above 0" for name in seconds if not getattr(self, name) > 0]
+        if not self.hedge_s >= 0:
+            wrong.append(f"hedge_s={self.hedge_s} must not be negative; 0 is off")
+        if self.admin_token is not None and not self.admin_token.strip():
+            wrong.append("admin_token is empty; leave it out, or give a secret")
         if self.policy not in ("cache-aware", "least-loaded"):
             wrong.append(f"policy={self.policy!r} must be cache-aware or least-loaded")
         if wrong:

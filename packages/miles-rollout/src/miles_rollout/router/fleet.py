@@ -15,7 +15,7 @@ import msgspec
 
 from miles_rollout.router.config import RouterConfig
 from miles_rollout.router.prefix import PrefixMap
-from miles_rollout.router.upstream import Upstream, UpstreamError
+from miles_rollout.upstream import Upstream, UpstreamError
 
 logger = logging.getLogger("miles_rollout.router")
 State = Literal["joining", "ready", "down", "stale", "foreign"]
@@ -160,6 +160,15 @@ class Fleet:
             self._prefixes.record(hashes, worker.url)
         return worker
 
+    def acquire_other(self, hashes: list[int], tried: Collection[str]) -> Worker | None:
+        """A worker not tried yet that is free now, counted as active, or None."""
+        able = [w for w in self.workers.values() if w.serves and w.num_active < self.config.max_per_worker and w.url not in tried]
+        if not able:
+            return None
+        worker = min(able, key=lambda w: (w.num_active, w.num_served))
+        worker.num_active += 1
+        return worker
+
     async def _wait(self, session: str | None, hashes: list[int]) -> Worker:
         try:
             async with asyncio.timeout(self.config.wait_s):
@@ -215,6 +224,11 @@ class Fleet:
         worker.num_failed += 1
         if worker.state == "ready":
             self._turn(worker, "down", str(error))
+        worker.check_now.set()
+
+    def lost(self, worker: Worker, error: Exception) -> None:
+        """Its process is gone."""
+        self._turn(worker, "down", str(error))
         worker.check_now.set()
 
     # ------------------------------------------------------------------ health

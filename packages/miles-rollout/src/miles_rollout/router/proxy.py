@@ -15,16 +15,38 @@ from starlette.types import Receive, Scope, Send
 from miles_rollout.router.config import RouterConfig
 from miles_rollout.router.fleet import Fleet, NoWorker, Worker
 from miles_rollout.router.prefix import blocks, peek
-from miles_rollout.router.upstream import UpstreamError, UpstreamResponse
 from miles_rollout.server.errors import RequestError, stream_error_body
 from miles_rollout.server.params import read_body
 from miles_rollout.server.service import cancel_all
 from miles_rollout.server.sse import DONE, unless_disconnected, until_disconnect
+from miles_rollout.server.tracing import current
+from miles_rollout.upstream import UpstreamError, UpstreamResponse
 
 BUSY = (429, 503)
 """Statuses by which a worker says that another one should try."""
 SESSION = "x-session-id"
 """The header that keeps a session on one worker."""
+
+
+class Asked:
+    """A request as it goes to a worker."""
+
+    def __init__(self, request: Request, body: bytes, deadline: float, done: Callable[[], None], *, cache_aware: bool) -> None:
+        seen = peek(body)
+        self.body, self.deadline, self.done = body, deadline, done
+        self.method = request.method
+        self.stream = seen.stream is True
+        self.hashes = blocks(seen) if cache_aware else []
+        self.session = request.headers.get(SESSION)
+        raw = request.scope["raw_path"].decode("latin-1")  # as sent: a decoded path could hold a line break
+        query = request.scope["query_string"].decode("latin-1")
+        self.path = f"{raw}?{query}" if query else raw
+        fields = {"X-Request-Id": getattr(request.state, "request_id", uuid.uuid4().hex)}
+        if (kind := request.headers.get("content-type")) is not None:
+            fields["Content-Type"] = kind
+        if (tracing := current()) is not None:
+            fields |= tracing.headers()
+        self.headers = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
 
 
 class Router:
@@ -44,16 +66,15 @@ class Router:
         if self.draining:
             raise RequestError("this router is shutting down and takes no new requests", status=503)
         deadline = asyncio.get_running_loop().time() + self.config.request_s
-        body = await read_body(request, self.config.max_body_bytes)
-        rid = request.headers.get("x-request-id") or uuid.uuid4().hex
-        key = f"{rid}-{uuid.uuid4().hex[:8]}"
+        body = await read_body(request, self.config.max_body_bytes, self.config.body_s)
+        key = uuid.uuid4().hex
         self.running.add(key)
         self._idle.clear()
         left = False
         try:
-            response = await unless_disconnected(request, self._attempts(request, body, deadline, lambda: self._done(key)))
+            asked = Asked(request, body, deadline, lambda: self._done(key), cache_aware=self.config.policy == "cache-aware")
+            response = await unless_disconnected(request, self._attempts(asked))
             left = isinstance(response, Passing)
-            response.headers["x-request-id"] = rid if rid.isprintable() and rid.isascii() else key
             return response
         finally:
             if not left:
@@ -64,29 +85,21 @@ class Router:
         if not self.running:
             self._idle.set()
 
-    async def _attempts(self, request: Request, body: bytes, deadline: float, done: Callable[[], None]) -> Response:
-        asked = peek(body)
-        hashes = blocks(asked) if self.config.policy == "cache-aware" else []
-        session = request.headers.get(SESSION)
+    async def _attempts(self, asked: Asked) -> Response:
         tried: set[str] = set()
         why = ""
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout_at(asked.deadline):
                 for number in range(self.config.retries + 1):
                     if number:
                         self.fleet.counts["retries"] += 1
-                    worker = await self.fleet.acquire(session, hashes, tried)
+                    worker = await self.fleet.acquire(asked.session, asked.hashes, tried)
                     tried.add(worker.url)
                     try:
-                        response = await self._attempt(worker, request, body, deadline, done, stream=asked.stream is True)
-                    except UpstreamError as error:
-                        self.fleet.release(worker, served=False)
-                        self.fleet.failed(worker, error)
+                        response = await self._hedged(worker, asked, tried)
+                    except UpstreamError:
                         why = "the connection to its worker failed"
                         continue
-                    except BaseException:
-                        self.fleet.release(worker, served=False)
-                        raise
                     if response.status_code not in BUSY or number == self.config.retries:
                         return response
                     why = f"a worker answered HTTP {response.status_code}"
@@ -97,26 +110,56 @@ class Router:
             raise RequestError(f"not done within {self.config.request_s:g} s", status=504) from None
         raise RequestError(f"no worker served the request in {self.config.retries + 1} attempts; {why}", status=502)
 
-    async def _attempt(
-        self, worker: Worker, request: Request, body: bytes, deadline: float, done: Callable[[], None], *, stream: bool
-    ) -> Response:
-        raw = request.scope["raw_path"].decode("latin-1")  # as sent: a decoded path could hold a line break
-        query = request.scope["query_string"].decode("latin-1")
-        path = f"{raw}?{query}" if query else raw
-        kind = request.headers.get("content-type")
-        headers = f"Content-Type: {kind}\r\n" if kind is not None else ""
-        upstream = await worker.data.open(request.method, path, body, headers)
+    async def _hedged(self, worker: Worker, asked: Asked, tried: set[str]) -> Response:
+        """One attempt, and with hedging a second beside it when the first is slow; the later one is dropped unseen."""
+        if self.config.hedge_s <= 0:
+            return await self._attempt(worker, asked)
+        calls = {asyncio.ensure_future(self._attempt(worker, asked))}
         try:
-            if not stream or upstream.status != 200:
-                content = await upstream.read()
-                self.fleet.release(worker, served=upstream.status not in BUSY)
-                return Response(content, upstream.status, media_type=upstream.headers.get("content-type"))
-            chunks = upstream.chunks()
-            first = await anext(chunks, b"")
-        except BaseException:
-            upstream.close()
+            done, _ = await asyncio.wait(calls, timeout=self.config.hedge_s)
+            if not done and (other := self.fleet.acquire_other(asked.hashes, tried)) is not None:
+                tried.add(other.url)
+                self.fleet.counts["hedges"] += 1
+                calls.add(asyncio.ensure_future(self._attempt(other, asked)))
+            left = set(calls)
+            while True:
+                done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+                good = [call for call in done if call.exception() is None and call.result().status_code not in BUSY]
+                if good or not left:
+                    chosen = (good or list(done))[0]
+                    calls.discard(chosen)
+                    return chosen.result()
+        finally:
+            await self._drop(calls)
+
+    async def _drop(self, calls: set[asyncio.Task[Response]]) -> None:
+        await cancel_all(calls)
+        for call in calls:
+            if not call.cancelled() and call.exception() is None:
+                response = call.result()
+                if isinstance(response, Passing):
+                    response.drop()
+
+    async def _attempt(self, worker: Worker, asked: Asked) -> Response:
+        """The worker's reply; the worker is released unless the reply is a stream, which does that at its end."""
+        try:
+            upstream = await worker.data.open(asked.method, asked.path, asked.body, asked.headers)
+            try:
+                if not asked.stream or upstream.status != 200:
+                    content = await upstream.read()
+                    self.fleet.release(worker, served=upstream.status not in BUSY)
+                    return Response(content, upstream.status, media_type=upstream.headers.get("content-type"))
+                chunks = upstream.chunks()
+                first = await anext(chunks, b"")
+            except BaseException:
+                upstream.close()
+                raise
+        except BaseException as error:
+            self.fleet.release(worker, served=False)
+            if isinstance(error, UpstreamError):
+                self.fleet.failed(worker, error)
             raise
-        return Passing(self.fleet, worker, upstream, first, chunks, deadline, done)
+        return Passing(self.fleet, worker, upstream, first, chunks, asked.deadline, asked.done)
 
     async def abort_all(self) -> None:
         """Cut every request that runs; their callers get an error."""
@@ -171,6 +214,11 @@ class Passing(Response):
             self._upstream.close()
             self._fleet.release(self._worker, served=served)
             self._done()
+
+    def drop(self) -> None:
+        """Not wanted any more: another worker was faster."""
+        self._upstream.close()
+        self._fleet.release(self._worker, served=False)
 
     async def _write(self, send: Send) -> bool:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

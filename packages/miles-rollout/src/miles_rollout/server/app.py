@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -14,6 +15,7 @@ from starlette.routing import Route
 from miles_rollout.engine import Engine
 from miles_rollout.server import admin, chat, completions, info, native
 from miles_rollout.server.errors import Handler, answers_errors, http_error
+from miles_rollout.server.observe import Observed
 from miles_rollout.server.service import ServerConfig, Service, WeightLoader
 from miles_rollout.text import Tokenizer
 
@@ -36,8 +38,13 @@ V1: dict[str, tuple[ServiceHandler, list[str]]] = {
     "/v1/chat/completions": (chat.chat_completions, ["POST"]),
 }
 ADMIN: dict[str, tuple[ServiceHandler, list[str]]] = {
+    "/status": (info.status, ["GET"]),
     "/abort_request": (admin.abort_request, ["POST"]),
     "/flush_cache": (admin.flush_cache, ["POST"]),
+    "/pause_generation": (admin.pause_generation, ["POST"]),
+    "/continue_generation": (admin.continue_generation, ["POST"]),
+    "/release_memory_occupation": (admin.release_memory, ["POST"]),
+    "/resume_memory_occupation": (admin.resume_memory, ["POST"]),
     "/update_weights_from_disk": (admin.update_weights_from_disk, ["POST"]),
 }
 
@@ -56,13 +63,13 @@ def create_app(
         for path, (function, methods) in table.items():
             handler: Handler = functools.partial(function, service)
             if closed:
-                handler = admin.guarded(service.config.admin_token, handler)
+                handler = admin.guarded(service.config.admin_token, handler, browser=path == "/status")
             handler = _counted(service, path, answers_errors(handler, openai=openai))
             route = Route(path, handler, methods=methods)
             if route.methods is not None and "HEAD" in route.methods:
                 route.methods.discard("HEAD")  # as SGLang: a HEAD is refused rather than run like a GET
             routes.append(route)
-    app = Starlette(routes=routes, exception_handlers={HTTPException: http_error})
+    app = Starlette(routes=routes, exception_handlers={HTTPException: http_error}, middleware=[Middleware(Observed)])
     app.state.service = service
     return app
 

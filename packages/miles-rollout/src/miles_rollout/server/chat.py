@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from miles_rollout.server.errors import JSONResponse, RequestError
 from miles_rollout.server.openai_common import COMMON_NEUTRAL, Call, CommonRequest
-from miles_rollout.server.params import Neutral, parse, read_object
+from miles_rollout.server.params import Neutral, parse
 from miles_rollout.server.service import Service
 from miles_rollout.server.sse import open_stream, unless_disconnected
 from miles_rollout.text import ByteTokenizer, Tokenizer
@@ -43,7 +43,7 @@ NEUTRAL: Neutral = {
 
 async def chat_completions(service: Service, request: Request) -> Response:
     """The route."""
-    body = parse(await read_object(request, service.config.max_body_bytes), ChatRequest, NEUTRAL)
+    body = parse(await service.read(request), ChatRequest, NEUTRAL)
     tokenizer = service.need_tokenizer("messages")
     prompt = _prompt(tokenizer, body)
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens

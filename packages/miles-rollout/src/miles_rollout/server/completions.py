@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from miles_rollout.server.errors import JSONResponse, RequestError
 from miles_rollout.server.openai_common import COMMON_NEUTRAL, Call, CommonRequest
-from miles_rollout.server.params import Neutral, parse, read_object
+from miles_rollout.server.params import Neutral, parse
 from miles_rollout.server.service import Service
 from miles_rollout.server.sse import open_stream, unless_disconnected
 from miles_rollout.text import IncrementalDecoder, Tokenizer
@@ -33,7 +33,7 @@ NEUTRAL: Neutral = {**COMMON_NEUTRAL, "suffix": (), "best_of": (1,), "response_f
 
 async def completions(service: Service, request: Request) -> Response:
     """The route."""
-    body = parse(await read_object(request, service.config.max_body_bytes), CompletionRequest, NEUTRAL)
+    body = parse(await service.read(request), CompletionRequest, NEUTRAL)
     if body.logprobs:
         raise RequestError("logprobs: only 0 is supported, the sampled tokens' own log-probabilities", param="logprobs")
     tokenizer = service.need_tokenizer("prompt") if body.echo or body.logprobs is not None else service.tokenizer

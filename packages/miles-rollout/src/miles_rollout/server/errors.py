@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 class RequestError(ValueError):
     """A request that cannot be served as it stands; `param` names the field at fault, `status` is the HTTP status."""
+
+    challenge = "Bearer"
 
     def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | int | None = None) -> None:
         super().__init__(message)
@@ -51,29 +54,43 @@ def as_request_error(error: Exception) -> RequestError:
     return RequestError("internal error; the server's log says more", status=500)
 
 
+_PATH = re.compile(r"(?<![\w./:-])/(?!v1/)(?:[\w.@+~=-]+/)+([\w.@+~=-]*)")
+
+
+def scrub(message: str) -> str:
+    """A message without directories of this machine: of an absolute path only the last part stays."""
+    return _PATH.sub(lambda found: found.group(1) or "...", message)
+
+
 def native_body(error: RequestError) -> dict[str, Any]:
     """The error shape of SGLang's native routes."""
-    return {"error": {"message": str(error)}}
+    return {"error": {"message": scrub(str(error))}}
 
 
 def openai_body(error: RequestError) -> dict[str, Any]:
     """The error shape of the /v1 routes. An unknown model gets the shape OpenAI clients look for."""
     if error.status == 404:
-        return {"error": {"message": str(error), "type": "invalid_request_error", "param": error.param, "code": error.code}}
+        return {
+            "error": {"message": scrub(str(error)), "type": "invalid_request_error", "param": error.param, "code": error.code}
+        }
     type_ = "BadRequestError" if error.status < 500 else "InternalServerError"
-    return {"object": "error", "message": str(error), "type": type_, "param": error.param, "code": error.code}
+    return {"object": "error", "message": scrub(str(error)), "type": type_, "param": error.param, "code": error.code}
 
 
 def stream_error_body(error: RequestError) -> dict[str, Any]:
     """The event that ends a stream which failed after it had begun."""
     type_ = "BadRequestError" if error.status < 500 else "InternalServerError"
-    return {"error": {"message": str(error), "type": type_, "code": error.status, "retryable": False}}
+    return {"error": {"message": scrub(str(error)), "type": type_, "code": error.status, "retryable": False}}
 
 
 def error_response(error: RequestError, *, openai: bool) -> Response:
     """The whole reply."""
     headers = (
-        {"retry-after": "1"} if error.status in (429, 503) else {"www-authenticate": "Bearer"} if error.status == 401 else None
+        {"retry-after": "1"}
+        if error.status in (429, 503)
+        else {"www-authenticate": error.challenge}
+        if error.status == 401
+        else None
     )
     return JSONResponse(openai_body(error) if openai else native_body(error), status_code=error.status, headers=headers)
 

@@ -13,6 +13,7 @@ from miles_rollout import __version__
 from miles_rollout.server.errors import JSONResponse
 from miles_rollout.server.openai_common import check_model, model_card
 from miles_rollout.server.service import Service, new_id
+from miles_rollout.server.status import table_page
 from miles_rollout.wire import GenerateRequest, SamplingParams
 
 logger = logging.getLogger("miles_rollout.server")
@@ -30,8 +31,8 @@ SGLANG_NAMES = {
 
 async def health(service: Service, request: Request) -> Response:
     """GET /health and /health_generate: 200 when the engine makes a token, or visibly works on others', within `health_s`."""
-    if service.draining:
-        return Response(status_code=503)
+    if service.draining or service.paused is not None or service.released:
+        return Response(status_code=503)  # as SGLang: a paused engine makes no token
     before = _progress(service)
     token_id = min(service.engine.info().eos_token_ids, default=0)
     sampling = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
@@ -86,11 +87,24 @@ async def server_info(service: Service, request: Request) -> Response:
             "version": __version__,
             "server": "miles-rollout",
             "draining": service.draining,
+            "paused": service.paused,
+            "memory_released": sorted(service.released),
             "num_requests": len(service.running),
             "engine": info,
             "metrics": service.engine.metrics(),
         }
     )
+
+
+async def status(service: Service, request: Request) -> Response:
+    """GET /status: a page for people."""
+    info = service.engine.info()
+    facts = {
+        "model": service.model_name, "weight version": info.weight_version, "contract": info.contract_digest,
+        "running": len(service.running), "draining": service.draining, "paused": service.paused or False,
+    }  # fmt: skip
+    rows = [{"figure": name, "value": f"{value:g}"} for name, value in service.engine.metrics().items()]
+    return table_page("miles-rollout server", facts, rows)
 
 
 async def models(service: Service, request: Request) -> Response:
@@ -113,6 +127,7 @@ async def metrics(service: Service, request: Request) -> Response:
         if name in SGLANG_NAMES:
             theirs, kind = SGLANG_NAMES[name]
             lines += _family(theirs, kind, label, value)
+    lines += service.timings.lines(label[1:-1])
     lines += _family("miles_rollout_http_requests_active", "gauge", label, len(service.running))
     lines.append("# TYPE miles_rollout_http_responses_total counter")
     for (path, status), count in sorted(service.num_replies.items()):

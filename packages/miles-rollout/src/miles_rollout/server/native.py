@@ -1,7 +1,7 @@
 """POST /generate in SGLang's native shape, with a few documented extensions.
 
 Request extensions: `sample_ids`, `stream_incremental`. Reply extensions in `meta_info`: `sample_id`, `sampling_seed`,
-`weight_spans`, `contract_digest`, and `output_token_sampling_logprobs` next to `output_token_logprobs`.
+`weight_spans`, `contract_digest`, `routed_experts_shape`, and `output_token_sampling_logprobs` next to `output_token_logprobs`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from miles_rollout.server.errors import JSONResponse, RequestError
 from miles_rollout.server.native_reply import Item, reply, stream_replies
-from miles_rollout.server.params import Neutral, parse, read_object
+from miles_rollout.server.params import Neutral, parse
 from miles_rollout.server.service import Service, new_id
 from miles_rollout.server.sse import open_stream, unless_disconnected
 from miles_rollout.text import Tokenizer
@@ -71,6 +71,7 @@ class NativeRequest(msgspec.Struct, frozen=True, kw_only=True):
     logprob_start_len: int | list[int] = -1
     return_text_in_logprobs: bool = False
     stream: bool = False
+    return_routed_experts: bool = False
     sample_ids: list[int | list[int]] | None = None
     """Extension: keys of the sampling noise, n per prompt; 0..n-1 when not given."""
     stream_incremental: bool = False
@@ -84,21 +85,22 @@ SAMPLING_NEUTRAL: Neutral = {
 }  # fmt: skip
 REQUEST_NEUTRAL: Neutral = {
     "input_embeds": (), "image_data": (), "video_data": (), "audio_data": (), "modalities": ([],), "top_logprobs_num": (0,),
-    "token_ids_logprob": (), "return_hidden_states": (False,), "return_routed_experts": (False,),
-    "routed_experts_start_len": (0,), "return_sampling_mask": (False,), "return_entropy": (False,),
-    "return_prompt_token_ids": (False,), "lora_path": (), "lora_id": (), "session_params": (), "custom_logit_processor": (),
-    "priority": (), "extra_key": (), "log_metrics": (True, False),
+    "token_ids_logprob": (), "return_hidden_states": (False,), "routed_experts_start_len": (0,), "return_sampling_mask": (False,),
+    "return_entropy": (False,), "return_prompt_token_ids": (False,), "lora_path": (), "lora_id": (), "session_params": (),
+    "custom_logit_processor": (), "priority": (), "extra_key": (), "log_metrics": (True, False),
 }  # fmt: skip
 
 
 async def generate(service: Service, request: Request) -> Response:
     """The route. Replies an object, a list for a batch or n > 1, or events."""
     started = time.perf_counter()
-    body = parse(await read_object(request, service.config.max_body_bytes), NativeRequest, REQUEST_NEUTRAL)
+    body = parse(await service.read(request), NativeRequest, REQUEST_NEUTRAL)
     items = _items(service, body)
     as_list = len(items) > 1 or _is_batch(body) or items[0].request.sampling.n > 1
     token_text = service.need_tokenizer("return_text_in_logprobs") if body.return_text_in_logprobs else None
     if body.stream:
+        if body.return_routed_experts:
+            raise RequestError("return_routed_experts does not come with stream; ask without", param="return_routed_experts")
         if any(item.return_logprob and item.logprob_start_len >= 0 for item in items):
             raise RequestError(
                 "logprob_start_len: prompt logprobs do not come with stream; ask without stream", param="logprob_start_len"
@@ -151,7 +153,10 @@ def _items(service: Service, body: NativeRequest) -> list[Item]:
     for i, prompt in enumerate(prompts):
         where = f"sampling_params[{i}]" if isinstance(body.sampling_params, list) else "sampling_params"
         sampling = parse({} if params[i] is None else params[i], NativeSampling, SAMPLING_NEUTRAL, where=where)
-        items.append(_item(prompt, sampling.to_wire(), rids[i], logprobs[i], starts[i], ids[i]))
+        item = _item(prompt, sampling.to_wire(), rids[i], logprobs[i], starts[i], ids[i])
+        if body.return_routed_experts:
+            item = item._replace(request=msgspec.structs.replace(item.request, return_routed_experts=True))
+        items.append(item)
     service.check_size(1, sum(item.request.sampling.n for item in items))
     return items
 

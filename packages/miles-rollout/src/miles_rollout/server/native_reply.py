@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import array
+import base64
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -9,7 +11,7 @@ from typing import Any, NamedTuple
 
 from miles_rollout.server.service import Service
 from miles_rollout.text import Tokenizer
-from miles_rollout.wire import Completion, FinishReason, GenerateChunk, GenerateRequest, GenerateResult, WeightSpan
+from miles_rollout.wire import Completion, FinishReason, GenerateChunk, GenerateRequest, GenerateResult, RoutedExperts, WeightSpan
 
 
 class Item(NamedTuple):
@@ -61,7 +63,17 @@ def reply(
         meta["input_token_logprobs"] = _entries((None, *known[start + 1 :]), prompt[start:], token_text) if scored else []
         meta |= _logprobs(completion, completion.token_ids, token_text)
     meta |= {"contract_digest": result.contract_digest, "e2e_latency": elapsed_s}
+    if completion.routed_experts is not None:
+        meta |= experts_fields(completion.routed_experts)
     return {"text": completion.text, "output_ids": completion.token_ids, "meta_info": meta}
+
+
+def experts_fields(routed: RoutedExperts) -> dict[str, Any]:
+    """SGLang's base64 of int32, whatever the engine holds, and the shape it leaves to be guessed."""
+    code = {"uint8": "B", "uint16": "H", "int32": "i"}[routed.dtype]
+    values = array.array("i", array.array(code, routed.data)) if routed.dtype != "int32" else array.array("i", routed.data)
+    shape = (routed.num_tokens, routed.num_layers, routed.top_k)
+    return {"routed_experts": base64.b64encode(values.tobytes()).decode(), "routed_experts_shape": shape}
 
 
 async def stream_replies(

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from miles_rollout.server.errors import RequestError
+from miles_rollout.server.native_reply import experts_fields
 from miles_rollout.server.params import Neutral
 from miles_rollout.server.service import Service, new_id
 from miles_rollout.wire import Completion, GenerateRequest, GenerateResult, SamplingParams
@@ -46,12 +47,13 @@ class CommonRequest(msgspec.Struct, frozen=True, kw_only=True):
     rid: str | None = None
     sample_ids: list[int | list[int]] | None = None
     return_token_ids: bool = False
+    return_routed_experts: bool = False
 
 
 COMMON_NEUTRAL: Neutral = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},), "lora_path": (),
     "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,), "no_stop_trim": (False,), "regex": (), "ebnf": (),
-    "json_schema": (), "stop_regex": ([],), "return_hidden_states": (False,), "return_routed_experts": (False,), "priority": (),
+    "json_schema": (), "stop_regex": ([],), "return_hidden_states": (False,), "priority": (),
     "include_stop_str_in_output": (False,), "custom_logit_processor": (),
 }  # fmt: skip
 
@@ -66,6 +68,8 @@ class Call:
         service.check_size(len(prompts), max(1, body.n))
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options is only allowed with stream", param="stream_options")
+        if body.return_routed_experts and body.stream:
+            raise RequestError("return_routed_experts does not come with stream; ask without", param="return_routed_experts")
         self.body = body
         self.id = body.rid or f"{prefix}-{new_id()}"
         self.created = int(time.time())
@@ -78,6 +82,7 @@ class Call:
                 input_ids=tuple(prompt),
                 sampling=sampling,
                 sample_ids=tuple(ids[i]),
+                return_routed_experts=body.return_routed_experts,
             )
             for i, prompt in enumerate(prompts)
         ]
@@ -110,10 +115,12 @@ class Call:
         }
 
     def extras(self, completion: Completion) -> dict[str, Any]:
-        """What `return_token_ids` adds to a choice."""
+        """What `return_token_ids` and `return_routed_experts` add to a choice."""
+        found: dict[str, Any] = {} if completion.routed_experts is None else experts_fields(completion.routed_experts)
         if not self.body.return_token_ids:
-            return {}
-        return {"token_ids": completion.token_ids, "weight_spans": completion.weight_spans, "sample_id": completion.sample_id}
+            return found
+        spans = completion.weight_spans
+        return found | {"token_ids": completion.token_ids, "weight_spans": spans, "sample_id": completion.sample_id}
 
     @property
     def wants_usage(self) -> bool:

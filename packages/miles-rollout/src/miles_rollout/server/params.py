@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import re
 from collections.abc import Mapping
@@ -17,30 +18,33 @@ Neutral = Mapping[str, tuple[Any, ...]]
 """Parameters we know but do not implement, with the values at which they change nothing. null is always one."""
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body; raises RequestError 413 for more than `max_bytes`."""
+async def read_body(request: Request, max_bytes: int, timeout_s: float = 60.0) -> bytes:
+    """The body; raises RequestError 413 for more than `max_bytes`, 408 when it takes longer than `timeout_s`."""
     declared = request.headers.get("content-length", "0")
     too_large = RequestError(f"the request body is larger than this server's limit of {max_bytes} bytes", status=413)
     if declared.isdigit() and int(declared) > max_bytes:
         raise too_large
     chunks, size = [], 0
     try:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > max_bytes:
-                raise too_large
-            chunks.append(chunk)
+        async with asyncio.timeout(timeout_s):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > max_bytes:
+                    raise too_large
+                chunks.append(chunk)
+    except TimeoutError:
+        raise RequestError(f"the request body did not arrive within {timeout_s:g} s", status=408) from None
     except ClientDisconnect:
         raise RequestError("the connection closed before the body was complete") from None
     return b"".join(chunks)
 
 
-async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
-    """The JSON object in the body; raises RequestError 400 for anything else, 413 for more than `max_bytes`."""
+async def read_object(request: Request, max_bytes: int, timeout_s: float = 60.0) -> dict[str, Any]:
+    """The JSON object in the body; raises RequestError 400 for anything else, and those of `read_body`."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError(f"content-type is {kind or 'missing'}; send application/json", param="content-type")
-    body = await read_body(request, max_bytes)
+    body = await read_body(request, max_bytes, timeout_s)
     try:
         value = msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:

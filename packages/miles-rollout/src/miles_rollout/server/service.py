@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import msgspec
+from starlette.requests import Request
 
-from miles_rollout.engine import Engine
+from miles_rollout.engine import Engine, PausableEngine, PauseMode
 from miles_rollout.server.errors import RequestError
+from miles_rollout.server.figures import Timings
+from miles_rollout.server.params import read_object
 from miles_rollout.text import Tokenizer
 from miles_rollout.wire import GenerateChunk, GenerateRequest, GenerateResult, WeightManifest
 
@@ -44,10 +48,35 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 32 << 20
     max_completions: int = 1024
     """Most completions one HTTP request may ask for, prompts times n."""
+    max_requests: int = 4096
+    """Prompts served at a time, waiting ones included; one more is answered 429."""
+    max_tokens: int = 16 << 20
+    """Most tokens one HTTP request may use: its prompts, and n times max_new_tokens of each."""
+    request_s: float = 3600.0
+    """Deadline of a request; then it is aborted and answered 504, or its stream ends with an error."""
+    body_s: float = 60.0
+    """How long the body of a request may take to arrive."""
     drain_s: float = 30.0
     """After SIGTERM or Ctrl-C: how long running requests may take to finish before they are aborted."""
     health_s: float = 20.0
     """How long /health_generate waits for its one token."""
+    weight_roots: tuple[str, ...] | None = None
+    """Directories that weight updates may be read from, with everything below them; None leaves it to `load_weights`."""
+
+    def validate(self) -> None:
+        """Raise ValueError naming every setting outside its range."""
+        low = {"max_body_bytes": 1, "max_completions": 1, "max_requests": 1, "max_tokens": 1}
+        wrong = [
+            f"{name}={getattr(self, name)} must be at least {least}" for name, least in low.items() if getattr(self, name) < least
+        ]
+        seconds = ("request_s", "body_s", "health_s")
+        wrong += [f"{name}={getattr(self, name)} must be above 0" for name in seconds if not getattr(self, name) > 0]
+        if not self.drain_s >= 0:
+            wrong.append(f"drain_s={self.drain_s} must not be negative")
+        if self.admin_token is not None and not self.admin_token.strip():
+            wrong.append("admin_token is empty; leave it out, or give a secret")
+        if wrong:
+            raise ValueError("server: " + "; ".join(wrong))
 
 
 class Service:
@@ -56,6 +85,7 @@ class Service:
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer | None, config: ServerConfig, load_weights: WeightLoader | None = None
     ) -> None:
+        config.validate()
         self.engine = engine
         self.tokenizer = tokenizer
         self.config = config
@@ -63,6 +93,11 @@ class Service:
         self.draining = False
         self.updating = asyncio.Lock()
         self.num_replies: Counter[tuple[str, int]] = Counter()
+        self.timings = Timings()
+        self.paused: PauseMode | None = None
+        self.released: set[str] = set()
+        self._go = asyncio.Event()
+        self._go.set()
         self._running: set[str] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -83,6 +118,10 @@ class Service:
             raise RequestError(f'"{field}" is text and this server has no tokenizer; send input_ids', param=field)
         return self.tokenizer
 
+    async def read(self, request: Request) -> dict[str, Any]:
+        """The JSON object in a request's body. Raises RequestError 400, 408 when it comes too slowly, 413 for too much."""
+        return await read_object(request, self.config.max_body_bytes, self.config.body_s)
+
     def check_size(self, num_prompts: int, n: int) -> None:
         """Raise RequestError when one HTTP request asks for too many completions."""
         if num_prompts * n > self.config.max_completions:
@@ -94,6 +133,14 @@ class Service:
         """Hold the requests' ids while they are served. Raises RequestError for an id in use and while draining."""
         if self.draining:
             raise RequestError("this server is shutting down and takes no new requests", status=503)
+        if self.released:
+            raise RequestError(f"the memory of {', '.join(sorted(self.released))} is released; resume it first", status=503)
+        requests = list(requests)
+        if len(self._running) + len(requests) > self.config.max_requests:
+            raise RequestError(f"this server is serving {len(self._running)} requests already; try again later", status=429)
+        size = sum(len(each.input_ids) + each.sampling.n * each.sampling.max_new_tokens for each in requests)
+        if size > self.config.max_tokens:
+            raise RequestError(f"prompts and completions are {size} tokens; this server's limit is {self.config.max_tokens}")
         ids: set[str] = set()
         for request in requests:
             check_ranges(request)
@@ -110,47 +157,102 @@ class Service:
                 self._idle.set()
 
     async def generate(self, requests: list[GenerateRequest]) -> list[GenerateResult]:
-        """All results, in order. The first failure, and cancelling the call, abort the others."""
+        """All results, in order. The first failure, and cancelling the call, abort the others. Raises RequestError 504."""
+        started = time.perf_counter()
         with self.admit(requests):
-            tasks = [asyncio.ensure_future(self.engine.generate(request)) for request in requests]
+            tasks: list[asyncio.Future[GenerateResult]] = []
             try:
-                return list(await asyncio.gather(*tasks))
+                async with asyncio.timeout(self.config.request_s):
+                    await self._go.wait()
+                    tasks += [asyncio.ensure_future(self.engine.generate(request)) for request in requests]
+                    results = list(await asyncio.gather(*tasks))
+            except TimeoutError:
+                raise self._too_late() from None
             finally:
                 await cancel_all(tasks)
+        self.timings.whole(time.perf_counter() - started, len(requests))
+        return results
 
     async def stream(self, requests: list[GenerateRequest]) -> AsyncGenerator[tuple[int, GenerateChunk], None]:
         """(request number, chunk) of all requests as they come. Closing the iterator aborts what still runs."""
         with self.admit(requests):
-            if len(requests) == 1:
-                async with contextlib.aclosing(_generator(self.engine.stream(requests[0]))) as chunks:
-                    async for chunk in chunks:
-                        yield 0, chunk
-                return
-            queue: asyncio.Queue[tuple[int, GenerateChunk | Exception | None]] = asyncio.Queue(maxsize=4 * len(requests))
-
-            async def pump(number: int, request: GenerateRequest) -> None:
-                end = None
+            clock = self.timings.stream(len(requests))
+            deadline = asyncio.get_running_loop().time() + self.config.request_s
+            source = self._merged(requests) if len(requests) > 1 else self._single(requests[0])
+            async with contextlib.aclosing(source) as chunks:
                 try:
-                    async with contextlib.aclosing(_generator(self.engine.stream(request))) as chunks:
-                        async for chunk in chunks:
-                            await queue.put((number, chunk))
-                except Exception as error:  # carried over to whoever reads the queue
-                    end = error
-                await queue.put((number, end))
+                    async with asyncio.timeout_at(deadline):
+                        await self._go.wait()
+                    while True:
+                        # One deadline per wait: a generator may be resumed by another task than began it.
+                        async with asyncio.timeout_at(deadline):
+                            item = await anext(chunks, None)
+                        if item is None:
+                            break
+                        clock.token(len(item[1].token_ids))
+                        yield item
+                except TimeoutError:
+                    raise self._too_late() from None
+            clock.end()
 
-            tasks = [asyncio.ensure_future(pump(i, request)) for i, request in enumerate(requests)]
+    async def _single(self, request: GenerateRequest) -> AsyncGenerator[tuple[int, GenerateChunk], None]:
+        async with contextlib.aclosing(_generator(self.engine.stream(request))) as chunks:
+            async for chunk in chunks:
+                yield 0, chunk
+
+    async def _merged(self, requests: list[GenerateRequest]) -> AsyncGenerator[tuple[int, GenerateChunk], None]:
+        queue: asyncio.Queue[tuple[int, GenerateChunk | Exception | None]] = asyncio.Queue(maxsize=4 * len(requests))
+
+        async def pump(number: int, request: GenerateRequest) -> None:
+            end = None
             try:
-                left = len(tasks)
-                while left:
-                    number, item = await queue.get()
-                    if isinstance(item, Exception):
-                        raise item
-                    if item is None:
-                        left -= 1
-                    else:
-                        yield number, item
-            finally:
-                await cancel_all(tasks)
+                async with contextlib.aclosing(_generator(self.engine.stream(request))) as chunks:
+                    async for chunk in chunks:
+                        await queue.put((number, chunk))
+            except Exception as error:  # carried over to whoever reads the queue
+                end = error
+            await queue.put((number, end))
+
+        tasks = [asyncio.ensure_future(pump(i, request)) for i, request in enumerate(requests)]
+        try:
+            left = len(tasks)
+            while left:
+                number, item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    left -= 1
+                else:
+                    yield number, item
+        finally:
+            await cancel_all(tasks)
+
+    def _too_late(self) -> RequestError:
+        return RequestError(f"not done within this server's limit of {self.config.request_s:g} s", status=504)
+
+    async def pause(self, mode: PauseMode) -> int:
+        """Hold new requests, and what runs as `mode` says; the number held. Raises RequestError for a mode it lacks."""
+        if isinstance(self.engine, PausableEngine):
+            try:
+                held = await self.engine.pause(mode)
+            except ValueError as error:
+                raise RequestError(str(error), param="mode") from None
+        elif mode == "abort":
+            held = 0
+        else:
+            raise RequestError(f'this engine cannot pause with mode "{mode}"; it can with "abort"', param="mode")
+        self.paused = mode
+        self._go.clear()
+        if mode == "abort":
+            await self.abort_all()
+        return held
+
+    async def resume(self) -> None:
+        """Let requests go on. Harmless when not paused."""
+        if isinstance(self.engine, PausableEngine):
+            await self.engine.resume()
+        self.paused = None
+        self._go.set()
 
     async def abort_all(self) -> None:
         """Abort everything that runs."""
@@ -170,6 +272,10 @@ class Service:
             await self.abort_all()
 
 
+MAX_STOPS = 64
+MAX_STOP_IDS = 4096
+
+
 def check_ranges(request: GenerateRequest) -> None:
     """Raise RequestError for numbers no engine can hold: JSON has no largest integer, tensors do."""
     sampling = request.sampling
@@ -181,6 +287,8 @@ def check_ranges(request: GenerateRequest) -> None:
         if values and (min(values) < 0 or max(values) >= limit):
             wrong = min(values) if min(values) < 0 else max(values)
             raise RequestError(f"{name} holds {wrong}; values lie in 0..{limit - 1}", param=name)
+    if len(sampling.stop) > MAX_STOPS or len(sampling.stop_token_ids) > MAX_STOP_IDS:
+        raise RequestError(f"at most {MAX_STOPS} stop strings and {MAX_STOP_IDS} stop token ids", param="stop")
     if sampling.top_k >= 2**31:
         raise RequestError(f"top_k={sampling.top_k} is too large; -1 keeps all tokens", param="top_k")
     if sampling.temperature != 0.0 and not 1e-6 <= sampling.temperature <= 1e6:

@@ -1,0 +1,1 @@
+"""The sub-commands of `miles-rollout`; each imports what it needs when it runs."""

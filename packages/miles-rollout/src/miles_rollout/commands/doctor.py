@@ -1,0 +1,90 @@
+"""`miles-rollout doctor`."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import importlib.util
+import platform
+import socket
+from typing import Annotated
+
+import typer
+
+from miles_rollout import __version__
+from miles_rollout.commands.common import user_errors
+
+LIBRARIES = (
+    ("server", ("starlette", "uvicorn")),
+    ("text", ("tokenizers", "transformers", "jinja2")),
+    ("embedded", ("torch", "numpy", "miles-kernels", "miles-spec", "xxhash")),
+    ("sglang", ("safetensors", "sglang")),
+    ("otel", ("opentelemetry-api", "opentelemetry-sdk")),
+)
+
+
+def doctor(
+    url: Annotated[str, typer.Argument(metavar="[URL]", help="Also look at a running server or router.")] = "",
+    port: Annotated[int, typer.Option(help="The port that `serve` would take.")] = 30000,
+) -> None:
+    """What is installed, what each extra lacks, whether the port is free; of a server, whether it is well. Exit code 1 if not."""
+    with user_errors():
+        typer.echo(f"miles-rollout {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+        for extra, names in LIBRARIES:
+            found = {name: _version(name) for name in names}
+            lacks = [name for name, version in found.items() if version is None]
+            state = f"lacks {', '.join(lacks)}" if lacks else "ready"
+            have = ", ".join(f"{name} {version}" for name, version in found.items() if version is not None)
+            typer.echo(f"  [{extra}] {state}" + (f" ({have})" if have else ""))
+        typer.echo(f"  device: {_device()}")
+        typer.echo(f"  port {port}: {'free' if _is_free(port) else 'in use'}")
+        if url and not asyncio.run(_look(url)):
+            raise typer.Exit(1)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device() -> str:
+    if importlib.util.find_spec("torch") is None:
+        return "unknown without torch"
+    from miles_rollout.extras import require
+
+    cuda = require("torch", extra="embedded", purpose="doctor").cuda
+    return ", ".join(cuda.get_device_name(i) for i in range(cuda.device_count())) or "CPU"
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+async def _look(url: str) -> bool:
+    """Say how a server is; False when something is wrong."""
+    import httpx
+
+    well = True
+    async with httpx.AsyncClient(base_url=url, timeout=30.0) as http:
+        for path in ("/health", "/get_server_info"):
+            try:
+                response = await http.get(path)
+            except httpx.HTTPError as error:
+                typer.echo(f"  {url}{path}: {error or type(error).__name__}")
+                return False
+            ok = response.status_code == 200
+            well &= ok
+            typer.echo(f"  {url}{path}: HTTP {response.status_code}")
+            if ok and path == "/get_server_info":
+                info = response.json()
+                digest = (info.get("engine") or {}).get("contract_digest", "none: not a Miles server")
+                typer.echo(f"  model {info.get('model_path')}, weight version {info.get('weight_version')}, contract {digest}")
+    return well

@@ -1,0 +1,135 @@
+"""`miles-rollout serve`."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from miles_rollout import __version__
+from miles_rollout.commands.common import (
+    AdminToken,
+    DrainS,
+    Dtype,
+    Host,
+    LogFormat,
+    LogLevel,
+    Otel,
+    Port,
+    Threads,
+    shown,
+    user_errors,
+)
+
+Roots = Annotated[
+    list[str] | None,
+    typer.Option(help="Directory that weight updates may be read from; may be repeated. [default: the one MODEL lies in]"),
+]
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory: config.json, safetensors, tokenizer files.")],
+    host: Host = "127.0.0.1",
+    port: Port = 30000,
+    engine: Annotated[str, typer.Option(help="embedded, or sglang: options after -- go to SGLang as they are.")] = "embedded",
+    dtype: Dtype = "float32",
+    threads: Threads = None,
+    served_model_name: Annotated[str | None, typer.Option(help="Name under /v1. [default: the last part of MODEL]")] = None,
+    admin_token: AdminToken = None,
+    weights_root: Roots = None,
+    drain_s: DrainS = 30.0,
+    log_level: LogLevel = "info",
+    log_format: LogFormat = "text",
+    otel: Otel = False,
+    max_requests: Annotated[int, typer.Option(help="Prompts served at a time; one more is answered 429.")] = 4096,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens one HTTP request may use, prompts and completions.")] = 16 << 20,
+    max_body_mib: Annotated[int, typer.Option(help="Largest request body, MiB.")] = 32,
+    request_s: Annotated[float, typer.Option(help="Deadline of a request.")] = 3600.0,
+    max_context: Annotated[int | None, typer.Option(help="Most tokens of one sequence. [default: the model's limit]")] = None,
+    max_running: Annotated[int, typer.Option(help="Most sequences in one step.")] = 128,
+    max_batched_tokens: Annotated[int, typer.Option(help="Most tokens of one forward pass.")] = 2048,
+    prefill_chunk: Annotated[int, typer.Option(help="Most prompt tokens of one sequence in one forward pass.")] = 512,
+    kv_memory_mib: Annotated[int, typer.Option(help="Memory for keys and values, MiB.")] = 1024,
+    num_pages: Annotated[int | None, typer.Option(help="KV pages, instead of --kv-memory-mib.")] = None,
+    page_size: Annotated[int, typer.Option(help="Tokens per KV page, a multiple of 16.")] = 16,
+    prefix_cache: Annotated[bool, typer.Option(help="Reuse the KV cache of prompts with a common beginning.")] = True,
+    sglang_url: Annotated[str, typer.Option(help="Engine sglang: attach to this server instead of starting one.")] = "",
+    sglang_python: Annotated[str, typer.Option(help="Engine sglang: interpreter of an environment that has SGLang.")] = "",
+    seeds: Annotated[bool, typer.Option(help="Engine sglang: seeds hold (deterministic inference), at some cost.")] = True,
+) -> None:
+    """Serve MODEL: SGLang's native HTTP API and OpenAI's /v1."""
+    with user_errors():
+        from miles_rollout.extras import require
+
+        if engine not in ("embedded", "sglang"):
+            raise ValueError(f"--engine {engine} must be embedded or sglang")
+        if context.args and engine != "sglang":
+            raise ValueError(f"unexpected argument {context.args[0]!r}; options after -- are for --engine sglang")
+        for library in ("starlette", "uvicorn"):
+            require(library, extra=engine, purpose="miles-rollout serve")
+        from miles_rollout.server import ServerConfig, bind
+        from miles_rollout.server.logs import setup_logging
+        from miles_rollout.server.tracing import setup_tracing
+
+        if engine == "embedded":
+            from miles_rollout.engines.embedded.config import EmbeddedConfig
+
+            settings: Any = EmbeddedConfig(
+                page_size=page_size,
+                kv_memory_bytes=kv_memory_mib << 20,
+                num_pages=num_pages,
+                max_running=max_running,
+                max_batched_tokens=max_batched_tokens,
+                prefill_chunk=prefill_chunk,
+                max_context=max_context,
+                prefix_cache=prefix_cache,
+            )
+        else:
+            from miles_rollout.engines.sglang.config import SglangConfig
+
+            settings = SglangConfig(model=model, url=sglang_url, python=sglang_python, seeds=seeds, args=tuple(context.args))
+            settings.validate()
+        server = ServerConfig(
+            served_model_name=served_model_name or Path(model).resolve().name,
+            admin_token=admin_token,
+            drain_s=drain_s,
+            max_requests=max_requests,
+            max_tokens=max_tokens,
+            max_body_bytes=max_body_mib << 20,
+            request_s=request_s,
+            weight_roots=tuple(weights_root or [default_root(model)]),
+        )
+        server.validate()
+        setup_logging(log_level, log_format)
+        if otel:
+            setup_tracing("miles-rollout")
+        sock = bind(host, port)  # before the model is loaded, so that a port in use is known at once
+        with sock:
+            asyncio.run(_serve(model, settings, server, sock, engine=engine, dtype=dtype, threads=threads, log_level=log_level))
+
+
+def default_root(model: str) -> str:
+    """Where new weights may come from when nobody says: beside the model, but never the whole machine."""
+    path = Path(model).resolve()
+    return str(path if path.parent == Path(path.anchor) else path.parent)
+
+
+async def _serve(
+    model: str, settings: Any, server: Any, sock: Any, *, engine: str, dtype: str, threads: int | None, log_level: str
+) -> None:
+    from miles_rollout.launch import load_embedded, load_sglang
+    from miles_rollout.server import create_app, listen
+    from miles_rollout.server import serve as run
+
+    if engine == "embedded":
+        serving, tokenizer, load_weights = load_embedded(model, settings, dtype=dtype, threads=threads)
+    else:
+        serving, tokenizer = await load_sglang(model, settings)
+        load_weights = None
+    listen(sock)
+    host, port = sock.getsockname()[:2]
+    typer.echo(f"miles-rollout {__version__}: {model} on http://{shown(host)}:{port}", err=True)
+    await run(create_app(serving, tokenizer, server, load_weights=load_weights), sock, log_level=log_level)
