@@ -49,7 +49,14 @@ _SPECIAL = {
     "Lean.Parser.Syntax.addPrio": "prio",
     "Lean.Parser.Syntax.subPrio": "prio",
     "Lean.Parser.checkTactic": "",
+    "Lean.termMacro.trace[_]_": "",
 }
+_UNDECLARED = frozenset(
+    "Bind.bind Bind.bindLeft Bind.kleisliLeft Bind.kleisliRight Complement.complement Functor.map Functor.mapRev HAnd.hAnd HOr.hOr "
+    "HSMul.hSMul HShiftLeft.hShiftLeft HShiftRight.hShiftRight HXor.hXor HasSSubset.SSubset Inv.inv SSuperset Superset andM bne "
+    "orM".split()
+)
+"""Constants that our prelude leaves out, and whose notation is therefore not bound: saves a pass that finds them out."""
 _SPACES = (  # namespace of a kind and the start of its last part, category; the first match counts
     (r"Lean\.Parser\.Tactic\.(Grind|Sym|SolveByElim|MCases|MRefine)\..*", ""),
     (r"Lean\.Parser\.Tactic\.Conv\..*", "conv"),
@@ -126,21 +133,28 @@ def function_lines(functions: Sequence[Sequence[object]], kinds: dict[str, str])
                 found.append((kind, int(number), f'@[extern "miles", macro {quoted(kind)}] opaque {full} : Lean.Macro'))
         elif not space:
             constant = demangled(target).replace("_", ".")
+            if constant in _UNDECLARED:
+                continue
             line = f'@[extern "miles", app_unexpander {constant}] opaque {full} : Lean.PrettyPrinter.Unexpander'
             found.append(("~" + constant, int(number), line))
     return [line for _, _, line in sorted(found, key=lambda entry: (entry[0], entry[1]))]
 
 
-def generate(wheel: Wheel, folder: Path, compile_module: Callable[[str], list[str]]) -> None:
-    """Write the module's source into `folder` and compile it, dropping the lines that Lean refuses.
-
-    Raises RuntimeError when the library cannot be read or hardly anything in it could be bound.
-    """
+def read(wheel: Wheel) -> dict[str, list[list[object]]]:
+    """What the library holds: "parsers" and "functions", see bindings_read. Raises RuntimeError."""
     command = [sys.executable, "-I", "-S", str(_READER), str(wheel.library)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise RuntimeError(f"{wheel.library} cannot be read: {done.stderr.strip()[-500:] or done.returncode}")
-    content = json.loads(done.stdout)
+    content: dict[str, list[list[object]]] = json.loads(done.stdout)
+    return content
+
+
+def generate(content: dict[str, list[list[object]]], folder: Path, compile_module: Callable[[str], list[str]]) -> None:
+    """Write the module's source into `folder` and compile it, dropping the lines that Lean refuses.
+
+    Raises RuntimeError when hardly anything in the library could be bound.
+    """
     lines, kinds = parser_lines(content["parsers"])
     lines += function_lines(content["functions"], kinds)
     path = folder.joinpath(*MODULE.split(".")).with_suffix(".lean")

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -130,14 +131,16 @@ def _build(wheel: Wheel, scratch: Path, final: Path) -> Built:
     found = re.search(r"version ([^,]+),.*commit ([0-9a-f]{40})", done.stdout)
     if found is None:
         raise BuildFailed(f"{wheel.library} does not answer --version: {done.stdout or done.stderr}")
-    for name in modules(scratch):
-        if name == bindings.MODULE:
-            try:
-                bindings.generate(wheel, scratch, lambda module: compile_module(wheel, scratch, module))
-            except RuntimeError as error:
-                raise BuildFailed(str(error)) from error
-        elif errors := compile_module(wheel, scratch, name):
-            raise BuildFailed(f"the prelude's module {name} does not compile:\n" + "\n".join(errors[:10]))
+    with ThreadPoolExecutor(1) as beside:  # reading the library takes as long as the modules before the bindings do
+        content = beside.submit(bindings.read, wheel)
+        for name in modules(scratch):
+            if name == bindings.MODULE:
+                try:
+                    bindings.generate(content.result(), scratch, lambda module: compile_module(wheel, scratch, module))
+                except RuntimeError as error:
+                    raise BuildFailed(str(error)) from error
+            elif errors := compile_module(wheel, scratch, name):
+                raise BuildFailed(f"the prelude's module {name} does not compile:\n" + "\n".join(errors[:10]))
     return Built(final, found[1], found[2], identity(wheel), round(time.monotonic() - started, 3))
 
 
