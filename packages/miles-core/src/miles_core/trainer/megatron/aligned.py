@@ -1,0 +1,169 @@
+"""Our ops as megatron-core modules, so that a Megatron model computes the engine's bits.
+
+Legend: t = tokens of this process, h = hidden size, k = experts per token, E = experts of this process, I = their inner size.
+
+A sum over tensor-parallel shares would have another order than the engine's, so no product is summed over processes here:
+layers that megatron-core cuts along the input are cut along the output instead, and activations are gathered. The forward bits
+then do not depend on the number of processes. Weights, names and checkpoints stay megatron-core's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from miles_core.trainer.megatron.core import MLP, ColumnParallelLinear, MoELayer, mappings
+from miles_kernels.ops.act import swiglu
+from miles_kernels.ops.linear import linear
+from miles_kernels.ops.moe import moe_mlp
+from miles_kernels.ops.norm import rms_norm
+from miles_kernels.ops.router import router
+
+
+class AlignedNorm(nn.Module):
+    """RMSNorm over the last dimension."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **kwargs: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x.contiguous(), self.weight, self.eps)
+
+
+class AlignedColumn(ColumnParallelLinear):  # type: ignore[misc]
+    """megatron-core's column-parallel layer on our product; the bias is part of it, so none is handed on."""
+
+    def forward(self, x: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> tuple[Tensor, None]:
+        """x [..., in] -> ([..., out / TP], or [..., out] when gathered; None)."""
+        if self.tp_group.size() > 1:
+            x = mappings.copy_to_tensor_model_parallel_region(x, group=self.tp_group)
+        matrix = self.weight if weight is None else weight
+        out = linear(x.reshape(-1, x.shape[-1]), matrix, self.bias, mode=self.config.miles.contract.matmul)
+        out = out.view(*x.shape[:-1], -1)
+        if self.gather_output and self.tp_group.size() > 1:
+            out = mappings.gather_from_tensor_model_parallel_region(out, group=self.tp_group)
+        return out, None
+
+
+class AlignedOutput(AlignedColumn):
+    """In place of the row-parallel layer: takes split activations, gathers them, and is cut along its output."""
+
+    def __init__(self, input_size: int, output_size: int, *, input_is_parallel: bool = True, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, gather_output=True, **kwargs)
+
+    def forward(self, x: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> tuple[Tensor, None]:
+        """x [..., in / TP] -> ([..., out], None)."""
+        if self.tp_group.size() > 1:
+            x = mappings.gather_from_tensor_model_parallel_region(x, group=self.tp_group)
+        return super().forward(x, weight)
+
+
+class AlignedMLP(MLP):  # type: ignore[misc]
+    """SwiGLU feed-forward, dense or one expert."""
+
+    def forward(self, hidden_states: Tensor, per_token_scale: Any = None, **kwargs: Any) -> tuple[Tensor, None]:
+        """[t, 1, h] -> ([t, 1, h], None)."""
+        return self.linear_fc2(swiglu(self.linear_fc1(hidden_states)[0]))
+
+
+class AlignedMoE(MoELayer):  # type: ignore[misc]
+    """Mixture of experts: our router, grouped products and combination in slot order.
+
+    megatron-core keeps one module per expert; their matrices are stacked for each pass. With expert parallelism, rows travel to
+    the process of their expert and back, and each token adds up its experts in the order of its slots, as with one process.
+    """
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """[t, 1, h] -> ([t, 1, h], None)."""
+        x, mode = hidden_states.reshape(-1, hidden_states.shape[-1]), self.config.miles.contract.matmul
+        normalize = self.config.miles.model.norm_topk_prob
+        ids, weights = router(x, self.router.weight, self.config.moe_router_topk, normalize=normalize, mode=mode)
+        experts = self.experts.local_experts
+        gate_up = torch.stack([expert.linear_fc1.weight for expert in experts])
+        down = torch.stack([expert.linear_fc2.weight for expert in experts])
+        if self.ep_group.size() == 1:
+            out = moe_mlp(x, gate_up, down, ids, weights, mode=mode)
+        else:
+            out = _travelling(x, gate_up, down, ids, weights, mode, self.ep_group)
+        return out.view(hidden_states.shape), None
+
+
+def _travelling(
+    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, mode: Any, group: torch.distributed.ProcessGroup
+) -> Tensor:
+    """`moe_mlp` with `gate_up` [E, 2 I, h] and `down` [E, h, I] of this process; `ids` [t, k] count the experts of all."""
+    size, num_local, slots = group.size(), gate_up.shape[0], ids.shape[1]
+    order = torch.sort(ids.reshape(-1), stable=True).indices
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    counts = torch.bincount(ids.reshape(-1), minlength=size * num_local)
+    arriving = torch.empty_like(counts)
+    torch.distributed.all_to_all_single(arriving, counts, group=group)
+    sends = counts.view(size, num_local).sum(1).tolist()
+    per_source = arriving.view(size, num_local)
+    receives = per_source.sum(1).tolist()
+    rows = mappings.all_to_all(group, _rows(x, place.view(-1, slots)), receives, sends)
+    # arrived by source, then expert; each row is its own "token" of one expert with weight 1: the rows' bits stay their own
+    expert = torch.arange(num_local, device=x.device).repeat(size).repeat_interleave(arriving)[:, None]
+    out = (
+        moe_mlp(rows, gate_up, down, expert, torch.ones_like(expert, dtype=torch.float32), mode=mode)
+        if len(rows)
+        else _none(rows, gate_up, down)
+    )
+    back = mappings.all_to_all(group, out, sends, receives)
+    return _Combine.apply(back, weights, place.view(-1, slots))
+
+
+def _none(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """No row came: nothing to compute, but the experts stay part of the graph."""
+    return rows + 0.0 * (gate_up.sum() + down.sum()).to(rows.dtype)
+
+
+def _rows(x: Tensor, place: Tensor) -> Tensor:
+    return _Permute.apply(x, place)
+
+
+class _Permute(torch.autograd.Function):
+    """x [t, h] to [t k, h]: token i at rows place[i]. Backward adds a token's rows in slot order, in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        out = x.new_empty((place.numel(), x.shape[1]))
+        for slot in range(place.shape[1]):
+            out[place[:, slot]] = x
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (place,) = ctx.saved_tensors
+        out = grad[place[:, 0]].float()
+        for slot in range(1, place.shape[1]):
+            out += grad[place[:, slot]]
+        return out.to(grad.dtype), None
+
+
+class _Combine(torch.autograd.Function):
+    """Sum over slots of weights [t, k] times rows y [t k, h], float32 in slot order, one rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weights: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(y, weights, place)
+        out = y[place[:, 0]].float() * weights[:, :1]
+        for slot in range(1, place.shape[1]):
+            out += y[place[:, slot]].float() * weights[:, slot : slot + 1]
+        return out.to(y.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        y, weights, place = ctx.saved_tensors
+        wide = grad.float()
+        dy, dw = torch.empty_like(y), torch.empty_like(weights)
+        for slot in range(place.shape[1]):
+            dy[place[:, slot]] = (wide * weights[:, slot : slot + 1]).to(y.dtype)
+            dw[:, slot] = (wide * y[place[:, slot]].float()).sum(-1)
+        return dy, dw, None

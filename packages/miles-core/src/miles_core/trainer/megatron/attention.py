@@ -1,0 +1,87 @@
+"""Self-attention over packed streams for megatron-core's layers, whose own local attention knows neither packing nor CP.
+
+Legend: t = tokens of this process, T = of the whole stream, H, Hkv = heads of this process before the exchange, D = head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miles_core.trainer.megatron.core import SelfAttention, mappings
+from miles_core.trainer.megatron.stream import Stream
+from miles_kernels.ops.attention import attention
+from miles_kernels.ops.rope import apply_rope
+
+
+class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
+    """megatron-core's self-attention with rotary angles by absolute position and a core that takes a `Stream`."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        """hidden_states [t, 1, hidden] -> (output [t, 1, hidden], bias or None)."""
+        stream: Stream = kwargs["packed_seq_params"]
+        q, k, v = (x.squeeze(1) for x in self.get_query_key_value_tensors(hidden_states, None))
+        rotate = apply_rope if self.config.miles.aligned else _plain_rope
+        q, k = rotate(q.contiguous(), stream.cos, stream.sin), rotate(k.contiguous(), stream.cos, stream.sin)
+        out = self.core_attention(q, k, v, None, attn_mask_type=None, attention_bias=None, packed_seq_params=stream)
+        return self.linear_proj(out.reshape(out.shape[0], 1, -1))
+
+
+class PackedAttention(nn.Module):
+    """Causal attention within each sequence of a stream: `miles_kernels` when aligned, torch's SDPA otherwise."""
+
+    def __init__(self, config: Any, layer_number: int, *args: Any, pg_collection: Any = None, **kwargs: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.cp_group = pg_collection.cp
+        self.scale = config.kv_channels**-0.5
+        self.window = config.miles.model.window(layer_number - 1)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, packed_seq_params: Stream, **kwargs: Any) -> Tensor:
+        """q [t, H, D], k and v [t, Hkv, D] -> [t, H, D]."""
+        share = self.cp_group.size()
+        q, k, v = (self._trade(x, share) for x in (q, k, v))
+        if self.config.miles.aligned:
+            pools = k.transpose(0, 1), v.transpose(0, 1)
+            mode = self.config.miles.contract.matmul
+            out = attention(q, *pools, packed_seq_params.plan, scale=self.scale, window=self.window, mode=mode)
+        else:
+            out = torch.cat(
+                [self._sdpa(*parts) for parts in zip(*(x.split(packed_seq_params.lengths) for x in (q, k, v)), strict=True)]
+            )
+        return self._trade_back(out, share)
+
+    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One sequence: q [L, H, D] -> [L, H, D]."""
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        mask = None
+        if self.window is not None and q.shape[2] > self.window:
+            age = torch.arange(q.shape[2], device=q.device)[:, None] - torch.arange(q.shape[2], device=q.device)
+            mask = (age >= 0) & (age < self.window)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=self.scale, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    def _trade(self, x: Tensor, share: int) -> Tensor:
+        """Give away tokens of other processes' heads, get all tokens of own heads: [t, heads, D] -> [T, heads / C, D]."""
+        if share == 1:
+            return x.contiguous()
+        tokens, heads, dim = x.shape
+        out = x.view(tokens, share, heads // share, dim).transpose(0, 1).reshape(share * tokens, heads // share, dim)
+        return mappings.all_to_all(self.cp_group, out)
+
+    def _trade_back(self, x: Tensor, share: int) -> Tensor:
+        """The inverse of `_trade`: [T, heads / C, D] -> [t, heads, D]."""
+        if share == 1:
+            return x
+        tokens, heads, dim = x.shape[0] // share, x.shape[1], x.shape[2]
+        out = mappings.all_to_all(self.cp_group, x.contiguous()).view(share, tokens, heads, dim)
+        return out.transpose(0, 1).reshape(tokens, share * heads, dim)
+
+
+def _plain_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate-half of x [t, heads, D] in float32; differentiable torch, the `sin` table carries the sign."""
+    wide = x.float()
+    return (wide * cos + torch.roll(wide, x.shape[-1] // 2, -1) * sin).to(x.dtype)

@@ -1,0 +1,346 @@
+"""The `megatron` trainer backend.
+
+Legend: S, N as in `batch`; m = trained tokens of a micro-batch.
+
+One data-parallel replica is tensor x pipeline x context parallel processes. A replica takes its share of the batch, cuts it into
+micro-batches, and megatron-core's schedule drives them through the stages. The last stage computes log-probabilities and the
+loss; every process of a replica ends a step with the same numbers, and every process of the run with the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+from torch import Tensor
+
+from miles_core.algorithm.config import AlgorithmConfig
+from miles_core.algorithm.loss import LOSSES, LossInputs
+from miles_core.trainer.base import NonFiniteStep, StepStats
+from miles_core.trainer.batch import TrainBatch
+from miles_core.trainer.config import OptimizerConfig, TrainerConfig
+from miles_core.trainer.hashing import tensor_hash
+from miles_core.trainer.megatron import core
+from miles_core.trainer.megatron.config import Cut
+from miles_core.trainer.megatron.layout import check_layout, make_groups
+from miles_core.trainer.megatron.logprob import spread
+from miles_core.trainer.megatron.model import MegatronModel
+from miles_core.trainer.megatron.optim import DistributedAdamW
+from miles_core.trainer.megatron.standins import on_device
+from miles_core.trainer.megatron.stream import Work, lay_out
+from miles_core.trainer.packing import Microbatch, cut, pack, require_fit, shard
+from miles_core.trainer.parallel import DataParallel
+from miles_kernels.contract import Contract
+from miles_kernels.nn.decoder import Decoder
+from miles_kernels.ops.logprob import LogprobOutput
+
+
+@dataclass(kw_only=True)
+class _Update:
+    """What one optimizer update did; filled in as it proceeds."""
+
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    lr: float = 0.0
+    skipped: bool = False
+    num_microbatches: int = 0
+    num_forward_tokens: int = 0
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+
+class MegatronTrainer:
+    """Trains a decoder's weights as a megatron-core GPT model. Satisfies `Trainer`; every method is collective.
+
+    torch.distributed must be initialised, for one process too. Every process passes the same whole `decoder`, which is read and
+    not kept. `reference` is the frozen policy of the KL penalty; without one it is the decoder as given.
+
+    Raises ValueError when the layout does not fit the model or the number of processes, ImportError without megatron-core.
+
+    Example: MegatronTrainer(decoder, AlgorithmConfig(), TrainerConfig(backend="megatron"), OptimizerConfig()).step(batch)
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        algorithm: AlgorithmConfig,
+        config: TrainerConfig,
+        optimizer: OptimizerConfig,
+        *,
+        total_updates: int | None = None,
+        reference: Decoder | None = None,
+    ) -> None:
+        _refuse_foreign(config)
+        self.algorithm, self.config = algorithm, config
+        self.cut = Cut.of(config.megatron, config.cp, config.ep)
+        self.device = decoder.embed_tokens.device
+        check_layout(self.cut, decoder.config, dist.get_world_size() if dist.is_initialized() else 1)
+        make_groups(self.cut, self.device)
+        self.data = DataParallel(core.parallel_state.get_data_parallel_group())
+        self.world = DataParallel()
+        self.cp_group = core.parallel_state.get_context_parallel_group()
+        self.pp_group = core.parallel_state.get_pipeline_model_parallel_group()
+        self.model = self._build(decoder, config.recompute)
+        self.reference = self._build(reference or decoder, False) if algorithm.kl_coef > 0 else None
+        self.optimizer = DistributedAdamW(self.model, optimizer, total_updates)
+        self._loss, self._sft_loss = LOSSES.get(algorithm.loss), LOSSES.get("sft")
+
+    def _build(self, decoder: Decoder, recompute: bool) -> MegatronModel:
+        model = MegatronModel(decoder.config, self.cut, decoder.contract, self.device, recompute)
+        model.load_hf(decoder.hf_state())
+        return model
+
+    @property
+    def contract(self) -> Contract:
+        """The numeric contract; with plain layers it names megatron-core, so that no engine has the same digest."""
+        return self.model.stated_contract
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates since the first weights."""
+        return self.optimizer.num_updates
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(HF name, whole tensor) of every weight, in every process. Collective: walk it to its end."""
+        return self.model.export_hf()
+
+    # ---- one step
+
+    def forward_logprobs(self, batch: TrainBatch) -> Tensor:
+        """log p [N] fp32 of every trained token, in batch order, without gradient."""
+        self._admit(batch)
+        return self._forward_all(self.model, batch)
+
+    def step(self, batch: TrainBatch) -> StepStats:
+        """Train on the batch, in one update or in `updates_per_step` of them; see `FsdpTrainer.step` for the contract."""
+        self._admit(batch)
+        policy = batch.kind == "policy"
+        blocks = batch.split(self.config.updates_per_step if policy else 1)
+        old_N = self._forward_all(self.model, batch) if len(blocks) > 1 else None
+        ref_N = self._forward_all(self.reference, batch) if policy and self.reference is not None else None
+        seen_N = torch.zeros(batch.num_tokens)
+        updates = [self._update(batch, numbers, old_N, ref_N, seen_N) for numbers in blocks]
+        return _summary(batch, updates, self._merge(seen_N) if old_N is None else old_N)
+
+    def _update(
+        self, batch: TrainBatch, blocks: Sequence[int], old_N: Tensor | None, ref_N: Tensor | None, seen_N: Tensor
+    ) -> _Update:
+        self.optimizer.clear()
+        result = _Update()
+        works = self._works(batch, blocks)
+        result.num_microbatches = sum(work.micro is not None for work in works)
+        result.num_forward_tokens = sum(work.micro.num_tokens for work in works if work.micro is not None)
+        losses = self._drive(
+            self.optimizer.ddp, works, partial(self._train_loss, batch, old_N, ref_N, seen_N, result), train=True
+        )
+        result.loss = math.fsum(losses)
+        self._share(result)
+        result.grad_norm = self.optimizer.norm()
+        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+            limit = self.config.grad_clip
+            result.lr = self.optimizer.step(limit / result.grad_norm if 0 < limit < result.grad_norm else 1.0)
+        else:
+            self._refuse(result)
+        self.optimizer.clear()
+        return result
+
+    def _train_loss(
+        self,
+        batch: TrainBatch,
+        old_N: Tensor | None,
+        ref_N: Tensor | None,
+        seen_N: Tensor,
+        result: _Update,
+        micro: Microbatch,
+        out: LogprobOutput,
+    ) -> Tensor:
+        logprob = out.logprob.detach()
+        seen_N[micro.token_index] = logprob.cpu()
+
+        def of_tokens(values_N: Tensor | None) -> Tensor | None:
+            return None if values_N is None else values_N[micro.token_index].to(logprob.device)
+
+        inputs = LossInputs(
+            logprob=out.logprob,
+            weight=micro.weight,
+            advantage=of_tokens(batch.advantage),
+            old_logprob=logprob if old_N is None else of_tokens(old_N),
+            rollout_logprob=of_tokens(batch.rollout_logprobs),
+            ref_logprob=of_tokens(ref_N),
+            entropy=out.entropy,
+            sequence=micro.sequence,
+            num_sequences=micro.num_sequences,
+        )
+        output = (self._sft_loss if batch.kind == "sft" else self._loss)(inputs, self.algorithm)
+        for name, value in output.stats.items():
+            result.sums[name] += float(value)
+        return output.loss
+
+    @torch.no_grad()
+    def _forward_all(self, model: MegatronModel, batch: TrainBatch) -> Tensor:
+        logprob_N = torch.zeros(batch.num_tokens)
+
+        def keep(micro: Microbatch, out: LogprobOutput) -> Tensor:
+            logprob_N[micro.token_index] = out.logprob.cpu()
+            return out.logprob.sum()
+
+        self._drive(model.module, self._works(batch, range(len(batch.blocks))), keep, train=False, model=model)
+        return self._merge(logprob_N)
+
+    def _drive(
+        self, module: Any, works: list[Work], loss: Any, *, train: bool, model: MegatronModel | None = None
+    ) -> list[float]:
+        """Run megatron-core's schedule over the micro-batches; the losses of this process' last stage, empty elsewhere."""
+        model = model or self.model
+
+        def forward(iterator: Iterator[Work], stage: Any) -> tuple[Tensor, Any]:
+            work = next(iterator)
+            return model.hidden(stage, work), partial(self._score, model, work, loss)
+
+        with on_device(self.device):
+            done = core.get_forward_backward_func()(
+                forward_step_func=forward,
+                data_iterator=iter(works),
+                model=[module],
+                num_microbatches=len(works),
+                seq_length=1,
+                micro_batch_size=1,
+                forward_only=not train,
+            )
+        return [entry["loss"] for entry in done]
+
+    def _score(
+        self, model: MegatronModel, work: Work, loss: Any, hidden: Tensor, **_: Any
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """The last stage's end of a micro-batch: log-probabilities of all its tokens, then the loss, on every process alike."""
+        none = torch.zeros((), dtype=torch.int, device=hidden.device)
+        hidden = hidden.squeeze(1)
+        micro = work.micro
+        if micro is None:
+            return hidden.float().sum() * 0.0, none, {"loss": 0.0}
+        heat = micro.temperature
+        out = model.logprob(
+            hidden.index_select(0, work.rows), micro.targets[work.local], heat[work.local] if isinstance(heat, Tensor) else heat
+        )
+        if self.cut.cp > 1:
+            both = spread(torch.stack((out.logprob, out.entropy)), work.local, len(micro.targets), self.cp_group)
+            out = LogprobOutput(both[0], both[1])
+        value = loss(micro, out)
+        return value, none, {"loss": float(value.detach())}
+
+    def _works(self, batch: TrainBatch, blocks: Sequence[int]) -> list[Work]:
+        """This replica's micro-batches of `blocks`; as many as any other replica's, and at least one.
+
+        megatron-core's schedule needs one, and experts that are spread over replicas are called by all of them at once.
+        """
+        reduction = "token" if batch.kind == "sft" else self.algorithm.reduction
+        weight_S = batch.loss_weights(blocks, reduction, self.algorithm.constant_tokens)
+        mine = shard(batch, blocks, self.data.rank, self.data.size)
+        room = self.config.max_tokens_per_microbatch * self.cut.cp
+        micros: list[Microbatch | None] = [pack(batch, pieces, weight_S) for pieces in cut(batch, mine, room, share=False)]
+        micros += [None] * (self.data.most(max(1, len(micros))) - len(micros))
+        rank = dist.get_rank(self.cp_group)
+        return [lay_out(micro, self.model.rope, self.device, rank, self.cut.cp) for micro in micros]
+
+    # ---- what processes tell each other; all of it in CPU tensors
+
+    def _merge(self, value_N: Tensor) -> Tensor:
+        """Join what each replica's last stage set (0.0 elsewhere), in every process, keeping every bit."""
+        return self._from_last(self.data.merge(value_N))
+
+    def _from_last(self, value: Tensor) -> Tensor:
+        if self.cut.pp > 1:
+            dist.broadcast(value, dist.get_global_rank(self.pp_group, self.cut.pp - 1), group=self.pp_group)
+        return value
+
+    def _share(self, result: _Update) -> None:
+        """Loss, statistics and counts of all replicas, from their last stages, in every process."""
+        names = self.world.union(sorted(result.sums))
+        counts = [result.num_microbatches, result.num_forward_tokens]
+        shared = torch.tensor([result.loss, *(result.sums.get(name, 0.0) for name in names), *counts], dtype=torch.float64)
+        self.data.sum_(shared)
+        values = self._from_last(shared).tolist()
+        result.loss, result.sums = values[0], dict(zip(names, values[1:-2], strict=True))
+        result.num_microbatches, result.num_forward_tokens = int(values[-2]), int(values[-1])
+
+    def _refuse(self, result: _Update) -> None:
+        """Raise or mark as skipped, by configuration; in neither case are the weights touched."""
+        result.skipped = True
+        if self.config.on_nonfinite == "skip":
+            return
+        bad = self.world.union(self.optimizer.bad_gradients())
+        self.optimizer.clear()
+        where = f"gradients of {', '.join(bad[:4])}{f' and {len(bad) - 4} more' if len(bad) > 4 else ''}" if bad else "the loss"
+        raise NonFiniteStep(
+            f"update {self.num_updates + 1}: loss {result.loss}, gradient norm {result.grad_norm}; not finite: {where}. "
+            "The weights are unchanged. Lower optimizer.lr, look at the samples of this step, "
+            'or set trainer.on_nonfinite = "skip" to go on without such updates'
+        )
+
+    def _admit(self, batch: TrainBatch) -> None:
+        """Refuse, in all processes alike, a batch that does not fit or that they do not share."""
+        require_fit(batch, self.config.max_tokens_per_microbatch * self.cut.cp)
+        if self.world.size > 1:
+            digest = xxhash.xxh3_64(repr(batch.blocks).encode())
+            for tensor in (batch.token_ids, batch.trained, batch.temperature, batch.advantage, batch.rollout_logprobs):
+                digest.update(b"-" if tensor is None else tensor_hash(tensor).encode())
+            self.world.require_equal(digest.intdigest() >> 1, "batch")
+
+    # ---- state
+
+    def save(self, directory: Path) -> None:
+        """Write `megatron/`, a torch_dist checkpoint of weights and optimizer that any layout can load, and `trainer.json`."""
+        from miles_core.trainer.megatron.checkpoint import save
+
+        save(self, directory)
+
+    def load(self, directory: Path) -> None:
+        """Restore what `save` wrote, also with another layout, bit for bit.
+
+        Raises ValueError naming the file when it is missing or damaged, or belongs to another model, optimizer or reference.
+        """
+        from miles_core.trainer.megatron.checkpoint import load
+
+        load(self, directory)
+
+
+def _refuse_foreign(config: TrainerConfig) -> None:
+    """Settings of the fsdp backend that would be ignored here."""
+    given = {"shard": config.shard, "replicate": config.replicate, "master": config.master}
+    unset = {"shard": None, "replicate": 1, "master": "float32"}
+    wrong = [f"trainer.{name} = {given[name]}" for name in given if given[name] != unset[name]]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: only the fsdp backend knows this; megatron's sizes are in trainer.megatron")
+
+
+def _summary(batch: TrainBatch, updates: Sequence[_Update], start_N: Tensor) -> StepStats:
+    sums: dict[str, float] = defaultdict(float)
+    for update in updates:
+        for name, value in update.sums.items():
+            sums[name] += value
+    unequal, max_abs = None, None
+    if batch.rollout_logprobs is not None:
+        unequal = int((start_N.view(torch.int32) != batch.rollout_logprobs.view(torch.int32)).sum())
+        max_abs = float((start_N - batch.rollout_logprobs).abs().max())
+    done = [update for update in updates if not update.skipped]
+    return StepStats(
+        loss=sum(update.loss for update in updates) / len(updates),
+        grad_norm=sum(update.grad_norm for update in updates) / len(updates),
+        lr=done[-1].lr if done else 0.0,
+        num_tokens=batch.num_tokens,
+        num_sequences=batch.num_sequences,
+        num_updates=len(done),
+        num_skipped_updates=len(updates) - len(done),
+        num_microbatches=sum(update.num_microbatches for update in updates),
+        num_forward_tokens=sum(update.num_forward_tokens for update in updates),
+        tokens_unequal=unequal,
+        mismatch_max_abs=max_abs,
+        means={name: value / batch.num_tokens for name, value in sums.items()},
+    )

@@ -1,0 +1,112 @@
+"""megatron-core's distributed AdamW over a `MegatronModel`: gradients in float32 buffers, state cut over data-parallel processes.
+
+What megatron-core decides elsewhere is fixed to Miles' contract: gradients are sums (denominators are in the loss), vectors do
+not decay, and clipping scales by limit / norm exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miles_core.trainer.config import OptimizerConfig
+from miles_core.trainer.megatron import core
+from miles_core.trainer.megatron.model import MegatronModel
+from miles_core.trainer.megatron.standins import on_device
+from miles_core.trainer.optim import lr_at
+
+
+class DistributedAdamW:
+    """Gradients, norm, update and state of one model. All methods are collective."""
+
+    def __init__(self, model: MegatronModel, cfg: OptimizerConfig, total_updates: int | None) -> None:
+        lr_at(cfg, cfg.warmup_steps, total_updates)  # an incomplete schedule is refused now, not at the first update
+        self.model, self.cfg, self.total_updates = model, cfg, total_updates
+        self.num_updates = 0
+        low = model.contract.torch_dtype is torch.bfloat16
+        settings = core.DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False, check_for_nan_in_grad=False
+        )
+        with on_device(model.device):
+            self.ddp = core.DistributedDataParallel(model.settings, settings, model.module)
+            self.inner = core.get_megatron_optimizer(
+                core.OptimizerConfig(
+                    optimizer="adam",
+                    lr=cfg.lr,
+                    weight_decay=cfg.weight_decay,
+                    adam_beta1=cfg.betas[0],
+                    adam_beta2=cfg.betas[1],
+                    adam_eps=cfg.eps,
+                    clip_grad=0.0,
+                    bf16=low,
+                    params_dtype=model.contract.torch_dtype,
+                    use_distributed_optimizer=True,
+                ),
+                [self.ddp],
+                use_gloo_process_groups=False,
+            )
+            self._create_state()
+        model.settings.finalize_model_grads_func = _finalize
+        model.settings.no_sync_func = self.ddp.no_sync
+
+    def _create_state(self) -> None:
+        """Zero moments now, so that a checkpoint before the first update has the same shape as any other."""
+        for part in self.parts():
+            for group in part.optimizer.param_groups:
+                for param in group["params"]:
+                    zeros = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+                    part.optimizer.state[param] = {"step": torch.tensor(0.0), **zeros}
+
+    def parts(self) -> Iterator[Any]:
+        """megatron-core's optimizers: one for experts, one for the rest; those without parameters here left out."""
+        for part in getattr(self.inner, "chained_optimizers", [self.inner]):
+            if not part.is_stub_optimizer:
+                yield part
+
+    def sync_masters(self) -> None:
+        """Take the model's weights as the float32 masters, after they were loaded."""
+        with on_device(self.model.device):
+            self.inner.reload_model_params()
+
+    def clear(self) -> None:
+        """Zero all gradients."""
+        self.ddp.zero_grad_buffer()
+        with on_device(self.model.device):
+            self.inner.zero_grad()
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """Global norm of the summed gradients, once for every weight of the model."""
+        with on_device(self.model.device):
+            self.inner.prepare_grads()
+            return float(self.inner.get_grad_norm())
+
+    @torch.no_grad()
+    def step(self, scale: float) -> float:
+        """Apply one update with the gradients times `scale`; returns the learning rate it used."""
+        lr = lr_at(self.cfg, self.num_updates, self.total_updates)
+        with on_device(self.model.device):
+            if scale != 1.0:
+                self.ddp.scale_gradients(scale)
+            for group in self.inner.param_groups:
+                group["lr"] = lr
+                group["weight_decay"] = self.cfg.weight_decay * group["wd_mult"]  # 0 for vectors
+            self.inner.step()
+        self.num_updates += 1
+        return lr
+
+    def bad_gradients(self) -> list[str]:
+        """Names of this process' weights whose gradient is not finite, in the shares it holds."""
+        return [name for name, p in self.model.named().items() if not _finite(getattr(p, "main_grad", None))]
+
+
+def _finite(grad: Tensor | None) -> bool:
+    return grad is None or bool(grad.isfinite().all())
+
+
+def _finalize(models: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """megatron-core's reductions without its division by a token count: our losses bring their denominators."""
+    core.finalize_model_grads(models, None, **kwargs)
