@@ -50,6 +50,15 @@ def _reference_ops() -> dict[str, OpContract]:
     }
 
 
+PRECISIONS = ("full", "fp8")
+
+
+def _fp8(ops: dict[str, OpContract]) -> dict[str, OpContract]:
+    """Products of the blocks' weights in float8; router, embedding and output scores stay as they are."""
+    order = "scales of 1x128 and 128x128 columns: max/448; blocks of 128 ascending; bias; one rounding"
+    return ops | {name: OpContract(ops[name].backend, "float8 e4m3", order) for name in ("linear", "grouped_linear")}
+
+
 def _cuda_ops() -> dict[str, OpContract]:
     def op(order: str) -> OpContract:
         return OpContract("cuda", "bfloat16 products, float32 sums", order)
@@ -95,6 +104,11 @@ class Contract:
         return hash(self.digest)
 
     @property
+    def precision(self) -> str:
+        """ "fp8" when the blocks' products are float8 in the forward (`ops.fp8`), else "full"."""
+        return "fp8" if self.ops["linear"].compute.startswith("float8") else "full"
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as torch knows it."""
         return DTYPES[self.dtype]
@@ -118,30 +132,33 @@ class Contract:
             raise ValueError(f"not a contract of schema {SCHEMA}: {error}") from None
 
     @classmethod
-    def reference(cls, dtype: str = "float32", *, matmul: Mode | None = None) -> Contract:
+    def reference(cls, dtype: str = "float32", *, matmul: Mode | None = None, precision: str = "full") -> Contract:
         """The CPU reference backend of this process; runs the probe at first use.
 
-        `matmul` forces a mode; forcing "native" where the probe failed raises ValueError naming a failed case.
+        `matmul` forces a mode; forcing "native" where the probe failed raises ValueError naming a failed case. `precision`
+        "fp8" emulates float8 products.
         """
-        precision = torch.get_float32_matmul_precision()
-        if precision != "highest":
-            raise ValueError(f'float32 matmul precision is {precision!r}; call torch.set_float32_matmul_precision("highest")')
+        setting = torch.get_float32_matmul_precision()
+        if setting != "highest":
+            raise ValueError(f'float32 matmul precision is {setting!r}; call torch.set_float32_matmul_precision("highest")')
         report = probe()
         if matmul == "native" and report.failures:
             raise ValueError(f"native GEMM is not batch-invariant in this process, e.g. {report.failures[0]}; use matmul=None")
         contract = cls(dtype=dtype, matmul=matmul or report.mode, platform=report.fingerprint, kernels=_kernels())
-        return contract
+        return contract.with_precision(precision)
 
     @classmethod
-    def for_device(cls, device: str | torch.device, dtype: str = "float32") -> Contract:
+    def for_device(cls, device: str | torch.device, dtype: str = "float32", precision: str = "full") -> Contract:
         """The contract of a device: the reference on "cpu", the Triton order of sums on "cuda" (bfloat16 only).
+
+        `precision` "fp8" opts in to block-scaled float8 products in the forward, with a bfloat16 (or float32) backward.
 
         Which library serves a product on CUDA (Triton, cuBLASLt, DeepGEMM) is no part of it: each has to prove at start-up
         that it has Triton's bits. Raises ValueError where the device is missing or the dtype has no kernels.
         """
         kind = torch.device(device).type
         if kind == "cpu":
-            return cls.reference(dtype)
+            return cls.reference(dtype, precision=precision)
         if kind != "cuda" or not torch.cuda.is_available():
             raise ValueError(f"device {device!r}: torch sees no such device; use cpu")
         if dtype != "bfloat16":
@@ -149,11 +166,22 @@ class Contract:
         import triton
 
         platform = f"{torch.cuda.get_device_name(device)};triton {triton.__version__}"
-        return cls(dtype=dtype, matmul="native", platform=platform, kernels="cuda1", ops=_cuda_ops())
+        contract = cls(dtype=dtype, matmul="native", platform=platform, kernels="cuda1", ops=_cuda_ops())
+        return contract.with_precision(precision)
 
     def with_dtype(self, dtype: str) -> Contract:
         """The same contract for another parameter dtype."""
         return replace(self, dtype=dtype)
+
+    def with_precision(self, precision: str) -> Contract:
+        """The same contract with "full" or "fp8" products. Raises ValueError for another word."""
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if precision == self.precision:
+            return self
+        plain = _cuda_ops() if self.kernels == "cuda1" else _reference_ops()
+        restored = self.ops | {name: plain[name] for name in ("linear", "grouped_linear")}
+        return replace(self, ops=_fp8(restored) if precision == "fp8" else restored)
 
     def difference(self, other: Contract) -> list[str]:
         """Names of the fields and ops in which two contracts differ, for error messages."""

@@ -178,13 +178,17 @@ def test_uniform_logits_do_not_overflow() -> None:
 def test_fp8(n: int, k: int) -> None:
     from miles_kernels.cuda import fp8
     from miles_kernels.cuda.grouped import Groups
+    from miles_kernels.ops.fp8 import dequantize_weight, quantize_rows_reference, quantize_weight_reference
 
     x, w = torch.randn(200, k, dtype=BF16, requires_grad=True), torch.randn(n, k, dtype=BF16, requires_grad=True)
-    quantized, reference = fp8.quantize_rows(x.detach()), fp8._quantize_rows_reference(x.detach())
+    quantized, reference = fp8.quantize_rows(x.detach()), quantize_rows_reference(x.detach())
     assert torch.equal(quantized.values.float(), reference.values.float()) and torch.equal(quantized.scales, reference.scales)
+    for weight in (w.detach(), torch.randn(3, n, k, dtype=BF16)[:, : n - 40]):
+        got, want = fp8.quantize_weight(weight), quantize_weight_reference(weight)
+        assert torch.equal(got.values.float(), want.values.float()) and torch.equal(got.scales, want.scales)
     out = fp8.linear(x, w)
     rows = (quantized.values.double().view(200, -1, 128) * quantized.scales.double()[..., None]).view(200, k)
-    close(out, rows @ fp8.dequantize_weight(fp8.quantize_weight(w)).double().t(), 5e-3)
+    close(out, rows @ dequantize_weight(fp8.quantize_weight(w)).double().t(), 5e-3)
     close(out, x.double() @ w.double().t(), 6e-2)
     for part in (slice(3, 4), slice(0, 16), slice(50, 150)):
         assert_bitwise_equal(fp8.linear(x[part], w), out[part], f"rows {part}")

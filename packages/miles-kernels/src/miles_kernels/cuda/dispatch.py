@@ -123,10 +123,17 @@ def format_tile(tile: Tile) -> str:
     return f"{tile.name} p{tile.per_sm}"
 
 
+@functools.cache
+def table_of(device_name: str) -> dict[str, dict[int, str]]:
+    """The measurements of a device; an H100, the same chip with another memory, takes those of the H200 until it has its own."""
+    same_chip = "NVIDIA H200" if re.search(r"\bH100\b", device_name) else ""
+    return TABLE.get(device_name) or TABLE.get(same_chip, {})
+
+
 @functools.lru_cache(maxsize=8192)
 def choose(device_name: str, usable: frozenset[str], m: int, n: int, k: int) -> str:
     """The measured winner for a product, or "lt:" / "triton" where nothing was measured or the winner may not serve."""
-    entry = TABLE.get(device_name, {}).get(f"{n},{k}")
+    entry = table_of(device_name).get(f"{n},{k}")
     choice = entry[nearest(m, entry)] if entry else "lt:"
     backend = {"lt": "cublaslt", "de": "deepgemm"}.get(choice[:2], "triton")
     if backend in usable:

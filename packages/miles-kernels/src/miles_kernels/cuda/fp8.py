@@ -1,4 +1,4 @@
-"""FP8 contract: block-scaled e4m3 linear and grouped linear forward (1 x 128 activations, 128 x 128 weights), bfloat16 backward.
+"""FP8 contract (`ops.fp8`) on Hopper: block-scaled e4m3 linear and grouped linear forward, bfloat16 backward.
 
 Each row of activations is quantised on its own, products are summed in ascending blocks of 128, so a row's bits do not depend
 on its neighbours. Inside a block the bits are those of Hopper's 64-row FP8 instruction, which keeps fewer than float32: tiles of
@@ -9,7 +9,7 @@ The backward uses the unquantised bfloat16 operands (straight through).
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,26 +18,16 @@ from miles_kernels.cuda import dispatch, gemm_deep
 from miles_kernels.cuda.gemm_triton import Tile, descriptor, num_sms
 from miles_kernels.cuda.grouped import Groups, wgrad
 from miles_kernels.cuda.grouped import gemm as grouped_gemm
-
-BLOCK = 128
-LARGEST = 448.0
-
-
-class Quantized(NamedTuple):
-    """e4m3 values and float32 scales: value * scale is the number."""
-
-    values: Tensor
-    scales: Tensor
+from miles_kernels.cuda.linear import backward as linear_backward
+from miles_kernels.ops.fp8 import BLOCK, Quantized
 
 
 def quantize_rows(x: Tensor) -> Quantized:
-    """`x[T, K]` with scales [T, ceil(K / 128)], one per row and 128 columns: max |x| / 448."""
-    rows, size = x.shape
-    blocks = -(-size // BLOCK)
-    if not x.is_cuda:
-        return _quantize_rows_reference(x)
+    """`ops.fp8.quantize_rows` in one kernel."""
     from miles_kernels.cuda import fp8_kernels
 
+    rows, size = x.shape
+    blocks = -(-size // BLOCK)
     values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((rows, blocks), dtype=torch.float32, device=x.device)
     if rows:
@@ -48,31 +38,20 @@ def quantize_rows(x: Tensor) -> Quantized:
     return Quantized(values, scales)
 
 
-def _quantize_rows_reference(x: Tensor) -> Quantized:
-    rows, size = x.shape
-    padded = torch.nn.functional.pad(x.float(), (0, -size % BLOCK)).view(rows, -1, BLOCK)
-    top = padded.abs().amax(-1)
-    scales = torch.where(top > 0, top / torch.full_like(top, LARGEST), 1.0)
-    values = (padded / scales[..., None]).view(rows, -1)[:, :size]
-    return Quantized(values.to(torch.float8_e4m3fn), scales)
-
-
 def quantize_weight(weight: Tensor) -> Quantized:
-    """`weight[..., N, K]` with scales [..., ceil(N / 128), ceil(K / 128)], one per 128 x 128 block."""
+    """`ops.fp8.quantize_weight` in one kernel: a program per block."""
+    from miles_kernels.cuda import fp8_kernels
+
     *lead, n, k = weight.shape
-    wide = torch.nn.functional.pad(weight.float(), (0, -k % BLOCK, 0, -n % BLOCK))
-    tiles = wide.view(*lead, -(-n // BLOCK), BLOCK, -(-k // BLOCK), BLOCK)
-    top = tiles.abs().amax((-3, -1))
-    scales = torch.where(top > 0, top / torch.full_like(top, LARGEST), 1.0)
-    values = (tiles / scales[..., :, None, :, None]).view(wide.shape)[..., :n, :k]
-    return Quantized(values.to(torch.float8_e4m3fn).contiguous(), scales.contiguous())
-
-
-def dequantize_weight(weight: Quantized) -> Tensor:
-    """float32 values of a quantised weight."""
-    n, k = weight.values.shape[-2:]
-    scales = weight.scales.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)[..., :n, :k]
-    return weight.values.float() * scales
+    flat = weight.reshape(-1, n, k)
+    down, across = -(-n // BLOCK), -(-k // BLOCK)
+    values = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    scales = torch.empty((*lead, down, across), dtype=torch.float32, device=weight.device)
+    if weight.numel():
+        fp8_kernels.quantize_blocks[(across, down, flat.shape[0])](
+            flat, values, scales, n, k, flat.stride(0), flat.stride(1), num_warps=8
+        )
+    return Quantized(values, scales)
 
 
 def default_tile(m: int) -> Tile:
@@ -176,36 +155,54 @@ def grouped(x: Quantized, weight: Quantized, groups: Groups, tile: Tile | None =
     return out
 
 
-def linear(x: Tensor, weight: Tensor, quantized: Quantized | None = None) -> Tensor:
-    """`x[T, K]` times `weight[N, K]^T` in FP8; `quantized` is `quantize_weight(weight)`, made here when not given.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, quantized: Quantized | None = None) -> Tensor:
+    """`x[T, K]` times `weight[N, K]^T` plus bias in FP8; `quantized` is `quantize_weight(weight)`, made here when not given.
 
-    Differentiable for x and weight: bfloat16 products of the unquantised operands.
+    Differentiable for x, weight and bias: bfloat16 products of the unquantised operands.
     """
     quantized = quantized or quantize_weight(weight.detach())
-    return _Linear.apply(x, weight, *quantized)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Linear.apply(x, weight, bias, *quantized)
+    return _forward(x, bias, quantized)
+
+
+def _forward(x: Tensor, bias: Tensor | None, quantized: Quantized) -> Tensor:
+    if bias is None:
+        return gemm(quantize_rows(x), quantized, x.dtype)
+    return (gemm(quantize_rows(x), quantized, torch.float32) + bias.float()).to(x.dtype)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, groups: Groups, quantized: Quantized | None = None) -> Tensor:
     """`x[R, K]`, rows sorted by expert, times `weight[E, N, K]^T` in FP8; backward in bfloat16."""
     quantized = quantized or quantize_weight(weight.detach())
-    return _GroupedLinear.apply(x, weight, groups, *quantized)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _GroupedLinear.apply(x, weight, groups, *quantized)
+    return grouped(quantize_rows(x), quantized, groups)
+
+
+def moe_mlp(
+    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, quantized: tuple[Quantized, Quantized]
+) -> Tensor:
+    """`cuda.moe.moe_mlp` with both products in FP8."""
+    from miles_kernels.cuda.act import swiglu
+    from miles_kernels.cuda.moe import combine, permute, plan_dispatch
+
+    plan = plan_dispatch(ids, gate_up.shape[0])
+    inner = swiglu(grouped_linear(permute(x, plan), gate_up, plan.groups, quantized[0]))
+    return combine(grouped_linear(inner, down, plan.groups, quantized[1]), weights, plan)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, values: Tensor, scales: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return gemm(quantize_rows(x), Quantized(values, scales), x.dtype)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _forward(x, bias, Quantized(values, scales))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        dx = dispatch.product(grad, weight, torch.empty_like(x), b_t=True) if ctx.needs_input_grad[0] else None
-        dw = None
-        if ctx.needs_input_grad[1]:
-            dw = dispatch.product(grad, x, torch.empty_like(weight), a_t=True, b_t=True)
-        return dx, dw, None, None
+        return (*linear_backward(grad, x, weight, ctx.needs_input_grad[:3], ctx.bias_dtype), None, None)
 
 
 class _GroupedLinear(torch.autograd.Function):

@@ -23,6 +23,21 @@ def quantize_rows(x, out, scales, H, stride_scale, BLOCK: tl.constexpr):
     tl.store(scales + row * stride_scale + blocks, scale, mask=blocks * 128 < H)
 
 
+@triton.jit
+def quantize_blocks(x, out, scales, N, K, stride_e, stride_n):
+    """out[E, N, K] = x / s in e4m3, s[E, N / 128, K / 128] (rounded up) = max |x| / 448 of each 128 x 128 block."""
+    expert = tl.program_id(2).to(tl.int64)
+    rows = (tl.program_id(1) * 128 + tl.arange(0, 128)).to(tl.int64)
+    cols = tl.program_id(0) * 128 + tl.arange(0, 128)
+    inside = (rows < N)[:, None] & (cols < K)[None, :]
+    v = tl.load(x + expert * stride_e + rows[:, None] * stride_n + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    top = tl.max(tl.max(tl.abs(v), 1), 0)
+    scale = tl.where(top > 0.0, tl.div_rn(top, 448.0), 1.0)
+    q = tl.div_rn(v, tl.full((128, 128), 1.0, tl.float32) * scale)
+    tl.store(out + (expert * N + rows[:, None]) * K + cols[None, :], q.to(tl.float8e4nv), mask=inside)
+    tl.store(scales + (expert * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0), scale)
+
+
 @triton.jit(do_not_specialize=["M"])
 def fp8_gemm(
     a,

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from miles_kernels.contract import Contract
 from miles_kernels.nn.config import DecoderConfig
+from miles_kernels.ops import fp8
 from miles_kernels.ops.act import swiglu
 from miles_kernels.ops.attention import AttentionPlan, attention
 from miles_kernels.ops.embedding import embedding
@@ -64,9 +65,10 @@ class PackedKV:
 class DecoderLayer(nn.Module):
     """One transformer block with fused projections; `qkv_proj` rows are q, k, v and `gate_up_proj` rows are gate, up."""
 
-    def __init__(self, config: DecoderConfig, index: int, mode: Mode) -> None:
+    def __init__(self, config: DecoderConfig, index: int, mode: Mode, precision: str = "full") -> None:
         super().__init__()
         self.config, self.index, self.mode = config, index, mode
+        self.quantized = fp8.Store() if precision == "fp8" else None
         self.scale = config.head_dim**-0.5
         self.window = config.window(index)
         self.is_moe = config.is_moe_layer(index)
@@ -114,10 +116,10 @@ class DecoderLayer(nn.Module):
     def _attend(self, x: Tensor, cos: Tensor, sin: Tensor, kv: KVStore) -> Tensor:
         config, mode = self.config, self.mode
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        qkv = linear(x, self.qkv_proj, self.qkv_bias, mode=mode)
+        qkv = self._linear(x, "qkv_proj", self.qkv_bias)
         if qkv.is_cuda:
             out = self._attend_fused(qkv, cos, sin, kv)
-            return linear(out.view(out.shape[0], -1), self.o_proj, self.o_bias, mode=mode)
+            return self._linear(out.view(out.shape[0], -1), "o_proj", self.o_bias)
         qkv = qkv.view(-1, heads + 2 * kv_heads, config.head_dim)
         qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
         if self.qk_norm is not None:
@@ -126,7 +128,7 @@ class DecoderLayer(nn.Module):
         q, k = apply_rope(qk, cos, sin).split((heads, kv_heads), dim=1)
         k_pool, v_pool = kv.update(self.index, k, v)
         out = attention(q, k_pool, v_pool, kv.plan, scale=self.scale, window=self.window, mode=mode)
-        return linear(out.reshape(out.shape[0], -1), self.o_proj, self.o_bias, mode=mode)
+        return self._linear(out.reshape(out.shape[0], -1), "o_proj", self.o_bias)
 
     def _attend_fused(self, qkv: Tensor, cos: Tensor, sin: Tensor, kv: KVStore) -> Tensor:
         """Head norms, rotation, the write to the cache and attention [T, H, D] on CUDA."""
@@ -143,12 +145,27 @@ class DecoderLayer(nn.Module):
     def _feed_forward(self, x: Tensor, routed: dict[int, Tensor] | None) -> Tensor:
         mode = self.mode
         if not self.is_moe:
-            gate_up = linear(x, self.gate_up_proj, self.gate_up_bias, mode=mode)
-            return linear(swiglu(gate_up), self.down_proj, self.down_bias, mode=mode)
+            return self._linear(swiglu(self._linear(x, "gate_up_proj", self.gate_up_bias)), "down_proj", self.down_bias)
         ids, weights = router(x, self.router, self.config.num_experts_per_tok, normalize=self.config.norm_topk_prob, mode=mode)
         if routed is not None:
             routed[self.index] = ids
-        return moe_mlp(x, self.expert_gate_up_proj, self.expert_down_proj, ids, weights, mode=mode)
+        first, second = self.expert_gate_up_proj, self.expert_down_proj
+        if self.quantized is None:
+            return moe_mlp(x, first, second, ids, weights, mode=mode)
+        kept = (self.quantized.of("expert_gate_up_proj", first), self.quantized.of("expert_down_proj", second))
+        return fp8.moe_mlp(x, first, second, ids, weights, kept, mode=mode)
+
+    def _linear(self, x: Tensor, name: str, bias: Tensor | None) -> Tensor:
+        """The product with one of this block's weights, in the precision of the contract."""
+        weight: Tensor = getattr(self, name)
+        if self.quantized is None:
+            return linear(x, weight, bias, mode=self.mode)
+        return fp8.linear(x, weight, bias, self.quantized.of(name, weight), mode=self.mode)
+
+    def quantized_weights(self) -> dict[str, Tensor]:
+        """The weights whose products the FP8 contract makes in float8, by name."""
+        names = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "expert_gate_up_proj", "expert_down_proj")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
 
 class Decoder(nn.Module):
@@ -177,8 +194,11 @@ class Decoder(nn.Module):
                 f"decoder dtype {name}, but its contract says {self.contract.dtype}; use Contract.reference(dtype={name!r})"
             )
         self.gradient_checkpointing = False
+        mode, precision = self.contract.matmul, self.contract.precision
+        if precision == "fp8":
+            _require_fp8(config)
         self.embed_tokens = _parameter(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, self.contract.matmul) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i, mode, precision) for i in range(config.num_hidden_layers))
         self.norm = _parameter(config.hidden_size)
         self.lm_head = None if config.tie_word_embeddings else _parameter(config.vocab_size, config.hidden_size)
         self.to(device=device, dtype=dtype)
@@ -217,6 +237,23 @@ class Decoder(nn.Module):
     ) -> LogprobOutput:
         """log p(target) and entropy (None unless asked), [N] fp32, under softmax(logits / temperature); never holds [N, V]."""
         return linear_logprob(hidden, self.head, targets, temperature, entropy=entropy, mode=self.contract.matmul)
+
+    def freeze_quantized(self) -> None:
+        """For engines under the FP8 contract: quantise the weights now and use these copies until the next call.
+
+        Call it after every change of the weights. Without it each forward quantises afresh. Nothing to do in full precision.
+        """
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            if layer.quantized is not None:
+                layer.quantized.freeze(layer.quantized_weights())
+
+    def thaw_quantized(self) -> None:
+        """Drop the copies that `freeze_quantized` made."""
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            if layer.quantized is not None:
+                layer.quantized.thaw()
 
     def hf_state(self) -> Iterator[tuple[str, Tensor]]:
         """(HF name, view of the weight) of every tensor of a checkpoint; writing to a view writes to the decoder."""
@@ -258,6 +295,24 @@ class Decoder(nn.Module):
         missing = [f"missing {name}" for name in state if name not in seen] if strict else []
         if wrong or missing:
             raise ValueError(f"weights do not fit the {self.config.family} decoder: " + "; ".join(missing + wrong))
+
+
+def _require_fp8(config: DecoderConfig) -> None:
+    """Raise ValueError for a shape whose products cannot be float8."""
+    depths = {
+        "hidden_size": config.hidden_size,
+        "num_attention_heads * head_dim": config.num_attention_heads * config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "moe_intermediate_size": config.moe_intermediate_size,
+    }
+    wrong = [
+        f"{name} = {size} is no multiple of {fp8.DEPTH_MULTIPLE}" for name, size in depths.items() if size % fp8.DEPTH_MULTIPLE
+    ]
+    widths = {"hidden_size": config.hidden_size, "2 * moe_intermediate_size": 2 * config.moe_intermediate_size}
+    if config.num_experts:
+        wrong += [f"{name} = {size} is no multiple of {fp8.BLOCK}" for name, size in widths.items() if size % fp8.BLOCK]
+    if wrong:
+        raise ValueError("precision fp8: " + "; ".join(wrong) + '; use precision "full"')
 
 
 def _parameter(*shape: int) -> nn.Parameter:

@@ -82,6 +82,8 @@ class FusedForward:
             return "it has mixture-of-experts layers"
         if decoder.contract.dtype != "float32" or decoder.embed_tokens.device.type != "cpu":
             return f"it computes in {decoder.contract.dtype} on {decoder.embed_tokens.device}, not float32 on the CPU"
+        if decoder.contract.precision != "full":
+            return "its contract asks for float8 products"
         if decoder.contract.matmul != "native":
             return "its contract asks for exact products"
         if config.head_dim > NATIVE_DIM or config.head_dim % 8:
