@@ -1,4 +1,4 @@
-"""Attention against SDPA and bandwidth, norms against a copy, sampling against a copy. 32 query heads, 8 key heads, D 128."""
+"""Attention against SDPA and bandwidth, norms against a copy. 32 query heads, 8 key heads, D 128."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ from miles_kernels.cuda import attention as kernels
 from miles_kernels.cuda import norm
 from miles_kernels.cuda.attention import KVBatch
 from miles_kernels.cuda.attention_op import attention
-from miles_kernels.cuda.sample import draw
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 SCALE = DIM**-0.5
-VOCAB = 151936
 STOCK = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
 
 
 def rows() -> Iterator[Row]:
-    """Prefill, backward, decode, verification, norms, sampling."""
+    """Prefill, backward, decode, verification, norms."""
     for batch, length in ((4, 4096), (1, 32768), (1, 4096), (16, 1024)):
         yield _prefill(batch, length)
     yield _backward(4, 4096)
@@ -33,8 +31,6 @@ def rows() -> Iterator[Row]:
         yield _decode(batch, 4096)
     for tokens in (8192, 65536):
         yield _norm(tokens)
-    for batch in (1, 64, 256):
-        yield _sampling(batch)
 
 
 def _random(*shape: int) -> Tensor:
@@ -127,27 +123,3 @@ def _norm(tokens: int) -> Row:
         "with residual, of copy": 2 * found["copy"] / found["with residual"],
     }
     return Row("RMSNorm", f"{tokens} x 4096", found, 0.0, 4.0 * x.numel(), default="torch rms_norm", notes=notes)
-
-
-def _softmax_multinomial(logits: Tensor) -> Tensor:
-    return (logits / 0.9).softmax(-1).multinomial(1)
-
-
-def _sampling(batch: int) -> Row:
-    """Token and log-probability in one read, against the copy of the logits and softmax with multinomial."""
-    logits = rotating(lambda: torch.randn(batch, VOCAB, device="cuda") * 3, most=16)
-    ids = torch.arange(batch, device="cuda")
-    target = torch.empty_like(logits[0])
-    found = {
-        name: timing.seconds
-        for name, timing in compare(
-            {
-                "aligned": [partial(draw, z, seed=1, sample_id=ids, position=ids, temperature=0.9) for z in logits],
-                "copy": [partial(target.copy_, z) for z in logits],
-                "softmax, multinomial": [partial(_softmax_multinomial, z) for z in logits],
-            }
-        ).items()
-    }
-    size = 4.0 * batch * VOCAB
-    notes: dict[str, float | str] = {"of copy bandwidth": (size / found["aligned"]) / (2 * size / found["copy"])}
-    return Row("sampling", f"{batch} x {VOCAB}", found, 0.0, size, default="softmax, multinomial", notes=notes)

@@ -16,6 +16,7 @@ SECTIONS = {
     "logprob": "logprob:rows",
     "fp8": "fp8:rows",
     "attention": "attention:rows",
+    "sampling": "sampling:rows",
     "model": "model:rows",
 }
 EXTRA = {
