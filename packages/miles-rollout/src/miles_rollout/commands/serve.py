@@ -132,4 +132,10 @@ async def _serve(
     listen(sock)
     host, port = sock.getsockname()[:2]
     typer.echo(f"miles-rollout {__version__}: {model} on http://{shown(host)}:{port}", err=True)
-    await run(create_app(serving, tokenizer, server, load_weights=load_weights), sock, log_level=log_level)
+    app = create_app(serving, tokenizer, server, load_weights=load_weights)
+    if engine == "embedded":
+        from miles_rollout.server.transfer import accept_weights
+        from miles_rollout.weights.receiver import WeightReceiver
+
+        accept_weights(app, WeightReceiver(serving))
+    await run(app, sock, log_level=log_level)

@@ -87,22 +87,28 @@ class BroadcastGroup:
         size = min(bucket_bytes, max(1, where.total_bytes))
         slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(_SLOTS)]
         works: list[Any] = [None] * _SLOTS
-        number = 0
+        number, last = 0, -(-where.total_bytes // size) - 1
+
+        def go_to(window: int) -> None:
+            nonlocal number
+            while number < window:
+                works[number % _SLOTS] = self._start(slots[number % _SLOTS])
+                number += 1
+                self._finish(works[number % _SLOTS], number - _SLOTS, given_up)
+
         for start, count, tensor in zip(where.offsets, where.sizes, tensors, strict=True):
             data, at = byte_view(tensor), 0
             assert data.numel() == count, f"{data.numel()} bytes, the layout has {count}"
             while at < count:
                 window, inside = divmod(start + at, size)
-                if window != number:
-                    self._flush(number, slots, works, size, given_up)
-                    number = window
-                    self._finish(works[number % _SLOTS], number, given_up)
+                go_to(window)
                 part = min(count - at, size - inside)
                 slots[number % _SLOTS][inside : inside + part].copy_(data[at : at + part], non_blocking=True)
                 at += part
         if where.total_bytes:
-            self._flush(number, slots, works, where.total_bytes - number * size, given_up)
-            for window in (number - 1, number):
+            go_to(last)  # the last window may hold nothing but the padding of the last tensor
+            works[last % _SLOTS] = self._start(slots[last % _SLOTS][: where.total_bytes - last * size])
+            for window in range(max(0, last - _SLOTS + 1), last + 1):
                 self._finish(works[window % _SLOTS], window, given_up)
 
     def receive(self, stream: Tensor, bucket_bytes: int) -> Iterator[int]:
@@ -110,21 +116,35 @@ class BroadcastGroup:
         size = min(bucket_bytes, max(1, stream.numel()))
         windows = [stream[start : start + size] for start in range(0, stream.numel(), size)]
         works = [self._start(window) for window in windows[:1]]
-        for number, window in enumerate(windows):
-            if number + 1 < len(windows):
-                works.append(self._start(windows[number + 1]))
-            self._finish(works[number], number, lambda: False)
-            yield number * size + window.numel()
-        if not windows:
-            yield 0
+        done = 0
+        try:
+            for number, window in enumerate(windows):
+                if number + 1 < len(windows):
+                    works.append(self._start(windows[number + 1]))
+                self._finish(works[number], number, lambda: False)
+                done = number + 1
+                yield number * size + window.numel()
+            if not windows:
+                yield 0
+        except GeneratorExit:  # refused half way: take the rest all the same, or the publisher and the others are stuck
+            for number in range(done, len(windows)):
+                work = works[number] if number < len(works) else self._start(windows[number])
+                self._finish(work, number, lambda: False)
+            raise
+
+    def discard(self, total_bytes: int, bucket_bytes: int) -> None:
+        """Other ranks: take part in an update that is not wanted, so that the publisher and the others can finish theirs."""
+        size = min(bucket_bytes, max(1, total_bytes))
+        scratch = torch.empty(size, dtype=torch.uint8, device=self.device)
+        for number, start in enumerate(range(0, total_bytes, size)):
+            self._finish(self._start(scratch[: min(size, total_bytes - start)]), number, lambda: False)
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group; what is under way is cut off."""
+        if self.device.type == "cuda" and self._group is not None:
+            self._group.abort()
         self._group = None
         self._store = None
-
-    def _flush(self, number: int, slots: list[Tensor], works: list[Any], count: int, given_up: Callable[[], bool]) -> None:
-        works[number % _SLOTS] = self._start(slots[number % _SLOTS][:count])
 
     def _start(self, data: Tensor) -> Any:
         import torch.distributed as dist
@@ -137,14 +157,18 @@ class BroadcastGroup:
     def _finish(self, work: Any, number: int, given_up: Callable[[], bool]) -> None:
         if work is None:
             return
+        what = f"bucket {number} of broadcast {self.name}"
         if self.device.type == "cuda":
             work.wait()  # only orders streams
             event = torch.cuda.Event()
             event.record()
-            wait_until(event.query, f"bucket {number} of broadcast {self.name}", self.deadline_s, given_up=given_up)
+            wait_until(event.query, what, self.deadline_s, given_up=given_up)
             return
-        wait_until(work.is_completed, f"bucket {number} of broadcast {self.name}", self.deadline_s + 5, given_up=given_up)
-        work.wait()  # raises what went wrong
+        wait_until(work.is_completed, what, self.deadline_s, given_up=given_up)
+        try:
+            work.wait()
+        except RuntimeError as error:  # the other side has gone
+            raise ValueError(f"{what} failed: {error}") from error
 
     def _broadcast(self, data: Tensor, what: str) -> None:
         work = self._start(data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -52,7 +52,12 @@ class WeightReceiver:
         check_schema(update)
         async with self._lock:
             manifest, source = await asyncio.to_thread(self._open, update)
-            await self._engine.update_weights(manifest, source)
+            try:
+                await self._engine.update_weights(manifest, source)
+            except BaseException:
+                if isinstance(source, _Streamed):
+                    await asyncio.to_thread(source.abandon)
+                raise
             return self._engine.info()
 
     async def join(self, invitation: GroupInvitation) -> None:
@@ -93,7 +98,11 @@ class WeightReceiver:
                 if group is None:
                     joined = ", ".join(sorted(self._groups)) or "none"
                     raise ValueError(f"weight group {offer.group!r}: this engine has not joined it; joined: {joined}")
-                return manifest, _Streamed(manifest, lambda stream: group.receive(stream, offer.bucket_bytes))
+                return manifest, _Streamed(
+                    manifest,
+                    lambda stream: group.receive(stream, offer.bucket_bytes),
+                    lambda total: group.discard(total, offer.bucket_bytes),
+                )
             case DiskOffer():
                 return self._from_disk(manifest, offer)
 
@@ -111,9 +120,25 @@ class WeightReceiver:
 class _Streamed:
     """A stream as both kinds of input: filled in place by engines that can, else collected and handed out tensor by tensor."""
 
-    def __init__(self, manifest: WeightManifest, into: Any) -> None:
-        self._manifest = manifest
-        self.into = into
+    def __init__(
+        self, manifest: WeightManifest, fill: Callable[[Tensor], Iterator[int]], discard: Callable[[int], None] | None = None
+    ) -> None:
+        self._manifest, self._fill, self._discard = manifest, fill, discard
+        self._filling: Iterator[int] | None = None
+
+    def into(self, stream: Tensor) -> Iterator[int]:
+        """See `weights.stage.StreamSource`."""
+        self._filling = self._fill(stream)
+        return self._filling
+
+    def abandon(self) -> None:
+        """The update was refused: let the publisher finish what it has begun."""
+        if self._filling is not None:
+            close = getattr(self._filling, "close", None)
+            if close is not None:
+                close()
+        elif self._discard is not None:
+            self._discard(layout(self._manifest).total_bytes)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         where = layout(self._manifest)

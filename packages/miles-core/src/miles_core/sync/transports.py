@@ -1,0 +1,216 @@
+"""The publisher's ends of the transports: where the bytes are offered and how they are sent."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from miles_core.sync.links import Link
+from miles_rollout.weights.group import BroadcastGroup
+from miles_rollout.weights.lent import Lender
+from miles_rollout.weights.offer import BroadcastOffer, DiskOffer, GroupInvitation, Offer, layout
+from miles_rollout.weights.slots import SlotWriter
+from miles_rollout.weights.store import WeightStore, to_stream
+from miles_rollout.wire import WeightManifest
+
+Export = Callable[[], Iterator[tuple[str, Tensor]]]
+"""Yields the tensors of a manifest, in its order, each time it is called."""
+
+
+class Transport(Protocol):
+    """One way for bytes to reach engines. Used for one update after the other."""
+
+    async def connect(self, links: Sequence[Link]) -> None:
+        """Called once, before the first update. Raises ValueError when an engine cannot be reached this way."""
+        ...
+
+    def offers(self, manifest: WeightManifest, export: Export) -> list[Offer]:
+        """What each engine is told, in the order of the links. May write files first. Blocking."""
+        ...
+
+    def send(self, manifest: WeightManifest, export: Export, given_up: Callable[[], bool]) -> None:
+        """Send the bytes; returns when every engine has them. Raises WaitGivenUp once `given_up()`. Blocking."""
+        ...
+
+    def give_up(self) -> None:
+        """Tell engines that nothing more will come."""
+        ...
+
+    async def close(self) -> None:
+        """Release memory, leave groups. Idempotent."""
+        ...
+
+
+class SlotsTransport:
+    """Shared memory, or with a CUDA `device` GPU memory by CUDA IPC: engines on this machine."""
+
+    def __init__(
+        self, *, bucket_bytes: int = 64 << 20, num_slots: int = 2, deadline_s: float = 60.0, device: torch.device | str = "cpu"
+    ) -> None:
+        self._settings = (bucket_bytes, num_slots, deadline_s, device)
+        self._writer: SlotWriter | None = None
+        self._num_receivers = 0
+
+    async def connect(self, links: Sequence[Link]) -> None:
+        """See `Transport`."""
+        self._num_receivers = len(links)
+
+    def offers(self, manifest: WeightManifest, export: Export) -> list[Offer]:
+        """See `Transport`. The slots are made at the first update and kept."""
+        if self._writer is None:
+            bucket_bytes, num_slots, deadline_s, device = self._settings
+            size = max(1, min(bucket_bytes, layout(manifest).total_bytes))
+            self._writer = SlotWriter(
+                slot_bytes=size, num_slots=num_slots, num_receivers=self._num_receivers, device=device, deadline_s=deadline_s
+            )
+        self._writer.begin()
+        return list(self._writer.offers())
+
+    def send(self, manifest: WeightManifest, export: Export, given_up: Callable[[], bool]) -> None:
+        """See `Transport`."""
+        assert self._writer is not None
+        self._writer.send(layout(manifest), (tensor for _, tensor in export()), given_up)
+
+    def give_up(self) -> None:
+        """See `Transport`."""
+        if self._writer is not None:
+            self._writer.give_up()
+
+    async def close(self) -> None:
+        """See `Transport`."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class LentTransport:
+    """The trainer's own tensors, read by engines on the same GPU while it waits: no staging on this side, one copy in all."""
+
+    def __init__(self) -> None:
+        self._lender = Lender()
+        self._num_links = 0
+
+    async def connect(self, links: Sequence[Link]) -> None:
+        """See `Transport`."""
+        self._num_links = len(links)
+
+    def offers(self, manifest: WeightManifest, export: Export) -> list[Offer]:
+        """See `Transport`. Raises ValueError when the weights are not whole, contiguous CUDA tensors of this process."""
+        tensors = [tensor for _, tensor in export()]
+        offer = self._lender.offer(tensors)
+        torch.cuda.current_stream(tensors[0].device).synchronize()
+        return [offer] * self._num_links
+
+    def send(self, manifest: WeightManifest, export: Export, given_up: Callable[[], bool]) -> None:
+        """Nothing: the engines fetch."""
+
+    def give_up(self) -> None:
+        """Nothing to tell."""
+
+    async def close(self) -> None:
+        """Nothing to release."""
+
+
+class BroadcastTransport:
+    """torch.distributed broadcasts, NCCL between GPUs or gloo, in a group of the publisher and its engines."""
+
+    def __init__(
+        self,
+        *,
+        host: str = "127.0.0.1",
+        bucket_bytes: int = 64 << 20,
+        deadline_s: float = 60.0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._host, self._bucket_bytes, self._deadline_s, self._device = host, bucket_bytes, deadline_s, torch.device(device)
+        self._name = f"weights-{secrets.token_hex(4)}"
+        self._links: list[Link] = []
+        self._group: BroadcastGroup | None = None
+
+    async def connect(self, links: Sequence[Link]) -> None:
+        """Invite every engine and meet them; raises ValueError naming the one that did not come."""
+        self._links = list(links)
+        store = await asyncio.to_thread(BroadcastGroup.store, self._host, 0, self._deadline_s)
+        invitations = [
+            GroupInvitation(
+                name=self._name, host=self._host, port=store.port, rank=rank, size=len(links) + 1, deadline_s=self._deadline_s,
+                backend="nccl" if self._device.type == "cuda" else "gloo",
+            )
+            for rank in range(len(links) + 1)
+        ]  # fmt: skip
+        own = asyncio.ensure_future(asyncio.to_thread(BroadcastGroup.listen, invitations[0], store, self._device))
+        joins = [asyncio.ensure_future(link.join(invitation)) for link, invitation in zip(links, invitations[1:], strict=True)]
+        results = await asyncio.gather(*joins, own, return_exceptions=True)
+        for result in results:  # an engine's own words before those of whoever waited for it
+            if isinstance(result, BaseException):
+                raise result
+        self._group = own.result()
+
+    def offers(self, manifest: WeightManifest, export: Export) -> list[Offer]:
+        """See `Transport`."""
+        offer = BroadcastOffer(group=self._name, bucket_bytes=self._bucket_bytes, deadline_s=self._deadline_s)
+        return [offer] * len(self._links)
+
+    def send(self, manifest: WeightManifest, export: Export, given_up: Callable[[], bool]) -> None:
+        """See `Transport`."""
+        assert self._group is not None
+        self._group.send(layout(manifest), (tensor for _, tensor in export()), self._bucket_bytes, given_up)
+
+    def give_up(self) -> None:
+        """Engines notice at their deadline; a broadcast has no way to say more."""
+
+    async def close(self) -> None:
+        """See `Transport`."""
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+            await asyncio.gather(*(link.leave(self._name) for link in self._links), return_exceptions=True)
+
+
+class DiskTransport:
+    """A folder both sides see: a full update first and every `full_every` updates, deltas between. Links are kept for readers
+    that are up to `full_every` updates behind. After a restart it begins with a full update.
+    """
+
+    def __init__(self, directory: str | Path, *, full_every: int = 20) -> None:
+        if full_every < 1:
+            raise ValueError(f"full_every={full_every} must be at least 1 (every update is a full one)")
+        self._store = WeightStore(Path(directory).absolute())
+        self._full_every = full_every
+        self._num_links = 0
+        self._since_full = 0
+        self._last: tuple[WeightManifest, Tensor] | None = None
+
+    async def connect(self, links: Sequence[Link]) -> None:
+        """See `Transport`."""
+        self._num_links = len(links)
+
+    def offers(self, manifest: WeightManifest, export: Export) -> list[Offer]:
+        """Write the update; see `Transport`."""
+        stream = to_stream(manifest, (tensor for _, tensor in export()))
+        last, self._last = self._last, None
+        if last is None or self._since_full >= self._full_every - 1:
+            self._store.write_full(manifest, stream)
+            self._since_full = 0
+            self._store.prune(manifest.version)
+        else:
+            self._store.write_delta(manifest, stream, *last)
+            self._since_full += 1
+        self._last = (manifest, stream)
+        return [DiskOffer(directory=str(self._store.root), version=manifest.version)] * self._num_links
+
+    def send(self, manifest: WeightManifest, export: Export, given_up: Callable[[], bool]) -> None:
+        """Nothing: it is on the disk already."""
+
+    def give_up(self) -> None:
+        """Nothing to tell."""
+
+    async def close(self) -> None:
+        """Forget the copy of the last version; the files stay."""
+        self._last = None
