@@ -1,4 +1,4 @@
-"""Head norms, rotation, cache write and attention in one op on a GPU: the bits of the ops one by one, float64 gradients."""
+"""Head norms, rotation, cache write and attention in one op on a GPU: packed, cached and decoded alike, float64 oracles."""
 
 import pytest
 import torch
@@ -41,20 +41,6 @@ def case(heads, kv_heads, dim, lengths, norm=True):
     )
 
 
-def one_by_one(qkv, weight, cos, sin, batch, sizes):
-    from miles_kernels.cuda.attention_op import attention
-    from miles_kernels.cuda.norm import rms_norm
-    from miles_kernels.cuda.rope import apply_rope
-
-    h, kv = sizes.heads, sizes.kv_heads
-    parts = qkv.view(qkv.shape[0], h + 2 * kv, -1)
-    qk, v = parts[:, : h + kv], parts[:, h + kv :]
-    if weight is not None:
-        qk = rms_norm(qk, torch.cat((weight[:1].expand(h, -1), weight[1:].expand(kv, -1))), EPS)
-    qk = apply_rope(qk, cos, sin)
-    return attention(qk[:, :h], qk[:, h:], v, batch, scale=sizes.scale)
-
-
 def in_float64(qkv, weight, cos, sin, lengths, sizes):
     h, kv = sizes.heads, sizes.kv_heads
     parts = qkv.view(qkv.shape[0], h + 2 * kv, -1)
@@ -82,14 +68,25 @@ SIZES = [(16, 8, 128), (32, 8, 128), (4, 2, 64), (4, 2, 32), (6, 2, 32)]
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), SIZES)
-def test_packed_and_cached_have_the_bits_of_the_ops_one_by_one(heads, kv_heads, dim, norm):
+def test_packed_alone_cached_and_decoded_have_the_same_bits(heads, kv_heads, dim, norm):
     from miles_kernels.cuda.attention import KVBatch
     from miles_kernels.cuda.qkv import attention_of
 
-    lengths = [70, 300, 1, 33]
+    lengths = [70, 900, 1, 33]
     qkv, weight, cos, sin, batch, sizes = case(heads, kv_heads, dim, lengths, norm)
-    want = one_by_one(qkv, weight, cos, sin, batch, sizes)
-    assert count_unequal(attention_of(qkv, weight, cos, sin, batch, sizes), want) == 0
+    want = attention_of(qkv, weight, cos, sin, batch, sizes)
+    wide = (qkv.double(), None if weight is None else weight.double())
+    exact = in_float64(*wide, cos, sin, lengths, sizes)
+    assert relative(want, exact) < 1e-2
+    assert relative(in_float64(*wide, cos, -sin, lengths, sizes), exact) > 1e-2  # negative control
+    trained = attention_of(qkv.clone().requires_grad_(), weight, cos, sin, batch, sizes)
+    assert count_unequal(trained.detach(), want) == 0
+    start = 0
+    for n in lengths:
+        rows = slice(start, start + n)
+        start += n
+        alone = attention_of(qkv[rows], weight, cos[rows], sin[rows], KVBatch.packed([n]), sizes)
+        assert count_unequal(alone, want[rows]) == 0
     for page in (16, 64):
         pages = -(-max(lengths) // page)
         table = torch.randperm(len(lengths) * pages).view(len(lengths), pages)

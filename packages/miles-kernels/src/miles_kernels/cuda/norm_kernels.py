@@ -87,10 +87,10 @@ def sum_parts(part_ptr, out_ptr, blocks, H, ROWS: tl.constexpr, COLS: tl.constex
 
 @triton.jit
 def rotate(
-    x_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, rows, heads, eps, stride_xt, stride_xh, stride_ot, stride_oh, stride_ct,
-    D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, INVERSE: tl.constexpr,
+    x_ptr, cos_ptr, sin_ptr, out_ptr, rows, heads, stride_xt, stride_xh, stride_ot, stride_oh, stride_ct,
+    D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Rotate-half of x[T, heads, D] by cos, sin [T, D] (sin signed); with NORM a head norm by weight[heads, D] comes first."""
+    """Rotate-half of x[T, heads, D] by cos, sin [T, D] (sin signed)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = (row // heads).to(tl.int64)
     head = row % heads
@@ -99,17 +99,6 @@ def rotate(
     x_at = x_ptr + (token * stride_xt + head * stride_xh)[:, None] + col[None, :]
     low = tl.load(x_at, mask=mask, other=0.0)
     high = tl.load(x_at + D // 2, mask=mask, other=0.0)
-    if NORM:
-        dtype = low.dtype
-        w_at = weight_ptr + head[:, None] * D + col[None, :]
-        w_low = tl.load(w_at, mask=mask, other=0.0).to(tl.float32)
-        w_high = tl.load(w_at + D // 2, mask=mask, other=0.0).to(tl.float32)
-        low_wide = low.to(tl.float32)
-        high_wide = high.to(tl.float32)
-        both = tl.reshape(tl.permute(tl.join(low_wide, high_wide), (0, 2, 1)), (ROWS, 2 * HALF))
-        scale = 1.0 / tl.sqrt_rn(tl.sum(both * both, 1) / D + eps)
-        low = ((low_wide * scale[:, None]).to(dtype).to(tl.float32) * w_low).to(dtype)
-        high = ((high_wide * scale[:, None]).to(dtype).to(tl.float32) * w_high).to(dtype)
     low = low.to(tl.float32)
     high = high.to(tl.float32)
     cos = tl.load(cos_ptr + (token * stride_ct)[:, None] + col[None, :], mask=mask, other=0.0)

@@ -2,12 +2,13 @@
 
 Legend: T = tokens, H, Hkv = query and key/value heads, D = head size, N = pool slots.
 
-Bits are those of `rms_norm`, `apply_rope`, the store and `attention` one by one. The gradient comes back as one tensor, written
-in place: no copies join the parts, and no atomics sum the weight gradient of the head norms.
+The gradient comes back as one tensor, written in place: no copies join the parts, and no atomics sum the weight gradient of the
+head norms.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -71,17 +72,33 @@ def _turn(qkv: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, sizes: 
     tokens, dim = qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads)
     kept = heads if target is not None else heads + kv_heads
     moved = heads + 2 * kv_heads if target is not None else kept
+    qkv = qkv.contiguous()
     out = torch.empty((tokens, kept, dim), dtype=qkv.dtype, device=qkv.device)
+    k, v, slots = (out[:, heads:], out, _no_slots(qkv.device)) if target is None else target
+    if target is None:
+        strides = (kept, 1, 0, 0)
+    else:
+        _require_rows(k, v, dim)
+        strides = (k.stride(1) // dim, k.stride(0) // dim, v.stride(1) // dim, v.stride(0) // dim)
     rows = max(1, 2048 // next_power_of_2(dim))
-    k, v, slots = target if target is not None else (out, out, out)
     if tokens:
         turn_forward[(cdiv(tokens * moved, rows),)](
-            qkv, cos, sin, qk_norm if qk_norm is not None else qkv, out, k, v, slots,
-            tokens * moved, heads, kv_heads, moved, sizes.eps,
-            qkv.stride(0), dim, kept * dim, k.stride(1), k.stride(0), v.stride(1), v.stride(0),
-            D=dim, HALF=next_power_of_2(dim // 2), ROWS=rows, NORM=qk_norm is not None, STORE=target is not None, num_warps=4,
+            qkv, cos.contiguous(), sin.contiguous(), qk_norm if qk_norm is not None else qkv, out, k, v,
+            slots, tokens * moved, heads, kv_heads, moved, int(target is not None), kept, *strides, sizes.eps,
+            D=dim, HALF=next_power_of_2(dim // 2), ROWS=rows, NORM=qk_norm is not None, num_warps=4,
         )  # fmt: skip
     return out
+
+
+def _require_rows(k: Tensor, v: Tensor, dim: int) -> None:
+    if any(x.stride(2) != 1 or x.stride(0) % dim or x.stride(1) % dim or x.data_ptr() % 16 for x in (k, v)):
+        raise ValueError(f"cache: pools must be made of whole rows of {dim}, got strides {k.stride()} and {v.stride()}")
+
+
+@functools.cache
+def _no_slots(device: torch.device) -> Tensor:
+    """A stand-in of the type and alignment of slots."""
+    return torch.zeros(2, dtype=torch.int64, device=device)
 
 
 def _turn_back(grad: Tensor, qkv: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, sizes: Heads) -> Tensor | None:

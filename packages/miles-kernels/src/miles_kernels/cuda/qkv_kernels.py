@@ -11,33 +11,36 @@ import triton.language as tl
 
 @triton.jit
 def inverse_rms(low, high, eps, D: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr):
-    """1 / rms of rows given as two halves, summed in the order of `norm_kernels.rms_forward`."""
+    """1 / rms of rows given as two halves."""
     both = tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (ROWS, 2 * HALF))
     return 1.0 / tl.sqrt_rn(tl.sum(both * both, 1) / D + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "heads", "kv_heads", "moved", "stored", "q_heads", "kn", "kh", "vn", "vh"])
 def turn_forward(
-    qkv_ptr, cos_ptr, sin_ptr, weight_ptr, turned_ptr, k_ptr, v_ptr, slot_ptr, rows, heads, kv_heads, moved, eps,
-    stride_t, stride_ct, stride_ot, stride_kn, stride_kh, stride_vn, stride_vh,
-    D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, STORE: tl.constexpr,
+    qkv_ptr, cos_ptr, sin_ptr, weight_ptr, q_ptr, k_ptr, v_ptr, slot_ptr, rows, heads, kv_heads, moved, stored, q_heads,
+    kn, kh, vn, vh, eps,
+    D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Head norm (weight[2, D]: queries, keys) and rotation of the first `moved` heads of each token.
 
-    Without STORE queries and keys go to turned[T, H + Hkv, D]. With it only queries do; keys and, as they are, values go to
-    row slot[T] of the pools.
+    Queries go to row token * q_heads + head of q, keys to k[place * kn + head * kh] and values, as they are, to v, strides in
+    rows of D; the place of a token is slot[token] when `stored`, else the token. The order of a row's sum follows from the layout
+    that the compiler chose: training and engine must run one binary, so nothing that tells them apart is a constant here.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = row < rows
     token = (row // moved).to(tl.int64)
     head = row % moved
     col = tl.arange(0, HALF)
-    mask = (row < rows)[:, None] & (col < D // 2)[None, :]
-    at = qkv_ptr + (token * stride_t + head * D)[:, None] + col[None, :]
-    low = tl.load(at, mask=mask, other=0.0)
-    high = tl.load(at + D // 2, mask=mask, other=0.0)
-    raw_low = low
-    raw_high = high
-    dtype = low.dtype
+    inside = (col < D // 2)[None, :]
+    mask = valid[:, None] & inside
+    at = qkv_ptr + ((token * (heads + 2 * kv_heads) + head) * D)[:, None] + col[None, :]
+    raw_low = tl.load(at, mask=mask, other=0.0)
+    raw_high = tl.load(at + D // 2, mask=mask, other=0.0)
+    dtype = raw_low.dtype
+    low = raw_low
+    high = raw_high
     if NORM:
         w_at = weight_ptr + tl.where(head < heads, 0, D)[:, None] + col[None, :]
         w_low = tl.load(w_at, mask=mask, other=0.0).to(tl.float32)
@@ -49,28 +52,23 @@ def turn_forward(
         high = ((high_wide * scale[:, None]).to(dtype).to(tl.float32) * w_high).to(dtype)
     low = low.to(tl.float32)
     high = high.to(tl.float32)
-    cos = tl.load(cos_ptr + (token * stride_ct)[:, None] + col[None, :], mask=mask, other=0.0)
-    sin = tl.load(sin_ptr + (token * stride_ct)[:, None] + (col + D // 2)[None, :], mask=mask, other=0.0)
+    cos = tl.load(cos_ptr + (token * D)[:, None] + col[None, :], mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + (token * D)[:, None] + (col + D // 2)[None, :], mask=mask, other=0.0)
     new_low = tl.fma(low, cos, -(high * sin)).to(dtype)
     new_high = tl.fma(high, cos, low * sin).to(dtype)
-    if STORE:
-        is_q = head < heads
-        is_k = (head >= heads) & (head < heads + kv_heads)
-        is_v = head >= heads + kv_heads
-        q_at = turned_ptr + (token * stride_ot + head * D)[:, None] + col[None, :]
-        tl.store(q_at, new_low, mask=mask & is_q[:, None])
-        tl.store(q_at + D // 2, new_high, mask=mask & is_q[:, None])
-        slot = tl.load(slot_ptr + token, mask=row < rows, other=0)
-        k_at = k_ptr + (slot * stride_kn + (head - heads) * stride_kh)[:, None] + col[None, :]
-        tl.store(k_at, new_low, mask=mask & is_k[:, None])
-        tl.store(k_at + D // 2, new_high, mask=mask & is_k[:, None])
-        v_at = v_ptr + (slot * stride_vn + (head - heads - kv_heads) * stride_vh)[:, None] + col[None, :]
-        tl.store(v_at, raw_low, mask=mask & is_v[:, None])
-        tl.store(v_at + D // 2, raw_high, mask=mask & is_v[:, None])
-    else:
-        out_at = turned_ptr + (token * stride_ot + head * D)[:, None] + col[None, :]
-        tl.store(out_at, new_low, mask=mask)
-        tl.store(out_at + D // 2, new_high, mask=mask)
+    is_q = valid & (head < heads)
+    is_k = valid & (head >= heads) & (head < heads + kv_heads)
+    is_v = valid & (head >= heads + kv_heads)
+    q_at = q_ptr + ((token * q_heads + head) * D)[:, None] + col[None, :]
+    tl.store(q_at, new_low, mask=is_q[:, None] & inside)
+    tl.store(q_at + D // 2, new_high, mask=is_q[:, None] & inside)
+    place = tl.where(stored != 0, tl.load(slot_ptr + token, mask=valid & (stored != 0), other=0), token)
+    k_at = k_ptr + ((place * kn + (head - heads) * kh) * D)[:, None] + col[None, :]
+    tl.store(k_at, new_low, mask=is_k[:, None] & inside)
+    tl.store(k_at + D // 2, new_high, mask=is_k[:, None] & inside)
+    v_at = v_ptr + ((place * vn + (head - heads - kv_heads) * vh) * D)[:, None] + col[None, :]
+    tl.store(v_at, raw_low, mask=is_v[:, None] & inside)
+    tl.store(v_at + D // 2, raw_high, mask=is_v[:, None] & inside)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Rotary position embedding on CUDA, rotate-half layout; optionally with the head norm in front of it in the same pass."""
+"""Rotary position embedding on CUDA, rotate-half layout. `qkv` has it with the head norms and the cache write in one pass."""
 
 from __future__ import annotations
 
@@ -15,16 +15,11 @@ ROWS = 16
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x[T, heads, D] by `RopeTable.rows` (cos, sin float32 [T, 1, D] or [T, D], sin signed). Backward rotates back."""
     if direct(x, cos, sin):
-        return _launch(x, None, cos, sin, 0.0, False)
+        return _launch(x, cos, sin, False)
     return torch.ops.miles_cuda.rope(x, cos, sin, False)
 
 
-def norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """`apply_rope(rms_norm(x, weight, eps), cos, sin)` for weight[heads, D] in one pass, same bits. No gradient."""
-    return _launch(x, weight, cos, sin, eps, False)
-
-
-def _launch(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, inverse: bool) -> Tensor:
+def _launch(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     from miles_kernels.cuda.norm_kernels import rotate
 
     tokens, heads, dim = x.shape
@@ -37,9 +32,9 @@ def _launch(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: flo
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
         rotate[(cdiv(tokens * heads, ROWS),)](
-            x, cos, sin, out if weight is None else weight.contiguous(), out, tokens * heads, heads, eps,
+            x, cos, sin, out, tokens * heads, heads,
             x.stride(0), x.stride(1), out.stride(0), out.stride(1), dim,
-            D=dim, HALF=next_power_of_2(dim // 2), ROWS=ROWS, NORM=weight is not None, INVERSE=inverse, num_warps=4,
+            D=dim, HALF=next_power_of_2(dim // 2), ROWS=ROWS, INVERSE=inverse, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -48,7 +43,7 @@ def _launch(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: flo
     "miles_cuda::rope", mutates_args=(), device_types="cuda", schema="(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor"
 )
 def _rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    return _launch(x, None, cos, sin, 0.0, inverse)
+    return _launch(x, cos, sin, inverse)
 
 
 @torch.library.register_fake("miles_cuda::rope")

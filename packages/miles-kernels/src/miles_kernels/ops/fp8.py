@@ -192,13 +192,13 @@ class Store:
         """Drop the copies."""
         self._kept = None
 
-    @torch.no_grad()
     def _keep(self, name: str, weight: Tensor, stamp: tuple[int, int]) -> Quantized:
         assert self._kept is not None
-        new, old = quantize_weight(weight.detach()), self._kept.get(name)
-        if old is not None:
-            for target, source in zip(old[1], new, strict=True):
-                target.copy_(source)
-            new = old[1]
+        with torch.inference_mode(False), torch.no_grad():  # ordinary tensors, whoever asks: they are written again later
+            new, old = quantize_weight(weight.detach()), self._kept.get(name)
+            if old is not None:
+                for target, source in zip(old[1], new, strict=True):
+                    target.copy_(source)
+                new = old[1]
         self._kept[name] = (stamp, new)
         return new
