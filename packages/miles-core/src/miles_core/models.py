@@ -93,7 +93,7 @@ def load_model(config: RunConfig, say: Callable[[str], None]) -> LoadedModel:
     """Decoder and tokenizer, ready to train. Raises ValueError naming file and tensor when something does not fit."""
     folder = model_dir(config.model, say)
     device = config.model.device
-    contract = Contract.for_device(device, config.model.dtype)
+    contract = Contract.for_device(device, config.model.dtype, config.model.precision)
     dtype = contract.torch_dtype
     if folder is not None:
         decoder, tokenizer, name = load_decoder(folder, contract, dtype, device=device), load_tokenizer(folder), str(folder)

@@ -54,6 +54,8 @@ class ModelConfig(Section):
     """Of weights and activations. float32 is also the faster one on a CPU; CUDA needs bfloat16."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the trainer and the embedded engine keep the model and compute."""
+    precision: Literal["full", "fp8"] = "full"
+    """"fp8": block-scaled float8 products in the forward of engine and trainer alike; the backward stays in dtype."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:

@@ -54,6 +54,7 @@ class EngineCore:
         shape, device = decoder.config, decoder.embed_tokens.device
         self.weight_version = weight_version
         self._decoder = decoder
+        decoder.freeze_quantized()
         self.released: set[str] = set()
         """Memory given back, of MEMORY_TAGS; "weights" until new ones have come. No step may be made meanwhile."""
         self._pool = PagePool(num_pages)
@@ -141,6 +142,7 @@ class EngineCore:
         """
         ready = self.retract_all()
         swap(self._decoder.hf_state(), staged)
+        self._decoder.freeze_quantized()
         self.weight_version = version
         self.released.discard("new weights")
         for seq in self._scheduler.waiting:
@@ -161,6 +163,7 @@ class EngineCore:
             self._scheduler.forget_prefixes()
             self._kv.release()
         if "weights" in tags:
+            self._decoder.thaw_quantized()
             for parameter in self._decoder.parameters():
                 parameter.untyped_storage().resize_(0)
         if self._runner.graphs is not None:
