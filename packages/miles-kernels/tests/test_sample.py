@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from miles_kernels.ops.logprob import logprob_from_logits
-from miles_kernels.ops.sample import BLOCK, keyed_block_gumbel, keyed_gumbel, sample
+from miles_kernels.ops.noise import keyed_block_gumbel, keyed_gumbel
+from miles_kernels.ops.sample import BLOCK, sample
 
 pytestmark = pytest.mark.usefixtures("formulation")
 
