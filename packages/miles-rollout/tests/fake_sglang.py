@@ -63,7 +63,8 @@ class State:
 
     @staticmethod
     def _read(model: Path) -> bytes:
-        return (model / "model.safetensors").read_bytes()
+        raw = (model / "model.safetensors").read_bytes()
+        return raw[8 + int.from_bytes(raw[:8], "little") :]
 
     def token(self, body: dict[str, Any], position: int) -> int:
         """The token at a position: greedy, seeded, or different at every call."""
@@ -141,7 +142,7 @@ async def _sse(state: State, body: dict[str, Any]) -> Any:
 
 
 async def _events(state: State, body: dict[str, Any]) -> Any:
-    sampling, rid = body["sampling_params"], body["rid"]
+    sampling, rid = body["sampling_params"], body.setdefault("rid", str(len(state.calls)))
     stops = () if sampling.get("ignore_eos") else (2, *sampling.get("stop_token_ids", ()))
     ids: list[int] = []
     finish: dict[str, Any] | None = None
@@ -277,8 +278,10 @@ if __name__ == "__main__":
     for name in ("--model-path", "--host", "--port"):
         parser.add_argument(name, required=True)
     parser.add_argument("--enable-deterministic-inference", action="store_true")
+    parser.add_argument("--step-s", type=float, default=0.0)
     given, others = parser.parse_known_args()
     if "--crash" in others:
         raise SystemExit(3)
     served = create(Path(given.model_path), deterministic=given.enable_deterministic_inference)
+    served.state.sglang.step_s = given.step_s
     uvicorn.run(served, host=given.host, port=int(given.port), log_level="error")
