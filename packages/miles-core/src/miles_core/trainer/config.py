@@ -7,13 +7,29 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from miles_core.config.base import Section
+from miles_core.trainer.megatron.config import MegatronConfig
 
 
 class TrainerConfig(Section):
     """How a batch becomes optimizer updates. None of the sizes here changes the objective, only its cost."""
 
-    backend: Literal["fsdp"] = "fsdp"
-    """Implementation of the trainer: "fsdp" is plain torch, one process or data parallel."""
+    backend: Literal["fsdp", "megatron"] = "fsdp"
+    """Implementation of the trainer: "fsdp" is plain torch with FSDP2; one process runs the same code without cutting anything.
+    "megatron" is megatron-core (extra `miles-core[megatron]`), with tensor and pipeline parallelism on top."""
+    megatron: MegatronConfig = MegatronConfig()
+    """Settings of the megatron backend, ignored by the other."""
+    shard: int | None = Field(default=None, ge=1)
+    """Processes that weights, gradients and optimizer state are cut over, and sequences dealt to. None: all the others leave."""
+    replicate: int = Field(default=1, ge=1)
+    """Copies of that arrangement (hybrid sharding): weights are gathered within one, gradients summed over all of them."""
+    cp: int = Field(default=1, ge=1)
+    """Processes every sequence is cut over along its length (context parallelism). The log-probabilities keep their bits."""
+    ep: int = Field(default=1, ge=1)
+    """Processes the experts of a mixture-of-experts layer are spread over; a divisor of shard x cp. Keeps the bits as well."""
+    master: Literal["float32", "stochastic"] = "float32"
+    """What a bfloat16 model is updated in. "float32": a float32 copy of every weight. "stochastic": no copy, each updated
+    weight is rounded to bfloat16 up or down by chance, with a noise that depends only on the weight's name, its place and the
+    number of the update. Gradients are summed and moments kept in float32 either way; a float32 model ignores this."""
     updates_per_step: int = Field(default=1, ge=1)
     """Optimizer updates per rollout batch, which is cut into that many mini-batches at group boundaries. With more than
     one, the log-probabilities of the old policy are computed first, in a forward pass of their own."""

@@ -1,4 +1,4 @@
-"""The plain torch backend: one process, or several that share a batch.
+"""The plain torch backend: one process, or several that share model and batch.
 
 Legend: N = trained tokens of the batch, M = those of one micro-batch.
 """
@@ -25,17 +25,16 @@ from miles_core.trainer.base import NonFiniteStep, StepStats
 from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.hashing import combined_hash, tensor_hash
-from miles_core.trainer.optim import AdamW, global_norm
+from miles_core.trainer.layout import ProcessLayout
+from miles_core.trainer.model import WholeModel
+from miles_core.trainer.optim import AdamW
 from miles_core.trainer.packing import Microbatch, microbatches, require_fit, shard
 from miles_core.trainer.parallel import DataParallel
-from miles_core.trainer.tensorfile import load_tensors, save_tensors
+from miles_core.trainer.state import read_state, write_state
 from miles_kernels.contract import Contract
-from miles_kernels.nn.checkpoint import iter_tensors, save_decoder
-from miles_kernels.nn.decoder import Decoder, PackedKV
-from miles_kernels.ops.logprob import LogprobOutput
+from miles_kernels.nn.decoder import Decoder
 
 SCHEMA = 1
-_MAX_SHARD_BYTES = 256 * 2**20  # saving copies one shard at a time
 
 
 @dataclass(kw_only=True)
@@ -54,10 +53,10 @@ class _Update:
 class FsdpTrainer:
     """Trains a decoder with AdamW on packed micro-batches.
 
-    With torch.distributed initialised, every process builds the same trainer, is given the same batches, computes its
-    share of them and ends with the same weights. `total_updates` is the length of the run for falling schedules.
-    `reference` is the frozen policy of the KL penalty; without one the weights at construction are copied, so construct
-    the trainer from the base model and `load` afterwards.
+    With torch.distributed initialised, every process builds the same trainer from the same whole decoder, which is then cut
+    as the configuration says (see `layout`), and is given the same batches. All methods are collective. `total_updates` is
+    the length of the run for falling schedules. `reference` is the frozen policy of the KL penalty; without one the weights
+    at construction are copied, so construct the trainer from the base model and `load` afterwards.
 
     Example: FsdpTrainer(decoder, AlgorithmConfig(), TrainerConfig(), OptimizerConfig(lr=1e-3)).step(batch)
     """
@@ -73,18 +72,43 @@ class FsdpTrainer:
         reference: Decoder | None = None,
         parallel: DataParallel | None = None,
     ) -> None:
-        self.decoder = decoder
         self.algorithm = algorithm
         self.config = config
         self.parallel = parallel or DataParallel()
-        decoder.gradient_checkpointing = config.recompute
+        self.layout = ProcessLayout.of(config, self.parallel.size, decoder.config.num_experts)
         self._loss = LOSSES.get(algorithm.loss)
         self._sft_loss = LOSSES.get("sft")
-        self.reference: Decoder | None = None
+        several = self.parallel.size > 1
+        self.parallel.require_equal(int(combined_hash(decoder.hf_state()), 16) >> 1 if several else 0, "weights")
+        frozen: Decoder | None = None
         if algorithm.kl_coef > 0:
-            self.reference = (reference if reference is not None else deepcopy(decoder)).requires_grad_(False)
-        self.optimizer = AdamW([(name, p) for name, p in decoder.named_parameters() if p.requires_grad], optimizer, total_updates)
-        self.parallel.require_equal(int(combined_hash(decoder.hf_state()), 16) >> 1 if self.parallel.size > 1 else 0, "weights")
+            frozen = (reference if reference is not None else deepcopy(decoder)).requires_grad_(False)
+        self._reference_hash = None if frozen is None else combined_hash(frozen.hf_state())
+        self.model = self._cut(decoder)
+        self.reference_model = None if frozen is None else self._cut(frozen)
+        stochastic = config.master == "stochastic"
+        self.optimizer = AdamW(self.model.optimized(), optimizer, total_updates, stochastic=stochastic)
+
+    def _cut(self, decoder: Decoder) -> WholeModel:
+        """The model of a decoder: whole in one process, cut over several."""
+        decoder.gradient_checkpointing = self.config.recompute
+        if self.parallel.size == 1:
+            return WholeModel(decoder)
+        from miles_core.trainer.sharded import ShardedModel
+
+        keep = decoder.contract.torch_dtype if self.config.master == "stochastic" else torch.float32
+        beside = getattr(self, "model", None)
+        return ShardedModel(decoder, self.layout, keep=keep, beside=beside if isinstance(beside, ShardedModel) else None)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder; cut when there are several processes."""
+        return self.model.decoder
+
+    @property
+    def reference(self) -> Decoder | None:
+        """The frozen policy of the KL penalty."""
+        return None if self.reference_model is None else self.reference_model.decoder
 
     @property
     def contract(self) -> Contract:
@@ -97,16 +121,18 @@ class FsdpTrainer:
         return self.optimizer.num_updates
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(HF name, tensor) of every weight; views, valid until the next step."""
-        for name, tensor in self.decoder.hf_state():
-            yield name, tensor.detach()
+        """(HF name, whole tensor) of every weight, one at a time, valid until the next step.
+
+        With several processes each of them has to walk to the end: a tensor is put together when its turn comes.
+        """
+        return self.model.export()
 
     # ---- one step
 
     def forward_logprobs(self, batch: TrainBatch) -> Tensor:
         """log p [N] fp32 of every trained token, in batch order, without gradient."""
         self._admit(batch)
-        return self._forward_all(self.decoder, batch)
+        return self._forward_all(self.model, batch)
 
     def step(self, batch: TrainBatch) -> StepStats:
         """Train on the batch, in one update or in `updates_per_step` of them.
@@ -118,7 +144,7 @@ class FsdpTrainer:
         self._admit(batch)
         policy = batch.kind == "policy"
         parts = batch.split(self.config.updates_per_step if policy else 1)
-        old_N = self._forward_all(self.decoder, batch) if len(parts) > 1 else None
+        old_N = self._forward_all(self.model, batch) if len(parts) > 1 else None
         seen_N = torch.zeros(batch.num_tokens)
         updates = [self._update(batch, blocks, old_N, seen_N) for blocks in parts]
         start_N = self.parallel.merge(seen_N) if old_N is None else old_N
@@ -131,13 +157,14 @@ class FsdpTrainer:
         losses = [torch.zeros(())]
         for micro in self._microbatches(batch, blocks):
             losses.append(self._backward(batch, micro, old_N, seen_N, result))
-            result.num_microbatches += 1
-            result.num_forward_tokens += micro.num_tokens
+            if self._speaks and not micro.idle:
+                result.num_microbatches += 1
+                result.num_forward_tokens += sum(micro.lengths)
         gradients = self.optimizer.gradients()
-        self.parallel.sum_(gradients)
+        self.model.reduce(gradients)
         loss = torch.stack(losses).double().sum()
         self._share_sums(loss, result)
-        norm = global_norm(gradients)
+        norm = self.model.norm(gradients)
         result.loss, result.grad_norm = float(loss), float(norm)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             self._refuse(result, gradients)
@@ -149,9 +176,10 @@ class FsdpTrainer:
         return result
 
     def _backward(self, batch: TrainBatch, micro: Microbatch, old_N: Tensor | None, seen_N: Tensor, result: _Update) -> Tensor:
-        out = self._forward(self.decoder, micro)
+        out = self.model(micro)
         logprob = out.logprob.detach()
-        seen_N[micro.token_index] = logprob.cpu()
+        if self._speaks:
+            seen_N[micro.token_index] = logprob.cpu()
 
         def of_tokens(values_N: Tensor | None) -> Tensor | None:
             return None if values_N is None else values_N[micro.token_index].to(logprob.device)
@@ -167,34 +195,44 @@ class FsdpTrainer:
             sequence=micro.sequence,
             num_sequences=micro.num_sequences,
         )
+        if micro.idle:  # no loss function is asked about nothing; the graph still has to run backward with the others'
+            out.logprob.sum().backward()
+            self.optimizer.collect()
+            return torch.zeros(())
         output = (self._sft_loss if batch.kind == "sft" else self._loss)(inputs, self.algorithm)
         output.loss.backward()
         self.optimizer.collect()
+        if not self._speaks:
+            return torch.zeros(())
         for name, value in output.stats.items():
             result.sums[name].append(value.cpu())
         return output.loss.detach().cpu()
 
+    @property
+    def _speaks(self) -> bool:
+        """Whether this process reports: the processes a sequence is cut over all know the same of it, so one does."""
+        return self.model.context[0] == 0
+
     @torch.no_grad()
     def _reference_logprob(self, micro: Microbatch) -> Tensor | None:
-        return None if self.reference is None else self._forward(self.reference, micro).logprob
-
-    def _forward(self, decoder: Decoder, micro: Microbatch) -> LogprobOutput:
-        hidden = decoder(micro.token_ids, micro.positions, PackedKV(micro.plan))
-        return decoder.logprob(hidden.index_select(0, micro.source_index), micro.targets, micro.temperature)
+        return None if self.reference_model is None else self.reference_model(micro).logprob
 
     @torch.no_grad()
-    def _forward_all(self, decoder: Decoder, batch: TrainBatch) -> Tensor:
+    def _forward_all(self, model: WholeModel, batch: TrainBatch) -> Tensor:
         logprob_N = torch.zeros(batch.num_tokens)
         for micro in self._microbatches(batch, range(len(batch.blocks))):
-            logprob_N[micro.token_index] = self._forward(decoder, micro).logprob.cpu()
+            logprob = model(micro).logprob
+            if self._speaks:
+                logprob_N[micro.token_index] = logprob.cpu()
         return self.parallel.merge(logprob_N)
 
     def _microbatches(self, batch: TrainBatch, blocks: Sequence[int]) -> Iterator[Microbatch]:
         """This process's share of `blocks`; the weights have the denominators of all of them."""
         reduction = "token" if batch.kind == "sft" else self.algorithm.reduction
         weight_S = batch.loss_weights(blocks, reduction, self.algorithm.constant_tokens)
-        mine = shard(batch, blocks, self.parallel.rank, self.parallel.size)
-        return microbatches(batch, mine, self.config.max_tokens_per_microbatch, weight_S, self.decoder.embed_tokens.device)
+        mine = shard(batch, blocks, self.layout.data_rank(self.parallel.rank), self.layout.num_data)
+        budget, device = self.config.max_tokens_per_microbatch, self.model.device
+        return microbatches(batch, mine, budget, weight_S, device, self.model.context, self.parallel.most)
 
     def _share_sums(self, loss: Tensor, result: _Update) -> None:
         """Sum loss, statistics and counts over processes. A process without micro-batches does not know the names."""
@@ -204,7 +242,7 @@ class FsdpTrainer:
         counts = [result.num_microbatches, result.num_forward_tokens]
         totals = [float(torch.stack(result.sums[name]).double().sum()) if name in result.sums else 0.0 for name in names]
         shared = torch.tensor([float(loss), *totals, *counts], dtype=torch.float64)
-        self.parallel.sum_([shared])
+        self.parallel.sum_(shared)
         loss.copy_(shared[0])
         result.sums = {name: [value] for name, value in zip(names, shared[1:-2], strict=True)}
         result.num_microbatches, result.num_forward_tokens = int(shared[-2]), int(shared[-1])
@@ -214,7 +252,8 @@ class FsdpTrainer:
         result.skipped = True
         if self.config.on_nonfinite == "skip":
             return
-        bad = [name for name, grad in zip(self.optimizer.names, gradients, strict=True) if not bool(grad.isfinite().all())]
+        found = [name for name, grad in zip(self.optimizer.names, gradients, strict=True) if not bool(grad.isfinite().all())]
+        bad = [name for name in self.optimizer.names if name in self.parallel.union(found)]
         self.optimizer.clear()
         where = f"gradients of {', '.join(bad[:4])}{f' and {len(bad) - 4} more' if len(bad) > 4 else ''}" if bad else "the loss"
         raise NonFiniteStep(
@@ -225,7 +264,7 @@ class FsdpTrainer:
 
     def _admit(self, batch: TrainBatch) -> None:
         """Refuse, in all processes alike, a batch that does not fit or that they do not share."""
-        require_fit(batch, self.config.max_tokens_per_microbatch)
+        require_fit(batch, self.config.max_tokens_per_microbatch, self.layout.cp)
         if self.parallel.size > 1:
             digest = xxhash.xxh3_64(repr(batch.blocks).encode())
             for tensor in (batch.token_ids, batch.trained, batch.temperature, batch.advantage, batch.rollout_logprobs):
@@ -235,21 +274,19 @@ class FsdpTrainer:
     # ---- state
 
     def save(self, directory: Path) -> None:
-        """Write `model/` (a loadable HF model directory), `optimizer.safetensors` and `trainer.json`.
+        """Write `model/` (a loadable HF model directory), optimizer state and `trainer.json`, the same for every layout.
 
-        With several processes call it in one of them: all hold the same state.
+        Collective: the first process writes, the others send their parts, a tensor at a time.
         """
-        directory.mkdir(parents=True, exist_ok=True)
-        save_decoder(self.decoder, directory / "model", max_shard_bytes=_MAX_SHARD_BYTES)
-        save_tensors(directory / "optimizer.safetensors", self.optimizer.state())
-        text = json.dumps(self._facts() | {"num_updates": self.num_updates}, indent=2, sort_keys=True)
-        (directory / "trainer.json").write_text(text + "\n", encoding="utf-8")
+        facts = self._facts() | {"num_updates": self.num_updates}
+        write_state(directory, self.model, self.optimizer, facts, writer=self.parallel.rank == 0)
+        self.parallel.barrier("the checkpoint is written")
 
     def load(self, directory: Path) -> None:
-        """Restore what `save` wrote, bit for bit; the next step is the one an uninterrupted run would have taken.
+        """Restore what `save` wrote, by any layout, bit for bit; the next step is the one an uninterrupted run would have taken.
 
-        Raises ValueError when a file is missing or damaged, or when the state belongs to another model, optimizer or
-        reference policy.
+        Every process reads the files. Raises ValueError when one is missing or damaged, or when the state belongs to
+        another model, optimizer or reference policy.
         """
         file = directory / "trainer.json"
         try:
@@ -267,17 +304,15 @@ class FsdpTrainer:
                 "the run goes on, but not with the bits it would have had there",
                 stacklevel=2,
             )
-        with torch.no_grad():
-            self.decoder.load_hf_state(iter_tensors(directory / "model"))
-            load_tensors(directory / "optimizer.safetensors", self.optimizer.state())
+        read_state(directory, self.model, self.optimizer)
         self.optimizer.num_updates = int(stated["num_updates"])
 
     def _facts(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
-            "dtype": str(self.optimizer.params[0].dtype),
+            "dtype": str(self.model.dtype),
             "contract": self.contract.digest,
-            "reference": None if self.reference is None else combined_hash(self.reference.hf_state()),
+            "reference": self._reference_hash,
         }
 
 

@@ -6,7 +6,9 @@ Bits do not depend on the number of threads: the fused update works element by e
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch.optim.adamw import adamw
 from miles_core.trainer.config import OptimizerConfig
 
 _CHUNK = 4096  # elements one partial sum covers: torch never cuts such a row over threads
+_NOISE_CHUNK = 1 << 22
 
 
 def lr_at(cfg: OptimizerConfig, update: int, total_updates: int | None) -> float:
@@ -37,10 +40,11 @@ def lr_at(cfg: OptimizerConfig, update: int, total_updates: int | None) -> float
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Euclidean norm of all elements, 0-dim float64; not finite exactly when an element is not (or its square overflows)."""
-    return torch.stack([_sum_of_squares(tensor) for tensor in tensors]).sum().sqrt()
+    return torch.stack([sum_of_squares(tensor) for tensor in tensors]).sum().sqrt()
 
 
-def _sum_of_squares(tensor: Tensor) -> Tensor:
+def sum_of_squares(tensor: Tensor) -> Tensor:
+    """0-dim float64, added in an order that depends on nothing but the size."""
     flat = tensor.detach().reshape(-1)
     whole = flat.numel() - flat.numel() % _CHUNK
     rows = torch.linalg.vector_norm(flat[:whole].view(-1, _CHUNK), dim=1).double()
@@ -51,37 +55,69 @@ def _sum_of_squares(tensor: Tensor) -> Tensor:
     return rows.square().sum() + tail.square()
 
 
-class AdamW:
-    """torch's fused AdamW over named parameters, with fp32 master weights and gradients for parameters below fp32.
+class Optimized(NamedTuple):
+    """One parameter, or this process's stretch of it."""
 
-    Call `collect()` after every backward pass, then `gradients()`, then `step()`.
+    name: str
+    param: Tensor
+    """Carries the gradient."""
+    held: Tensor | None = None
+    """What is updated in place; None: the parameter itself."""
+    dtype: torch.dtype | None = None
+    """What the model computes in; None: the dtype held."""
+    first: int = 0
+    """Number of the first element held, in the whole parameter: the noise of stochastic rounding is drawn by number."""
+
+
+class AdamW:
+    """torch's fused AdamW over named parameters, with fp32 gradients and moments, element by element: cutting changes no bit.
+
+    Parameters below fp32 get a fp32 master, or (`stochastic`) none: the update is computed in fp32 and rounded by chance.
+    `named` holds `Optimized` or plain (name, parameter) pairs. Call `collect()` after every backward pass, then
+    `gradients()`, then `step()`.
     """
 
-    def __init__(self, named: Sequence[tuple[str, Tensor]], cfg: OptimizerConfig, total_updates: int | None = None) -> None:
+    def __init__(
+        self,
+        named: Sequence[Optimized] | Sequence[tuple[str, Tensor]],
+        cfg: OptimizerConfig,
+        total_updates: int | None = None,
+        *,
+        stochastic: bool = False,
+    ) -> None:
         lr_at(cfg, cfg.warmup_steps, total_updates)  # an incomplete schedule is refused now, not at the first update
         self.cfg = cfg
         self.total_updates = total_updates
         self.num_updates = 0
-        self.names = [name for name, _ in named]
-        self.params = [param for _, param in named]
-        self._low = [param.dtype != torch.float32 for param in self.params]
-        self.masters = [p.detach().float() if low else p.detach() for p, low in zip(self.params, self._low, strict=True)]
+        self.all = [Optimized(*each) for each in named]
+        self.names = [each.name for each in self.all]
+        self.params = [each.param for each in self.all]
+        self.held = [(each.param if each.held is None else each.held).detach() for each in self.all]
+        self._low = [held.dtype != torch.float32 for held in self.held]
+        self._rounded = [low and stochastic for low in self._low]
+        self.masters = [
+            held.float() if low and not rounded else held
+            for held, low, rounded in zip(self.held, self._low, self._rounded, strict=True)
+        ]
         self._accumulated: list[Tensor | None] = [None] * len(self.params)
-        self.exp_avg = [torch.zeros_like(master) for master in self.masters]
-        self.exp_avg_sq = [torch.zeros_like(master) for master in self.masters]
+        self.exp_avg = [torch.zeros_like(held, dtype=torch.float32) for held in self.held]
+        self.exp_avg_sq = [torch.zeros_like(held, dtype=torch.float32) for held in self.held]
 
     def collect(self) -> None:
         """Add the gradients of parameters below fp32 to fp32 sums and free them; fp32 gradients add up in place anyway."""
         for i, (param, low) in enumerate(zip(self.params, self._low, strict=True)):
             if low and param.grad is not None:
-                held = self._accumulated[i]
-                self._accumulated[i] = param.grad.float() if held is None else held.add_(param.grad)
+                held, grad = self._accumulated[i], _local(param.grad)
+                self._accumulated[i] = grad.float() if held is None else held.add_(grad)
                 param.grad = None
 
     def gradients(self) -> list[Tensor]:
         """The summed gradients, fp32, one per parameter; zeros where nothing arrived."""
-        held = [acc if low else param.grad for acc, low, param in zip(self._accumulated, self._low, self.params, strict=True)]
-        return [torch.zeros_like(master) if grad is None else grad for grad, master in zip(held, self.masters, strict=True)]
+        found = []
+        for accumulated, low, param, held in zip(self._accumulated, self._low, self.params, self.held, strict=True):
+            grad = accumulated if low else param.grad
+            found.append(torch.zeros_like(held, dtype=torch.float32) if grad is None else _local(grad))
+        return found
 
     def clear(self) -> None:
         """Free all gradients."""
@@ -93,35 +129,85 @@ class AdamW:
     def step(self, gradients: Sequence[Tensor]) -> float:
         """Apply one update and return the learning rate it used."""
         lr = lr_at(self.cfg, self.num_updates, self.total_updates)
-        beta1, beta2 = self.cfg.betas
         for decay in (True, False):
-            chosen = [i for i, master in enumerate(self.masters) if (master.ndim >= 2) is decay]
-            if not chosen:
-                continue
-            adamw(
-                [self.masters[i] for i in chosen],
-                [gradients[i] for i in chosen],
-                [self.exp_avg[i] for i in chosen],
-                [self.exp_avg_sq[i] for i in chosen],
-                [],
-                [torch.tensor(float(self.num_updates), device=self.masters[i].device) for i in chosen],
-                fused=True,
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=lr,
-                weight_decay=self.cfg.weight_decay if decay else 0.0,
-                eps=self.cfg.eps,
-                maximize=False,
-            )
-        for param, master, low in zip(self.params, self.masters, self._low, strict=True):
-            if low:
-                param.detach().copy_(master)
+            chosen = [i for i, held in enumerate(self.held) if (held.ndim >= 2) is decay and held.numel()]
+            whole = [i for i in chosen if not self._rounded[i]]
+            if whole:
+                self._apply(whole, [self.masters[i] for i in whole], gradients, lr, decay)
+            for i in chosen:
+                if self._rounded[i]:
+                    wide = self.held[i].float()
+                    self._apply([i], [wide], gradients, lr, decay)
+                    key = zlib.crc32(self.names[i].encode()) << 32 | self.num_updates
+                    self.held[i].copy_(round_by_chance(wide, key, self.all[i].first))
+        for held, master, low, rounded in zip(self.held, self.masters, self._low, self._rounded, strict=True):
+            if low and not rounded:
+                held.copy_(master)
         self.num_updates += 1
         return lr
 
+    def _apply(self, chosen: Sequence[int], weights: list[Tensor], gradients: Sequence[Tensor], lr: float, decay: bool) -> None:
+        adamw(
+            weights,
+            [gradients[i] for i in chosen],
+            [self.exp_avg[i] for i in chosen],
+            [self.exp_avg_sq[i] for i in chosen],
+            [],
+            [torch.tensor(float(self.num_updates), device=weight.device) for weight in weights],
+            fused=True,
+            amsgrad=False,
+            beta1=self.cfg.betas[0],
+            beta2=self.cfg.betas[1],
+            lr=lr,
+            weight_decay=self.cfg.weight_decay if decay else 0.0,
+            eps=self.cfg.eps,
+            maximize=False,
+        )
+
     def state(self) -> dict[str, Tensor]:
-        """Name to tensor of everything `step` depends on besides the weights and `num_updates`; not copies."""
+        """Name to tensor of everything `step` depends on besides the weights and `num_updates`; not copies.
+
+        A master is stated wherever the model computes below fp32, also when it is all that is held of the weight.
+        """
         state = {f"exp_avg.{name}": tensor for name, tensor in zip(self.names, self.exp_avg, strict=True)}
         state |= {f"exp_avg_sq.{name}": tensor for name, tensor in zip(self.names, self.exp_avg_sq, strict=True)}
-        return state | {f"master.{n}": m for n, m, low in zip(self.names, self.masters, self._low, strict=True) if low}
+        computed = [each.dtype or held.dtype for each, held in zip(self.all, self.held, strict=True)]
+        pairs = zip(self.names, self.masters, computed, strict=True)
+        return state | {f"master.{n}": m for n, m, dtype in pairs if dtype is not torch.float32 and m.dtype is torch.float32}
+
+
+def round_by_chance(wide: Tensor, key: int, first: int = 0) -> Tensor:
+    """`wide` fp32 rounded to bfloat16, up with the probability of the share that is cut off (stochastic rounding).
+
+    The noise of an element is a function of `key` and its number (`first` for the first one), so cutting a tensor changes
+    nothing. Values stay exact where bfloat16 holds them.
+    """
+    flat, out = wide.reshape(-1), torch.empty(wide.numel(), dtype=torch.bfloat16, device=wide.device)
+    for start in range(0, flat.numel(), _NOISE_CHUNK):
+        part = flat[start : start + _NOISE_CHUNK]
+        noise = _noise(key, first + start, part.numel(), part.device)
+        raised = (part.view(torch.int32) + noise) & -65536
+        out[start : start + _NOISE_CHUNK] = raised.view(torch.float32).to(torch.bfloat16)
+    return out.view(wide.shape)
+
+
+def _noise(key: int, first: int, count: int, device: torch.device) -> Tensor:
+    """int32 [count] in 0 .. 65535: the finaliser of SplitMix64 (Steele, Lea & Flood 2014) of key and number."""
+    x = torch.arange(first, first + count, dtype=torch.int64, device=device)
+    for salt in (key, 0):
+        x = x + _signed(salt * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15)
+        x = (x ^ ((x >> 30) & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
+        x = (x ^ ((x >> 27) & (1 << 37) - 1)) * _signed(0x94D049BB133111EB)
+        x = x ^ ((x >> 31) & (1 << 33) - 1)
+    return ((x >> 16) & 0xFFFF).to(torch.int32)
+
+
+def _signed(value: int) -> int:
+    """The low 64 bits as torch's int64."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _local(gradient: Tensor) -> Tensor:
+    """The part of a sharded gradient that lies here."""
+    return gradient.to_local() if hasattr(gradient, "to_local") else gradient

@@ -5,15 +5,16 @@ Legend: S, L, N as in `batch`; T = tokens of the micro-batch, M = its trained to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from miles_core.trainer.batch import TrainBatch
+from miles_core.trainer.context import ContextPart
 from miles_kernels.ops.attention import AttentionPlan, packed_plan
 
 
@@ -40,6 +41,14 @@ class Microbatch:
     """[M] fp32, or 1.0 when every token has it: the same bits for less work."""
     weight: Tensor
     """[M] fp32, with the denominators of the whole mini-batch."""
+    lengths: tuple[int, ...]
+    """Tokens of each segment of the stream; they sum to T."""
+    parents: tuple[int, ...]
+    """The earlier segment each one continues, or -1."""
+    part: ContextPart | None = None
+    """Under context parallelism: which rows of the stream, and which of the trained tokens, are this process's own."""
+    idle: bool = False
+    """Nothing to train on: computed only because the other processes of the group compute, with a loss of zero."""
 
     @property
     def num_tokens(self) -> int:
@@ -47,16 +56,16 @@ class Microbatch:
         return int(self.token_ids.numel())
 
 
-def require_fit(batch: TrainBatch, max_tokens: int) -> None:
-    """Raise ValueError naming the longest sequence when it exceeds the budget alone.
+def require_fit(batch: TrainBatch, max_tokens: int, num_context: int = 1) -> None:
+    """Raise ValueError naming the longest sequence when it exceeds the budget of its `num_context` processes alone.
 
     Asked of the whole batch before any work, so that data-parallel processes refuse together and none waits for another.
     """
     longest = max(range(batch.num_sequences), key=batch.last.__getitem__)
-    if batch.last[longest] > max_tokens:
+    if batch.last[longest] > max_tokens * num_context:
+        room = f"trainer.max_tokens_per_microbatch = {max_tokens}" + (f" x trainer.cp = {num_context}" if num_context > 1 else "")
         raise ValueError(
-            f"{batch.names[longest]} needs {batch.last[longest]} tokens, "
-            f"more than trainer.max_tokens_per_microbatch = {max_tokens}; "
+            f"{batch.names[longest]} needs {batch.last[longest]} tokens, more than {room}; "
             "raise that or lower data.max_prompt_tokens or sampling.max_new_tokens"
         )
 
@@ -128,6 +137,8 @@ def pack(batch: TrainBatch, pieces: Sequence[Sequence[int]], weight_S: Tensor) -
     member_R = torch.tensor(members)
     temperature_R = batch.temperature[member_R]
     return Microbatch(
+        lengths=tuple(length),
+        parents=tuple(parent),
         token_ids=batch.token_ids[gather],
         positions=positions,
         plan=plan,
@@ -141,30 +152,81 @@ def pack(batch: TrainBatch, pieces: Sequence[Sequence[int]], weight_S: Tensor) -
     )
 
 
+def idle(batch: TrainBatch) -> Microbatch:
+    """One token of the batch that trains nothing, for a process that has run out of work while others have not."""
+    plan, positions = packed_plan([1], [-1])
+    nowhere = torch.zeros(0, dtype=torch.int64)
+    return Microbatch(
+        token_ids=batch.token_ids[:1],
+        positions=positions,
+        plan=plan,
+        source_index=nowhere,
+        targets=nowhere,
+        token_index=nowhere,
+        sequence=nowhere,
+        num_sequences=0,
+        temperature=1.0,
+        weight=torch.zeros(0),
+        lengths=(1,),
+        parents=(-1,),
+        idle=True,
+    )
+
+
 def microbatches(
-    batch: TrainBatch, blocks: Sequence[int], max_tokens: int, weight_S: Tensor, device: torch.device | None = None
+    batch: TrainBatch,
+    blocks: Sequence[int],
+    max_tokens: int,
+    weight_S: Tensor,
+    device: torch.device | None = None,
+    context: tuple[int, int] = (0, 1),
+    rounds: Callable[[int], int] = int,
 ) -> Iterator[Microbatch]:
-    """The micro-batches of some blocks, laid out one at a time, on a device. On CUDA prompts are not shared."""
+    """The micro-batches of some blocks, laid out one at a time, on a device. On CUDA prompts are not shared.
+
+    `context` = (this process, processes) that each stream is cut over. `rounds` turns the own number of micro-batches into the
+    number to yield: what is missing is idle.
+    """
     on_cuda = device is not None and device.type == "cuda"
-    for pieces in cut(batch, blocks, max_tokens, share=not on_cuda):
-        micro = pack(batch, pieces, weight_S)
+    rank, size = context
+    pieces_of = cut(batch, blocks, max_tokens * size, share=not on_cuda)
+    for number in range(rounds(len(pieces_of))):
+        micro = pack(batch, pieces_of[number], weight_S) if number < len(pieces_of) else idle(batch)
+        if size > 1:
+            micro = split_context(micro, rank, size)
         yield _to_cuda(micro, device) if on_cuda else micro
+
+
+def split_context(micro: Microbatch, rank: int, size: int) -> Microbatch:
+    """The rows of `micro` that process `rank` of `size` computes; what is said per trained token stays whole.
+
+    Which row predicts which token was decided before the cut, so nothing shifts across it.
+    """
+    part = ContextPart.of(micro.lengths, micro.parents, micro.source_index, rank, size)
+    return replace(
+        micro,
+        token_ids=micro.token_ids[part.rows],
+        positions=micro.positions[part.rows],
+        source_index=part.source,
+        plan=part.plan(micro.lengths, micro.parents),
+        part=part,
+    )
 
 
 def _to_cuda(micro: Microbatch, device: torch.device | None) -> Microbatch:
     """The tensors of the forward and the loss on the device; `token_index` stays with the batch it indexes."""
     from miles_kernels.cuda.attention import KVBatch
 
-    starts = [*(micro.positions == 0).nonzero().flatten().tolist(), micro.num_tokens]
-    lengths = [after - before for before, after in pairwise(starts)]
     heat = micro.temperature
     moved = {
         name: getattr(micro, name).to(device)
         for name in ("token_ids", "positions", "source_index", "targets", "sequence", "weight")
     }
+    part = micro.part
     return replace(
         micro,
-        plan=KVBatch.packed(lengths, str(device)),
+        plan=KVBatch.packed(list(micro.lengths), str(device)) if part is None else part.cuda_plan(device),
+        part=None if part is None else part.to(device),
         temperature=heat.to(device) if isinstance(heat, Tensor) else heat,
         **moved,
     )

@@ -1,7 +1,6 @@
-"""Data parallelism over torch.distributed: sums over processes, and the check that all of them hold the same batch.
+"""What the processes of a trainer tell each other besides weights and gradients: sums, names, and that they hold the same batch.
 
-Every process keeps all weights and optimizer state; gradients are summed in buckets. Denominators are known before the
-batch is shared out, so the sum over processes is the gradient, with no averaging afterwards.
+Denominators are known before the batch is shared out, so the sum over processes is the gradient, with no averaging afterwards.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-_BUCKET_BYTES = 32 * 2**20
 
 
 class DataParallel:
@@ -27,26 +24,29 @@ class DataParallel:
         self.rank = dist.get_rank(group) if active else 0
         self.size = dist.get_world_size(group) if active else 1
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace every tensor (all of one dtype) by its sum over processes; every process gets the same bits."""
+    def sum_(self, values: Tensor) -> None:
+        """Replace `values` float64 [n], few, by their sum over processes, in the order of ranks: the same bits everywhere."""
+        if self.size > 1:
+            gathered = [torch.empty_like(values) for _ in range(self.size)]
+            dist.all_gather(gathered, values, group=self.group)
+            values.copy_(torch.stack(gathered).sum(0))
+
+    def most(self, count: int) -> int:
+        """The largest `count` of all processes."""
+        if self.size == 1:
+            return count
+        value = torch.tensor([count])
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
+        return int(value)
+
+    def barrier(self, until: str) -> None:
+        """Wait for all processes. A missing one is an error that says what was waited for, after the group's timeout."""
         if self.size == 1:
             return
-        bucket: list[Tensor] = []
-        held = 0
-        for tensor in tensors:
-            bucket.append(tensor)
-            held += tensor.numel() * tensor.element_size()
-            if held >= _BUCKET_BYTES:
-                self._sum_bucket(bucket)
-                bucket, held = [], 0
-        if bucket:
-            self._sum_bucket(bucket)
-
-    def _sum_bucket(self, bucket: list[Tensor]) -> None:
-        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        dist.all_reduce(flat, group=self.group)
-        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        try:
+            dist.all_reduce(torch.zeros(1), group=self.group)
+        except RuntimeError as error:
+            raise RuntimeError(f"process {self.rank} of {self.size} waited until {until}, in vain: {error}") from error
 
     def merge(self, value: Tensor) -> Tensor:
         """Join fp32 tensors of which each element is set by one process and 0.0 in all others, keeping every bit."""

@@ -1,0 +1,69 @@
+"""Expert parallelism: tokens travel to the processes that hold their experts, and home again to be combined in slot order.
+
+Legend: T = tokens of this process, k = experts per token, E = experts of the model, Eo = experts of this process, I = inner size.
+
+An expert's output for a token depends on that token alone (the products are batch-invariant), and the combination happens where
+the token lives, in the order of its slots, as without expert parallelism: the forward has the same bits. Gradients of an expert
+are summed over tokens ordered by source rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from miles_core.trainer.collectives import Group, Routes, carry_rows, permuted, size_of
+from miles_kernels.ops import moe
+from miles_kernels.ops.act import swiglu
+from miles_kernels.ops.grouped import grouped_linear
+from miles_kernels.ops.matmul import Mode
+
+
+class Experts(nn.Module):
+    """This process's experts of one layer: `gate_up` [Eo, 2 I, H], `down` [Eo, H, I]. A unit of FSDP of its own."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor, group: Group, mode: Mode | None) -> None:
+        super().__init__()
+        ranks, rank = size_of(group), dist.get_rank(group)
+        own = slice(gate_up.shape[0] // ranks * rank, gate_up.shape[0] // ranks * (rank + 1))
+        self.num_experts = gate_up.shape[0]
+        self.gate_up = nn.Parameter(gate_up.detach()[own].clone(), requires_grad=gate_up.requires_grad)
+        self.down = nn.Parameter(down.detach()[own].clone(), requires_grad=down.requires_grad)
+        self.group, self.mode = group, mode
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """`moe_mlp` of x [T, H] with expert ids [T, k] of the whole model and weights [T, k], as [T, H]."""
+        if x.is_cuda:
+            return self._on_cuda(x, ids, weights)
+        dispatch = moe.plan_dispatch(ids, self.num_experts)
+        routes, counts, order = self._agree(torch.tensor(dispatch.counts, device=x.device))
+        rows = permuted(carry_rows(moe.permute(x, dispatch), routes), order)
+        inner = swiglu(grouped_linear(rows, self.gate_up, counts, mode=self.mode))
+        out = grouped_linear(inner, self.down, counts, mode=self.mode)
+        home = carry_rows(permuted(out, torch.argsort(order)), routes.back())
+        return moe.combine(home, weights, dispatch)
+
+    def _on_cuda(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        from miles_kernels.cuda import grouped
+        from miles_kernels.cuda import moe as cuda
+
+        dispatch = cuda.plan_dispatch(ids, self.num_experts)
+        routes, counts, order = self._agree(dispatch.groups.offsets.diff().to(torch.int64))
+        rows = permuted(carry_rows(cuda.permute(x, dispatch), routes), order)
+        groups = grouped.Groups.from_counts(counts, len(rows), x.device)
+        inner = cuda._GatedLinear.apply(rows, self.gate_up, groups)
+        out = grouped.grouped_linear(inner, self.down, groups)
+        home = carry_rows(permuted(out, torch.argsort(order)), routes.back())
+        return cuda.combine(home, weights, dispatch)
+
+    def _agree(self, counts_E: Tensor) -> tuple[Routes, list[int], Tensor]:
+        """Routes of the rows, rows per own expert, and the order that sorts what arrives by (expert, source, token)."""
+        ranks = size_of(self.group)
+        arriving = torch.empty_like(counts_E)  # [ranks, Eo]: each source's rows per own expert
+        dist.all_to_all_single(arriving, counts_E.contiguous(), group=self.group)
+        both = torch.stack((counts_E, arriving)).cpu().view(2, ranks, -1)
+        send, receive = both.sum(-1).tolist()
+        expert = torch.arange(both.shape[-1]).repeat(ranks).repeat_interleave(both[1].flatten())
+        order = torch.sort(expert, stable=True).indices.to(counts_E.device)
+        return Routes(send, receive, self.group), both[1].sum(0).tolist(), order
