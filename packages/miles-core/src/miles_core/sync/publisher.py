@@ -34,8 +34,8 @@ class Publisher:
         Raises ValueError or TimeoutError naming the engine and the tensor or wait at fault. An engine that refuses keeps its
         old weights; the message says which engines have the new ones.
         """
-        self._check(await asyncio.gather(*(link.info() for link in self._links)), version)
-        if not self._connected:
+        if not self._connected:  # later an engine itself refuses another contract or an old version
+            self._check(await asyncio.gather(*(link.info() for link in self._links)), version)
             await self._transport.connect(self._links)
             self._connected = True
         stated = await asyncio.to_thread(manifest, self._trainer, version)
@@ -84,7 +84,8 @@ class Publisher:
                 error = sent
             if isinstance(error, (ValueError, TimeoutError)):
                 kind = TimeoutError if isinstance(error, TimeoutError) else ValueError
-                raise kind(f"weight version {stated.version}: {link.name}: {error}{state}") from error
+                said = str(error) if str(error).startswith(f"{link.name}: ") else f"{link.name}: {error}"
+                raise kind(f"weight version {stated.version}: {said}{state}") from error
             raise error
         if isinstance(sent, BaseException):
             raise sent
