@@ -67,7 +67,9 @@ class ScriptedBackend:
 
 
 def scripted_judge(challenge: str, source: str, name: str, deadline: float) -> Judged:
-    """Accepts everything but "cheat"; "broken" means that it cannot decide."""
+    """Accepts everything but "cheat" and "crash" (unless "once"); "broken" means that it cannot decide."""
+    if "crash" in source and "once" not in source:
+        return Judged(accepted=False, reason="crash: Lean died on it, twice", category="crash")
     if "broken" in source:
         return Judged(accepted=False, infra=True, reason="the checking process was lost")
     if "cheat" in source:

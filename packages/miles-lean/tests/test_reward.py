@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ def verify(*proofs: str, **options: Any) -> tuple[list[Outcome], ScriptedBackend
         ("bad", "lean_error"),
         ("cheat", "judge"),
         ("crash", "crash"),
+        ("crash once", "proved"),
         ("hang", "timeout"),
         ("infra", "infra"),
         ("raise", "infra"),
@@ -106,6 +109,19 @@ def test_keys_differ_wherever_a_verdict_could() -> None:
     assert len(keys) == 4 and verdict_key("a", "b", "c", "d") in keys
 
 
+class FullDisk(io.FileIO):
+    """A file with room for so many bytes more."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "ab")
+        self.room = 0
+
+    def write(self, data: Any) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(bytes(data)[: self.room]) or 0
+
+
 def test_the_cache_file_survives_damage_and_forgets_the_oldest(tmp_path: Path) -> None:
     path = tmp_path / "verdicts.jsonl"
     cache = VerdictCache(path=path)
@@ -118,6 +134,18 @@ def test_the_cache_file_survives_damage_and_forgets_the_oldest(tmp_path: Path) -
     assert found is not None and found.cached and found.axioms == ("propext",) and again.get("k2") is None
     assert again.num_skipped == 2 and again.num_hits == 1
     again.close()
+    full = VerdictCache(path=path)
+    assert full._file is not None
+    full._file.close()
+    full._file = FullDisk(path)
+    for number, room in enumerate((0, 9, 1 << 20)):  # nothing fits, a part fits, all fits
+        full._file.room = room
+        full.put(f"n{number}", Outcome(category="judge", reason="no"))
+    assert full.num_unwritten == 2 and full.get("n0") is not None and full.get("n1") is not None
+    full.close()
+    later = VerdictCache(path=path)
+    assert later.get("n1") is None and later.get("n2") is not None and later.get("k1") is not None and later.num_skipped == 3
+    later.close()
     small = VerdictCache(size=2)
     for key in "abc":
         small.put(key, Outcome(category="proved"))

@@ -52,9 +52,9 @@ _SPECIAL = {
     "Lean.termMacro.trace[_]_": "",
 }
 _UNDECLARED = frozenset(
-    "Bind.bind Bind.bindLeft Bind.kleisliLeft Bind.kleisliRight Complement.complement Functor.map Functor.mapRev HAnd.hAnd HOr.hOr "
-    "HSMul.hSMul HShiftLeft.hShiftLeft HShiftRight.hShiftRight HXor.hXor HasSSubset.SSubset Inv.inv SSuperset Superset andM bne "
-    "orM".split()
+    "Bind.bind Bind.bindLeft Bind.kleisliLeft Bind.kleisliRight Complement.complement Functor.map Functor.mapRev "
+    "HAnd.hAnd HOr.hOr HSMul.hSMul HShiftLeft.hShiftLeft HShiftRight.hShiftRight HXor.hXor HasSSubset.SSubset "
+    "Inv.inv SSuperset Superset andM bne orM".split()
 )
 """Constants that our prelude leaves out, and whose notation is therefore not bound: saves a pass that finds them out."""
 _SPACES = (  # namespace of a kind and the start of its last part, category; the first match counts

@@ -28,12 +28,15 @@ class VerdictCache:
     """The last `size` lasting verdicts by key; least recently used ones are forgotten.
 
     With `path`, verdicts are read from that file at the start and appended to it; a damaged or foreign line is skipped and
-    counted in `num_skipped`. Not thread-safe: use it from one event loop.
+    counted in `num_skipped`, a line that cannot be written (a full disk) in
+    `num_unwritten`. Not thread-safe: use it from one event loop.
     """
 
     def __init__(self, size: int = 100_000, path: Path | None = None) -> None:
-        self._size, self._kept, self._file = size, OrderedDict[str, Outcome](), None
-        self.num_hits = self.num_misses = self.num_skipped = 0
+        self._size, self._kept = size, OrderedDict[str, Outcome]()
+        self._file: IO[bytes] | None = None
+        self._torn = False
+        self.num_hits = self.num_misses = self.num_skipped = self.num_unwritten = 0
         if path is not None:
             self._file = self._open(path)
 
@@ -54,8 +57,18 @@ class VerdictCache:
         self._remember(key, outcome)
         if self._file is not None:
             line = {"schema": _SCHEMA, "key": key, **outcome.as_dict()}
-            self._file.write(json.dumps(line, ensure_ascii=True) + "\n")
-            self._file.flush()
+            self._append(self._file, (json.dumps(line, ensure_ascii=True) + "\n").encode())
+
+    def _append(self, file: IO[bytes], data: bytes) -> None:
+        """Write one line. On a full disk it is lost, or torn; the next one then starts on a line of its own."""
+        data = b"\n" + data if self._torn else data
+        try:
+            written = file.write(data)
+        except OSError:
+            written = 0
+        if written:
+            self._torn = written < len(data)
+        self.num_unwritten += written < len(data)
 
     def close(self) -> None:
         """Close the file. Idempotent."""
@@ -71,12 +84,14 @@ class VerdictCache:
         if len(self._kept) > self._size:
             self._kept.popitem(last=False)
 
-    def _open(self, path: Path) -> IO[str]:
+    def _open(self, path: Path) -> IO[bytes]:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
+        file = path.open("ab+", buffering=0)
         fcntl.flock(file, fcntl.LOCK_SH)  # a writer in another process finishes its line first
         file.seek(0)
-        for line in file:
+        for line in file.read().split(b"\n"):
+            if not line:
+                continue
             try:
                 entry = json.loads(line)
                 if entry["schema"] != _SCHEMA or entry["category"] not in CATEGORIES:

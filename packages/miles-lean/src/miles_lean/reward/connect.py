@@ -30,8 +30,8 @@ _CATEGORIES = {
 class LazyJudge:
     """The judge of a backend, made at the first question (it starts processes). Call it as a JudgeFunction."""
 
-    def __init__(self, backend: Backend, workers: int) -> None:
-        self._backend, self._workers = backend, workers
+    def __init__(self, backend: Backend, workers: int, max_rss: int = 2 << 30) -> None:
+        self._backend, self._workers, self._max_rss = backend, workers, max_rss
         self._judge: Judge | None = None
         self._lock = threading.Lock()
 
@@ -48,7 +48,7 @@ class LazyJudge:
         """The verdict on a source that elaborates, against its challenge."""
         from miles_lean.judge.core import Limits
 
-        limits = Limits(compile_s=deadline, check_s=deadline)
+        limits = Limits(compile_s=deadline, check_s=deadline, max_rss=self._max_rss)
         try:
             verdict = self.judge().verify(challenge, source, limits=limits)
         except ValueError as error:  # the challenge is at fault, and so every proof of it would be
@@ -66,7 +66,7 @@ class LazyJudge:
         from miles_lean.judge.core import Limits
 
         judge = self.judge()
-        compiled = judge.compile(source, Limits(compile_s=deadline, check_s=deadline))
+        compiled = judge.compile(source, Limits(compile_s=deadline, check_s=deadline, max_rss=self._max_rss))
         if not compiled.olean:
             return f"compilation apart from other files ended with {compiled.result.outcome}: {compiled.result.detail}"
         try:
@@ -107,8 +107,13 @@ def connect(
     retries: int = 2,
     elaborate_s: float = 10.0,
     judge_s: float = 20.0,
+    fast: bool = True,
+    max_rss: int = 2 << 30,
 ) -> Verifier:
-    """A verifier on that backend, or on the server at that address; `cache` is a file of remembered verdicts."""
+    """A verifier on that backend, or on the server at that address; `cache` is a file of remembered verdicts.
+
+    The other options are Verifier's; a check of a local backend is ended above `max_rss` bytes of resident memory.
+    """
     kept = VerdictCache(path=Path(cache) if cache else None)
     if isinstance(backend, str) and backend.startswith(("http://", "https://")):
         from miles_lean.backends.http import HttpBackend
@@ -118,7 +123,7 @@ def connect(
             remote, remote.judge, workers=workers, cache=kept, retries=retries, elaborate_s=elaborate_s, judge_s=judge_s
         )
     chosen = find_backend(backend) if isinstance(backend, str) else backend
-    judge = LazyJudge(chosen, workers)
+    judge = LazyJudge(chosen, workers, max_rss)
     return Verifier(
         chosen,
         judge,
@@ -128,6 +133,8 @@ def connect(
         on_close=judge.close,
         elaborate_s=elaborate_s,
         judge_s=judge_s,
+        fast=fast,
+        max_rss=max_rss,
     )
 
 

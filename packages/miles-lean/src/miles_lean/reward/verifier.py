@@ -59,13 +59,14 @@ class Verifier:
         elaborate_s: float = 10.0,
         judge_s: float = 20.0,
         fast: bool = True,
+        max_rss: int = 2 << 30,
         on_close: Callable[[], None] | None = None,
     ) -> None:
         self.backend, self._on_close = backend, on_close
         self.cache = VerdictCache() if cache is None else cache
         self._judge, self._retries, self._retry_s = judge, retries, retry_s
         self._elaborate_s, self._judge_s = elaborate_s, judge_s
-        self._workers, self._fast = workers, fast
+        self._workers, self._fast, self._max_rss = workers, fast, max_rss
         self._pool: Pool | None = None
         self._starting = asyncio.Lock()
         self._threads = ThreadPoolExecutor(workers + 1, thread_name_prefix="miles-lean")
@@ -115,7 +116,7 @@ class Verifier:
         if self._pool is None and (await self._blocking(lambda: self.backend.capabilities)).can_lsp:
             async with self._starting:
                 if self._pool is None:
-                    pool = Pool(self.backend, num_fast=self._workers, num_isolated=0)
+                    pool = Pool(self.backend, num_fast=self._workers, num_isolated=0, max_rss=self._max_rss)
                     await pool.start()
                     self._pool = pool
         return self._pool
@@ -148,7 +149,9 @@ class Verifier:
                 if self._fast:
                     result = await self.check(source, deadline=self._elaborate_s)
                     times["elaborate_s"] = result.seconds
-                    if result.outcome != "ok":
+                    # A shared process that died may have been broken by another check, or killed: the judge, which gives
+                    # every proof processes of its own and a second try, decides whose doing it was.
+                    if result.outcome not in ("ok", "crash"):
                         return _refused(result, times)
                 started = time.monotonic()
                 judged = await self.judge(challenge, source, name, deadline=self._judge_s)

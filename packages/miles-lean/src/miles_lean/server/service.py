@@ -57,6 +57,7 @@ class Service:
         self.metrics.gauge("running", lambda: self.admission.num_running)
         self.metrics.gauge("waiting", lambda: self.admission.num_waiting)
         self.metrics.gauge("verdicts_cached", lambda: len(verifier.cache))
+        self.metrics.gauge("verdicts_unwritten", lambda: verifier.cache.num_unwritten)
         self.metrics.gauge("verdict_cache_hits", lambda: verifier.cache.num_hits)
         self.metrics.gauge("retries", lambda: verifier.num_retries)
         self.metrics.gauge("uptime_seconds", lambda: time.monotonic() - self.started)

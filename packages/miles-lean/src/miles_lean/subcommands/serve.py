@@ -19,6 +19,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queue", type=int, default=usual.queue_size, help="checks that may wait; more are answered 429")
     parser.add_argument("--max-wait", type=float, default=usual.max_wait_s, help="longest wait for a worker, seconds")
     parser.add_argument("--max-timeout", type=float, default=usual.max_timeout_s, help="longest time for one check, seconds")
+    parser.add_argument("--elaborate-s", type=float, default=10.0, help="deadline of the fast stage of a proof, seconds")
+    parser.add_argument("--judge-s", type=float, default=20.0, help="deadline of the judge's two stages, seconds each")
+    parser.add_argument("--max-rss-mib", type=int, default=2048, help="resident memory at which a check is ended, MiB")
+    parser.add_argument(
+        "--no-fast", action="store_true", help="sandboxed processes only: for backends on which proofs can start programs"
+    )
     parser.add_argument("--drain", type=float, default=usual.drain_s, help="seconds for running checks after SIGTERM")
     parser.add_argument("--cache", default="", help="file of remembered verdicts; read at the start, appended to")
     parser.add_argument("--no-audit", action="store_true", help="answer Kimina clients from Lean's messages alone")
@@ -42,7 +48,15 @@ def run(options: argparse.Namespace) -> int:
     )
 
     async def main() -> bool:
-        verifier = connect(options.backend, workers=options.workers, cache=options.cache)
+        verifier = connect(
+            options.backend,
+            workers=options.workers,
+            cache=options.cache,
+            elaborate_s=options.elaborate_s,
+            judge_s=options.judge_s,
+            fast=not options.no_fast,
+            max_rss=options.max_rss_mib << 20,
+        )
         audit = None if options.no_audit else audit_function(verifier)
         service = Service(verifier, limits, audit=audit)
         key = os.environ.get(options.api_key_env)

@@ -30,6 +30,10 @@ class WorkerLost(RuntimeError):
     """The worker process ended or broke the protocol while something was asked of it."""
 
 
+class Garbled(WorkerLost):
+    """The worker wrote something on its channel that Lean's server does not write: native code of the source did."""
+
+
 class Late(TimeoutError):
     """The deadline passed before the answer came."""
 
@@ -96,12 +100,13 @@ class LspWorker:
 
     def check(self, source: str, deadline: float) -> CompileResult:
         """Elaborate a source; starts the process when none runs. Never raises for what Lean or the machine does."""
-        started = time.monotonic()
+        started, ready = time.monotonic(), False
         try:
             header = header_of(source)
             if self.pid is None or header != self.header:
                 self.header = header
                 self.start(deadline)
+            ready = True
             messages = self.run(source, deadline - (time.monotonic() - started))
         except Late:
             self.close()
@@ -112,7 +117,8 @@ class LspWorker:
         except (WorkerLost, OSError) as error:
             code = self._process.poll() if self._process is not None else None
             self.close()
-            crashed = code is not None and code < 0 and code != -9
+            # A warm server neither ends nor writes nonsense by itself; SIGKILL is how the machine ends it.
+            crashed = ready and (isinstance(error, Garbled) or code not in (None, -9))
             return self._failed("crash" if crashed else "infra", started, f"{error} (exit code {code})", code)
         outcome: Outcome = "rejected" if any(message.severity == "error" for message in messages) else "ok"
         seconds = time.monotonic() - started
@@ -213,10 +219,10 @@ class LspWorker:
                     try:
                         frame = json.loads(body)
                     except ValueError as error:
-                        raise WorkerLost(f"the Lean server worker sent no JSON: {error}") from None
+                        raise Garbled(f"the Lean server worker sent no JSON: {error}") from None
                     return frame
             elif len(self._buffer) > 4096:
-                raise WorkerLost("the Lean server worker wrote something that is no frame")
+                raise Garbled("the Lean server worker wrote something that is no frame")
             self._read(end)
 
     def _read(self, end: float) -> None:
@@ -233,7 +239,7 @@ class LspWorker:
                 raise WorkerLost("the Lean server worker ended")
             self._buffer += data
             if len(self._buffer) > _MAX_FRAME:
-                raise WorkerLost(f"the Lean server worker wrote more than {_MAX_FRAME >> 20} MiB at once")
+                raise Garbled(f"the Lean server worker wrote more than {_MAX_FRAME >> 20} MiB at once")
             return
 
     def _pause(self, end: float, writing: bool = False) -> None:
@@ -280,7 +286,7 @@ def _content_length(head: bytes) -> int:
             if size > _MAX_FRAME:
                 break
             return size
-    raise WorkerLost(f"the Lean server worker sent a wrong header: {head[:100]!r}")
+    raise Garbled(f"the Lean server worker sent a wrong header: {head[:100]!r}")
 
 
 def _message(entry: dict[str, Any], lines: list[str]) -> Message:

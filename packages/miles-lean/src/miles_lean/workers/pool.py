@@ -78,10 +78,13 @@ class Pool:
         async with Pool(find_backend()) as pool:
             result = await pool.elaborate("example : 2 + 2 = 4 := rfl", deadline=5.0)
 
-    A result of infra is tried once more on a fresh worker within the deadline. Cancelling a check kills its worker.
+    A result of infra is tried once more on a fresh worker within the deadline. Cancelling a check kills its worker. Above
+    `max_rss` bytes of resident memory a check is ended.
     """
 
-    def __init__(self, backend: Backend, *, num_fast: int | None = None, num_isolated: int | None = None) -> None:
+    def __init__(
+        self, backend: Backend, *, num_fast: int | None = None, num_isolated: int | None = None, max_rss: int = 2 << 30
+    ) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.backend = backend
         self.num_fast = (cores if num_fast is None else num_fast) if backend.capabilities.can_lsp else 0
@@ -89,9 +92,10 @@ class Pool:
         if self.num_fast + self.num_isolated < 1:
             raise ValueError("a pool needs at least one worker")
         self.stats = PoolStats()
-        make = getattr(backend, "forked_worker", None) or (lambda: CliWorker(backend))
+        forked = getattr(backend, "forked_worker", None)
+        make = (lambda: forked(max_rss=max_rss)) if forked is not None else (lambda: CliWorker(backend))
         self._workers: list[Any] = [
-            *(LspWorker(backend) for _ in range(self.num_fast)),
+            *(LspWorker(backend, max_rss=max_rss) for _ in range(self.num_fast)),
             *(make() for _ in range(self.num_isolated)),
         ]
         self._idle: dict[bool, list[Any]] = {True: [], False: []}
