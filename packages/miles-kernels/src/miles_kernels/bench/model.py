@@ -21,7 +21,8 @@ from miles_kernels.bench.timing import compare
 from miles_kernels.contract import Contract
 from miles_kernels.cuda.attention import KVBatch
 from miles_kernels.nn.config import DecoderConfig, RopeConfig
-from miles_kernels.nn.decoder import Decoder, PackedKV
+from miles_kernels.nn.decoder import Decoder, DecoderLayer, PackedKV
+from miles_kernels.ops import fp8
 
 PAGE = 64
 CONTEXT = 1024
@@ -85,6 +86,26 @@ def random_model(config: DecoderConfig) -> Decoder:
     return decoder
 
 
+def in_fp8(decoder: Decoder, call: Callable[[], object]) -> Callable[[], object]:
+    """`call` with the blocks' products in float8: an engine's frozen copies without gradient, quantised afresh with one."""
+    layers = [layer for layer in decoder.layers if isinstance(layer, DecoderLayer)]
+    stores = [fp8.Store() for _ in layers]
+    for store, layer in zip(stores, layers, strict=True):
+        if not torch.is_grad_enabled():
+            store.freeze(layer.quantized_weights())
+
+    def run() -> object:
+        for store, layer in zip(stores, layers, strict=True):
+            layer.quantized = store
+        try:
+            return call()
+        finally:
+            for layer in layers:
+                layer.quantized = None
+
+    return run
+
+
 class BenchKV:
     """Pools [Hkv, N, D] of all layers, and where the current step reads and writes."""
 
@@ -121,16 +142,21 @@ def rows_of(name: str) -> Iterator[Row]:
     stocks = {label: Stock(decoder, label, shared) for label in BACKENDS}
     with torch.no_grad():
         for batch, length in PREFILLS:
-            case = _prefill(decoder, stocks, batch, length)
-            for graph in (False, True):
-                yield _measure(name, case, graph)
+            yield from _measure(name, _prefill(decoder, stocks, batch, length), (False, True))
         for batch in DECODES:
-            yield _measure(name, _decode(decoder, stocks, batch), True)
+            yield from _measure(name, _decode(decoder, stocks, batch), (True,))
     roomy = torch.cuda.get_device_properties(0).total_memory > 100e9
-    yield _measure(name, _train(decoder, stocks, *(TRAIN if roomy else SMALL_TRAIN)[name]), False)
+    yield from _measure(name, _train(decoder, stocks, *(TRAIN if roomy else SMALL_TRAIN)[name]), (False,))
 
 
-def _measure(shape: str, case: Case, graph: bool) -> Row:
+def _measure(shape: str, case: Case, graphs: tuple[bool, ...]) -> Iterator[Row]:
+    """One row for eager execution and one under a CUDA graph, as asked."""
+    torch.cuda.empty_cache()
+    for graph in graphs:
+        yield _row(shape, case, graph)
+
+
+def _row(shape: str, case: Case, graph: bool) -> Row:
     """Time the competitors; without a graph also the seconds until a call has returned, which a slow host cannot hide."""
     notes: dict[str, float | str] = {}
     for label, call in case.calls.items():
@@ -145,6 +171,7 @@ def _measure(shape: str, case: Case, graph: bool) -> Row:
     name = f"{shape} {case.name}{', CUDA graph' if graph else ', eager'}"
     _profile(name, case)
     found = {label: t.seconds for label, t in compare({k: [v] for k, v in case.calls.items()}, graph=graph, rounds=5).items()}
+    notes["fp8 / bf16"] = found["aligned fp8"] / found["aligned"]
     return Row("whole model", name, found, case.flops, case.num_bytes, notes=notes)
 
 
@@ -176,10 +203,10 @@ def _weights(decoder: Decoder) -> float:
     return 2.0 * (sum(p.numel() for p in decoder.parameters()) - unread)
 
 
-def _cache(decoder: Decoder, batch: int, length: int) -> list[tuple[Tensor, Tensor]]:
+def _cache(decoder: Decoder, batch: int, length: int, store: BenchKV) -> list[tuple[Tensor, Tensor]]:
+    """Contiguous keys and values [B, S, Hkv, D] per layer, in the memory of `store`: only one of them is used at a time."""
     config = decoder.config
-    shape = (config.num_hidden_layers, 2, batch, length, config.num_key_value_heads, config.head_dim)
-    pool = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    pool = store.pool.view(config.num_hidden_layers, 2, batch, length, config.num_key_value_heads, config.head_dim)
     return [(layer[0], layer[1]) for layer in pool]
 
 
@@ -196,8 +223,8 @@ def _calls(
         hidden = decoder(flat, places, store)
         return decoder.logits(hidden if length == 1 else hidden.index_select(0, last))
 
-    cache = _cache(decoder, batch, context)
-    calls: dict[str, Callable[[], object]] = {"aligned": aligned}
+    cache = _cache(decoder, batch, context, store)
+    calls: dict[str, Callable[[], object]] = {"aligned": aligned, "aligned fp8": in_fp8(decoder, aligned)}
     for label, stock in stocks.items():
         calls[label] = partial(stock.logits, tokens, positions, cache)
     return calls
@@ -242,7 +269,10 @@ def _train(decoder: Decoder, stocks: dict[str, Stock], batch: int, length: int) 
     def aligned() -> Tensor:
         return decoder.logprob(decoder(flat, places, PackedKV(plan)), targets, entropy=False).logprob  # type: ignore[arg-type]
 
-    calls: dict[str, Callable[[], object]] = {"aligned": partial(step, aligned)}
+    calls: dict[str, Callable[[], object]] = {
+        "aligned": partial(step, aligned),
+        "aligned fp8": in_fp8(decoder, partial(step, aligned)),
+    }
     for label, stock in stocks.items():
         calls[label] = partial(step, stock.logprob, tokens, positions, targets)
     work = 3 * _work(decoder.config, batch * length, batch * length, batch * length * length / 2)

@@ -88,10 +88,14 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     return mm(a, b)
 
 
+def partial_sum(a: Tensor, b: Tensor, count: int) -> Tensor:
+    """a[M, K] b[N, K]^T over this rank's K, float32: `count` logical shards, folded. What the ranks exchange."""
+    return fold(torch.stack([_mm(x, y) for x, y in zip(a.chunk(count, 1), b.chunk(count, 1), strict=True)]))
+
+
 def _sum_of_shards(a: Tensor, b: Tensor, count: int, group: Group) -> Tensor:
-    """a[M, K] b[N, K]^T over all ranks' K, float32: this rank's `count` shards folded, then the ranks' sums."""
-    parts = torch.stack([_mm(x, y) for x, y in zip(a.chunk(count, 1), b.chunk(count, 1), strict=True)])
-    return fold(all_gather(fold(parts), group))
+    """a[M, K] b[N, K]^T over all ranks' K, float32."""
+    return fold(all_gather(partial_sum(a, b, count), group))
 
 
 class _RowParallel(torch.autograd.Function):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -48,12 +49,34 @@ class Difference:
         )
 
 
+class Model(Protocol):
+    """What a case runs: `Blocks`, or the decoder itself."""
+
+    @property
+    def head(self) -> Tensor: ...
+    def pools(self, slots: int) -> list[tuple[Tensor, Tensor]]: ...
+    def forward(
+        self, ops: Backend, tokens: Tensor, step: Step, pools: list[tuple[Tensor, Tensor]] | None, record: Record | None = None
+    ) -> Tensor: ...
+
+
 class ModelCase:
     """One random decoder, its sequences, and the values of each sequence alone."""
 
-    def __init__(self, backend: Backend, size: Shape, dtype: torch.dtype, lengths: Sequence[int], seed: int = 0) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        size: Shape,
+        dtype: torch.dtype,
+        lengths: Sequence[int],
+        seed: int = 0,
+        *,
+        model: Model | None = None,
+        subject: str = "",
+    ) -> None:
         self.backend, self.lengths = backend, list(lengths)
-        self.blocks = Blocks(size, dtype, backend.device, seed)
+        self.blocks: Model = Blocks(size, dtype, backend.device, seed) if model is None else model
+        self.subject = subject or f"model {size.family}"
         generator = torch.Generator().manual_seed(seed + 1)
         self.tokens = [torch.randint(size.vocab, (n,), generator=generator).to(backend.device) for n in lengths]
         self.targets = [torch.randint(size.vocab, (n,), generator=generator).to(backend.device) for n in lengths]
@@ -195,7 +218,7 @@ def verify_model(case: ModelCase) -> Iterator[Row]:
             total.elements += part.elements
             total.unequal += part.unequal
             total.worst = total.worst or part.worst
-        yield total.row(f"model {case.blocks.size.family}", axis, time.perf_counter() - start)
+        yield total.row(case.subject, axis, time.perf_counter() - start)
 
 
 def first_difference(case: ModelCase) -> Difference | None:

@@ -7,30 +7,34 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from miles_kernels.verify import attention_axes, controls, golden, model_axes, op_cases, row_axes
+from miles_kernels.verify import attention_axes, controls, decoder_case, extra_cases, golden, model_axes, op_cases, row_axes
 from miles_kernels.verify.backends import Backend, backend
 from miles_kernels.verify.blocks import FAMILIES, shape
 from miles_kernels.verify.report import Report, machine
 from miles_kernels.verify.result import Control, Row, Tally
 
-OPS = (*op_cases.NAMES, "attention", "window_attention", "latent_attention")
-MODELS = tuple(f"model {family}" for family in FAMILIES)
+OPS = (*op_cases.NAMES, *extra_cases.FP8_NAMES, "row_parallel_linear", "attention", "window_attention", "latent_attention")
+GPU_OPS = (*OPS, "compiled")
+"""On a GPU code compiled by torch.compile is covered too."""
+MODELS = (*(f"model {family}" for family in FAMILIES), *(f"decoder {name}" for name in decoder_case.CASES))
 DTYPES = ("float32", "bfloat16")
 
 
-def subjects(what: str) -> tuple[str, ...]:
+def subjects(what: str, device: str = "cpu") -> tuple[str, ...]:
     """Names a request stands for: "op", "model", "all", or a single one. Raises ValueError listing what there is."""
+    ops = GPU_OPS if device == "cuda" else OPS
     if what in ("op", "ops"):
-        return OPS
+        return ops
     if what == "model":
         return MODELS
     if what == "all":
-        return (*OPS, *MODELS)
-    if what in OPS:
+        return (*ops, *MODELS)
+    if what in ops or what in MODELS:
         return (what,)
     if f"model {what}" in MODELS:
         return (f"model {what}",)
-    raise ValueError(f"nothing called {what!r} to verify; there is: op, model, all, {', '.join((*OPS, *FAMILIES))}")
+    known = ", ".join((*ops, *FAMILIES, *(name for name in MODELS if name.startswith("decoder"))))
+    raise ValueError(f"nothing called {what!r} to verify on {device}; there is: op, model, all, {known}")
 
 
 def verify(
@@ -46,7 +50,7 @@ def verify(
 
     Raises ValueError for an unknown subject, a missing device, or float32 on CUDA (its kernels are for bfloat16).
     """
-    names = subjects(what)
+    names = subjects(what, device)
     if dtype not in DTYPES or (device == "cuda" and dtype != "bfloat16"):
         raise ValueError(f"dtype must be {' or '.join(DTYPES)} on the CPU and bfloat16 on CUDA, got {dtype!r} for {device}")
     ops = backend(device)
@@ -73,9 +77,13 @@ def _contract(device: str, dtype: str) -> str:
 def _rows(ops: Backend, names: Sequence[str], dtype: torch.dtype, seed: int) -> Iterator[Row]:
     large = ops.device == "cuda"
     sizes = row_axes.SIZES if large else row_axes.FEW_SIZES
-    chosen = tuple(name for name in names if name in op_cases.NAMES)
-    for name in chosen:
-        (op,) = op_cases.row_ops(ops, dtype, large=large, seed=seed, names=(name,))
+    for name in names:
+        if name in op_cases.NAMES:
+            (op,) = op_cases.row_ops(ops, dtype, large=large, seed=seed, names=(name,))
+        elif name in extra_cases.FP8_NAMES:
+            (op,) = extra_cases.fp8_ops(ops.device, dtype, large=large, seed=seed, names=(name,))
+        else:
+            continue
         yield from row_axes.verify_rows(op, sizes=_affordable(op, sizes), seed=seed)
         if name == "linear":
             yield op_cases.column_shards(ops, dtype)
@@ -86,16 +94,24 @@ def _rows(ops: Backend, names: Sequence[str], dtype: torch.dtype, seed: int) -> 
     for name in names:
         if name in ("attention", "window_attention", "latent_attention"):
             yield from attention_axes.verify_attention(_attention(ops, name, dtype, seed, large))
+    if "row_parallel_linear" in names:
+        yield extra_cases.row_shards(ops.device, dtype, large=large)
+    if "compiled" in names:
+        yield extra_cases.compiled(ops.device, dtype)
     for family in FAMILIES:
         if f"model {family}" in names:
             yield from model_axes.verify_model(_model(ops, family, dtype, seed))
+    for name in decoder_case.CASES:
+        if f"decoder {name}" in names:
+            size = shape(name.split()[0], large=large)
+            yield from decoder_case.verify_decoder(ops, size, dtype, _lengths(large), name, seed)
     if any(name in MODELS for name in names):
         yield _restart(ops, dtype)
 
 
 def _affordable(op: row_axes.RowOp, sizes: Sequence[int]) -> Sequence[int]:
     """All sizes for most ops; every fourth for those that read a whole vocabulary or all experts per row."""
-    heavy = op.name in ("logprob", "logits_logprob", "sample", "moe") and len(sizes) > 100
+    heavy = op.name in ("logprob", "logits_logprob", "sample", "moe", "fp8_moe") and len(sizes) > 100
     return sizes if not heavy else (*sizes[:20], *sizes[20::4])
 
 
@@ -115,8 +131,11 @@ def _attention(ops: Backend, name: str, dtype: torch.dtype, seed: int, large: bo
 
 def _model(ops: Backend, family: str, dtype: torch.dtype, seed: int) -> model_axes.ModelCase:
     large = ops.device == "cuda"
-    lengths = [700, 90, 260, 1, 33, 140] if large else [270, 130, 66, 1, 190, 33]
-    return model_axes.ModelCase(ops, shape(family, large=large), dtype, lengths, seed)
+    return model_axes.ModelCase(ops, shape(family, large=large), dtype, _lengths(large), seed)
+
+
+def _lengths(large: bool) -> list[int]:
+    return [700, 90, 260, 1, 33, 140] if large else [270, 130, 66, 1, 190, 33]
 
 
 def _restart(ops: Backend, dtype: torch.dtype) -> Row:
