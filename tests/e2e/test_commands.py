@@ -12,7 +12,7 @@ import torch
 def test_dry_run_writes_nothing_and_says_the_arithmetic(micro: Any) -> None:
     for command in ("train", "sft", "rollout"):
         code, said = micro.miles(command, "micro.toml", "--dry-run")
-        assert code == 0 and "dry run: nothing was written" in said and "memory, roughly" in said
+        assert code == 0 and "dry run: nothing was written" in said and "memory, planned" in said
     assert "4 examples" not in said
     _, said = micro.miles("train", "micro.toml", "--dry-run")
     assert "4 prompts × 4 completions = 16 sequences, at most 64 new tokens" in said

@@ -117,6 +117,25 @@ def report(ctx: typer.Context, run: Annotated[str, typer.Argument(metavar="RUN",
 
 
 @app.command()
+def plan(
+    ctx: typer.Context,
+    target: Annotated[
+        str, typer.Argument(metavar="RECIPE|FILE|SHAPE", help="A recipe, a TOML file, or a model's name such as qwen3-235b-a22b.")
+    ],
+    gpu: Annotated[str, typer.Option(help="Kind of GPU: a100-40, a100-80, l40s, h100, h200, b200.")] = "h200",
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 1,
+    engine_gpus: Annotated[int, typer.Option(min=1, help="GPUs one engine is cut over (shapes only).")] = 1,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a micro-batch (shapes only; 16384).")] = None,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Recompute layers in the backward pass (shapes only).")] = False,
+    why: Annotated[bool, typer.Option("--why", help="Say what every item of the worst phase is made of.")] = False,
+) -> None:
+    """Plan the memory of a run: bytes per phase, whether they fit, and what would make them fit. Needs no GPU."""
+    from miles_core.cli.plan import plan as show_plan
+
+    show_plan(target, ctx.obj, gpu=gpu, num_gpus=gpus, engine_gpus=engine_gpus, tokens=tokens, recompute=recompute, why=why)
+
+
+@app.command()
 def recipes(ctx: typer.Context) -> None:
     """List the recipes that ship with Miles."""
     _no_settings(ctx)

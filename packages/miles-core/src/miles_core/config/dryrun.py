@@ -8,12 +8,14 @@ from typing import Literal
 
 from miles_core.config.schema import RunConfig
 from miles_core.data.load import load_prompts, load_sft
+from miles_core.memory.jobs import Mode, device_of_run, job_of_run
+from miles_core.memory.parameters import count_parameters
+from miles_core.memory.plan import make_plan
+from miles_core.memory.show import verdict
 from miles_core.models import load_shape, prompt_room
 from miles_core.rollout import Scorer, load_filters
 from miles_kernels.nn.config import DecoderConfig
 from miles_rollout.text import Tokenizer
-
-_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def explain(config: RunConfig, mode: Literal["train", "sft", "rollout"], say: Callable[[str], None] = lambda line: None) -> str:
@@ -87,47 +89,16 @@ def _evaluation(config: RunConfig, shape: DecoderConfig, tokenizer: Tokenizer) -
     ]
 
 
-def num_parameters(shape: DecoderConfig) -> int:
-    """Weights of a decoder, the tied head once, norms and biases left out (they are under a thousandth)."""
-    h, d = shape.hidden_size, shape.head_dim
-    attention = h * d * (2 * shape.num_attention_heads + 2 * shape.num_key_value_heads)
-    dense = 3 * h * shape.intermediate_size
-    if shape.num_experts:
-        dense = shape.num_experts * 3 * h * shape.moe_intermediate_size + h * shape.num_experts
-    heads = 1 if shape.tie_word_embeddings else 2
-    return shape.num_hidden_layers * (attention + dense) + heads * shape.vocab_size * h
-
-
-def _memory(config: RunConfig, shape: DecoderConfig, mode: str) -> list[str]:
-    count, size = num_parameters(shape), _BYTES[config.model.dtype]
-    parts = {"weights": count * size}
-    if mode != "rollout":
-        master = 0 if size == 4 else 4
-        parts |= {"gradients": count * 4, "AdamW": count * (8 + master), "activations": _activations(config, shape)}
-    if mode != "sft" or config.eval.every is not None:
-        copies = 1 if mode == "rollout" else 2
-        kv_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * size
-        asked = config.rollout.prompts_per_step * config.rollout.group_size
-        running = min(config.engine.max_running, asked) * (config.sampling.max_new_tokens + 64) * kv_token
-        parts |= {
-            "engine (weights, staging)": copies * count * size if copies > 1 else 0,
-            "KV cache": min(config.engine.kv_memory_bytes, running),
-        }
-    named = ", ".join(f"{name} {_mib(value)}" for name, value in parts.items() if value)
+def _memory(config: RunConfig, shape: DecoderConfig, mode: Mode, num_processes: int = 1) -> list[str]:
+    """The memory plan in short; `miles plan` has the table."""
+    count = count_parameters(shape).total
+    plan = make_plan(job_of_run(config, shape, mode, device_of_run(config), num_processes))
+    phases = ", ".join(f"{phase.name} {_mib(phase.num_bytes)}" for phase in plan.phases)
     return [
         f"model: {shape.family}, {count / 1e6:.1f} M parameters, {config.model.dtype}",
-        f"memory, roughly: {_mib(sum(parts.values()))} = {named}",
+        f"memory, planned: {phases} on {plan.job.device.name} of {_mib(plan.job.device.memory_bytes)}",
+        *verdict(plan),
     ]
-
-
-def _activations(config: RunConfig, shape: DecoderConfig) -> int:
-    """fp32 values kept for backward: 10 hidden vectors and 3 of the feed-forward per token and layer, one vocabulary chunk."""
-    ffn = shape.intermediate_size if not shape.num_experts else shape.num_experts_per_tok * shape.moe_intermediate_size
-    per_token = shape.num_hidden_layers * (10 * shape.hidden_size + 3 * ffn)
-    context = min(shape.max_position_embeddings, 512)
-    sequences = config.rollout.prompts_per_step * config.rollout.group_size
-    tokens = min(config.trainer.max_tokens_per_microbatch, sequences * (config.sampling.max_new_tokens + context // 8))
-    return 4 * tokens * (per_token + min(4096, shape.vocab_size))
 
 
 def _mib(value: float) -> str:

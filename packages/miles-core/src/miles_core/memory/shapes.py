@@ -22,6 +22,8 @@ class Device:
     memory_bytes: int
     context_bytes: int
     """What a process takes for the CUDA context and the kernels' code before its first tensor."""
+    is_host: bool = False
+    """Whether it is this machine's own memory, which costs nothing until it is touched."""
 
 
 def _device(name: str, gib: float) -> Device:

@@ -1,0 +1,260 @@
+"""What every process of a run will hold in each phase, from shapes and settings alone: no torch, no weights, no GPU.
+
+Legend: N = weights, T = tokens of a micro-batch on one process, V = vocabulary, S = processes the trainer's state is cut over,
+b = bytes of a number in the model's dtype.
+
+A phase is a list of items that are alive together at its worst moment. Each item says what it is made of, so that a plan that
+turns out wrong can be argued with. The formulas are those of our trainer and engine, not of trainers in general.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from miles_core.memory.activations import kept_per_token, layer_peak_per_token
+from miles_core.memory.parameters import Parameters, count_parameters
+from miles_core.memory.shapes import Device
+from miles_kernels.nn.config import DecoderConfig
+
+MIB = 1 << 20
+NCCL_BYTES = 512 * MIB
+"""Buffers of the process groups of one process: taken beside torch's allocator, when the first collective runs."""
+WORKSPACE_BYTES = 64 * MIB
+"""cuBLAS and our split buffers."""
+FRAGMENTATION = 0.04
+"""Share of the allocator's bytes that lies between blocks."""
+STAGING_BYTES = 256 * MIB
+"""Most bytes in flight when weights are saved or published: one bucket on each side."""
+LOGPROB_ROWS, LOGPROB_STEP = 8192, 2048
+"""Rows and vocabulary columns of the logits that exist at a time in the fused log-probability."""
+
+
+class Item(NamedTuple):
+    """Something that takes memory."""
+
+    name: str
+    num_bytes: int
+    why: str
+
+
+class Phase(NamedTuple):
+    """What is alive at the worst moment of one part of a step, on one device."""
+
+    name: str
+    items: tuple[Item, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """All of it."""
+        return sum(item.num_bytes for item in self.items)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run as far as memory is concerned. Sizes are per run, unless they say per process.
+
+    Example: Job(shape=find_shape("qwen3-8b"), device=find_device("h200"), num_gpus=8)
+    """
+
+    shape: DecoderConfig
+    device: Device
+    num_gpus: int = 1
+    trains: bool = True
+    rolls_out: bool = True
+    dtype_bytes: int = 2
+    shard: int | None = None
+    """Processes that the trainer's state is cut over; None: all of them."""
+    cp: int = 1
+    master: str = "float32"
+    reference: bool = False
+    recompute: bool = False
+    microbatch_tokens: int = 16384
+    num_microbatches: int = 2
+    """Passes whose gradients are summed before an update; more than one keeps a sum beside the new gradient."""
+    engine_gpus: int = 1
+    """GPUs one engine is cut over."""
+    kv_bytes: int = 0
+    """Keys and values of one engine process."""
+    batched_tokens: int = 2048
+    max_running: int = 128
+
+    @property
+    def cut(self) -> int:
+        """Processes the trainer's state is cut over (S)."""
+        return self.shard or self.num_gpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Phases of one process on one device, and what its host and disk hold."""
+
+    job: Job
+    parameters: Parameters
+    phases: tuple[Phase, ...]
+    host: tuple[Item, ...]
+    disk: tuple[Item, ...]
+
+    @property
+    def worst(self) -> Phase:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.num_bytes)
+
+    @property
+    def room_bytes(self) -> int:
+        """What the device offers beyond the worst phase; negative when the run does not fit."""
+        return self.job.device.memory_bytes - self.worst.num_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase fits."""
+        return self.room_bytes >= 0
+
+
+def make_plan(job: Job) -> Plan:
+    """Plan a job. Raises ValueError when its layout is no layout."""
+    if job.num_gpus < 1 or job.num_gpus % job.cut:
+        raise ValueError(f"the trainer's state is cut over {job.cut} process(es), which does not divide {job.num_gpus} GPU(s)")
+    parameters = count_parameters(job.shape)
+    outside, trainer, engine = _outside(job), _trainer_at_rest(job, parameters), _engine_at_rest(job, parameters)
+    phases = []
+    if job.rolls_out:
+        phases.append(_phase("rollout", outside, trainer, engine, _kv(job), _engine_working(job)))
+    if job.trains:
+        phases += [_phase(name, outside, trainer, engine, _kv(job), items) for name, items in _train_moments(job, parameters)]
+    if job.trains and job.rolls_out:
+        phases.append(_phase("publish", outside, trainer, engine, _kv(job), _publishing(job, parameters)))
+    return Plan(job=job, parameters=parameters, phases=tuple(phases), host=_host(job, parameters), disk=_disk(job, parameters))
+
+
+def _phase(name: str, outside: list[Item], *groups: list[Item]) -> Phase:
+    """The items with bytes, and the allocator's share of waste on those it hands out."""
+    items = [item for group in groups for item in group if item.num_bytes]
+    waste = int(FRAGMENTATION * sum(item.num_bytes for item in items))
+    spare = Item("fragmentation", waste, f"{FRAGMENTATION:.0%} of what the allocator hands out")
+    return Phase(name, (*outside, *items, spare))
+
+
+def _outside(job: Job) -> list[Item]:
+    """Beside torch's allocator."""
+    if job.device.is_host:
+        return [Item("process", job.device.context_bytes, "Python and torch, before the first tensor")]
+    items = [
+        Item("CUDA context", job.device.context_bytes, "driver and kernels' code, before the first tensor"),
+        Item("workspaces", WORKSPACE_BYTES, "matrix products and split attention"),
+    ]
+    if job.num_gpus > 1:
+        items.append(Item("NCCL", NCCL_BYTES, "buffers of the process groups"))
+    return items
+
+
+def _trainer_at_rest(job: Job, parameters: Parameters) -> list[Item]:
+    """What the trainer holds between steps."""
+    if not job.trains:
+        return []
+    count, cut, size = parameters.total, job.cut, job.dtype_bytes
+    low = size < 4
+    masters = low and job.master == "float32"
+    items = [Item("weights", count * size // cut, f"N x {size} bytes" + _over(cut))]
+    if masters:
+        items.append(Item("float32 masters", count * 4 // cut, "N x 4" + _over(cut)))
+    items.append(Item("AdamW moments", count * 8 // cut, "N x (4 + 4)" + _over(cut)))
+    if job.reference:
+        items.append(Item("reference policy", count * size // cut, f"N x {size}, frozen" + _over(cut)))
+    return items
+
+
+def _train_moments(job: Job, parameters: Parameters) -> list[tuple[str, list[Item]]]:
+    """The three moments of an update that can be its worst."""
+    shape, cut, size = job.shape, job.cut, job.dtype_bytes
+    tokens = job.microbatch_tokens // job.cp
+    count = parameters.total // cut
+    gathered = 0 if cut == 1 else 2 * parameters.largest_layer * size
+    gather = Item("gathered layers", gathered, "the layer at work and the next one, whole")
+    kept = Item(
+        "activations",
+        tokens * kept_per_token(shape, size, recompute=job.recompute),
+        f"{tokens:,} tokens x {kept_per_token(shape, size, recompute=job.recompute):,} bytes kept for the backward pass",
+    )
+    working = Item("working set", tokens * layer_peak_per_token(shape, size, recompute=job.recompute), "one layer at work")
+    summed = Item("gradient sums", 4 * count if job.num_microbatches > 1 else 0, "N x 4" + _over(cut) + ", of the passes before")
+    fresh = Item("new gradients", count * (size if size < 4 else 4), f"N x {size}" + _over(cut))
+    widened = Item("gradient sums", 4 * count, "N x 4" + _over(cut))
+    layer_gradient = Item(
+        "layer gradient", 0 if cut == 1 else parameters.largest_layer * (4 + size), "whole, before it is summed over processes"
+    )
+    head = parameters.head or parameters.embedding
+    table = Item("gradient of the output projection", head * size // cut, "first of the backward pass")
+    return [
+        ("forward", [gather, kept, working, summed, _logprob(job, tokens), table]),
+        ("backward", [gather, working, summed, fresh, layer_gradient, *_when(job.recompute, kept)]),
+        ("optimizer", [widened, Item("layer gradient", head * size // cut, "the last one being widened")]),
+    ]
+
+
+def _when(condition: bool, item: Item) -> list[Item]:
+    return [item] if condition else []
+
+
+def _logprob(job: Job, tokens: int) -> Item:
+    vocab, hidden = job.shape.vocab_size, job.shape.hidden_size
+    rows = min(tokens, LOGPROB_ROWS)
+    logits = rows * min(LOGPROB_STEP, vocab) * job.dtype_bytes
+    statistics = rows * -(-vocab // 128) * 12
+    gradient = tokens * hidden * (job.dtype_bytes + 1)
+    why = f"{rows:,} x {min(LOGPROB_STEP, vocab):,} logits at a time, never {tokens:,} x {vocab:,}"
+    return Item("log-probability", max(logits, statistics) + gradient, why)
+
+
+def _engine_at_rest(job: Job, parameters: Parameters) -> list[Item]:
+    if not job.rolls_out:
+        return []
+    why = f"its own copy, N x {job.dtype_bytes}" + _over(job.engine_gpus)
+    return [Item("engine weights", parameters.total * job.dtype_bytes // job.engine_gpus, why)]
+
+
+def _kv(job: Job) -> list[Item]:
+    return [Item("KV cache", job.kv_bytes, "engine.kv_memory_bytes, reserved from the start")] if job.rolls_out else []
+
+
+def _engine_working(job: Job) -> list[Item]:
+    """A forward pass of the engine without gradients, and the logits of the rows that draw."""
+    tokens, vocab = job.batched_tokens, job.shape.vocab_size
+    working = tokens * layer_peak_per_token(job.shape, job.dtype_bytes, recompute=False)
+    logits = 4 * vocab * job.max_running
+    return [
+        Item("engine pass", working, f"{tokens:,} tokens, one layer at a time"),
+        Item("logits", logits, f"{job.max_running} rows x {vocab:,} x 4"),
+    ]
+
+
+def _publishing(job: Job, parameters: Parameters) -> list[Item]:
+    staged = parameters.total * job.dtype_bytes // job.engine_gpus
+    items = [Item("staged weights", staged, "the new version beside the old one, until every hash is checked")]
+    if job.cut > 1:
+        largest = max(parameters.embedding, parameters.largest_layer) * job.dtype_bytes
+        items.append(Item("gathered tensors", largest, "the largest that travels, whole"))
+    return items
+
+
+def _host(job: Job, parameters: Parameters) -> tuple[Item, ...]:
+    per_node = min(job.num_gpus, 8)
+    items = [Item("processes", per_node * 2400 * MIB, f"{per_node} process(es) with torch and CUDA")]
+    if job.trains:
+        items.append(Item("staging", per_node * STAGING_BYTES, "one bucket a process, for loading, saving and publishing"))
+    return tuple(items)
+
+
+def _disk(job: Job, parameters: Parameters) -> tuple[Item, ...]:
+    if not job.trains:
+        return ()
+    size = job.dtype_bytes
+    state = 8 + (4 if size < 4 and job.master == "float32" else 0)
+    return (
+        Item("one checkpoint", parameters.total * (size + state), f"N x ({size} + {state})"),
+        Item("one HF export", parameters.total * size, f"N x {size}"),
+    )
+
+
+def _over(cut: int) -> str:
+    return f" / {cut}" if cut > 1 else ""

@@ -1,0 +1,166 @@
+"""The plan's formulas against the module on the meta device, against what autograd keeps, and against arithmetic by hand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from miles_core.memory.activations import kept_per_token
+from miles_core.memory.knobs import remedies
+from miles_core.memory.parameters import count_parameters
+from miles_core.memory.plan import FRAGMENTATION, Job, make_plan
+from miles_core.memory.shapes import GIB, SHAPES, find_device, find_shape
+from miles_core.memory.show import plan_text, reasons_text, verdict
+from miles_kernels.nn.checkpoint import random_decoder
+from miles_kernels.nn.config import DecoderConfig
+from miles_kernels.nn.decoder import Decoder, PackedKV
+from miles_kernels.ops.attention import packed_plan
+
+MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+BIASED = DecoderConfig(
+    family="llama", vocab_size=77, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=6, attention_bias=True, mlp_bias=True,
+)  # fmt: skip
+MIXED = DecoderConfig(
+    family="qwen3_moe", vocab_size=77, hidden_size=24, intermediate_size=40, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=6, decoder_sparse_step=2, mlp_only_layers=(3,), **MOE,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [*SHAPES.values(), BIASED, MIXED], ids=[*SHAPES, "biases", "mixed layers"])
+def test_weights_are_counted_exactly(shape: DecoderConfig) -> None:
+    module = Decoder(shape, device="meta")
+    assert count_parameters(shape).total == sum(weight.numel() for weight in module.parameters())
+    largest = max(sum(weight.numel() for weight in layer.parameters()) for layer in module.layers)
+    assert count_parameters(shape).largest_layer == largest
+
+
+def _kept(shape: DecoderConfig, tokens: int, recompute: bool) -> int:
+    """Bytes autograd holds after a forward pass, weights aside, each storage once."""
+    module = random_decoder(shape, seed=0)
+    module.gradient_checkpointing = recompute
+    own = {weight.untyped_storage().data_ptr() for weight in module.parameters()}
+    held: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    plan, positions = packed_plan([tokens])
+    ids = torch.randint(0, shape.vocab_size, (tokens,))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = module.logprob(module(ids, positions, PackedKV(plan)), ids, 1.0)
+    assert out.logprob.requires_grad
+    return sum(held.values())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("moe", [{}, MOE], ids=["dense", "moe"])
+def test_kept_activations_are_what_autograd_holds(moe: dict[str, int], recompute: bool) -> None:
+    shape = DecoderConfig(
+        family="qwen3_moe" if moe else "qwen3", vocab_size=64, hidden_size=96, intermediate_size=224, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, **moe,
+    )  # fmt: skip
+    counted = (_kept(shape, 384, recompute) - _kept(shape, 128, recompute)) / 256
+    assert kept_per_token(shape, 4, recompute=recompute) == pytest.approx(counted, rel=0.05)
+    # the control: a formula that forgets a matrix of the feed-forward would be seen
+    assert kept_per_token(replace(shape, intermediate_size=160), 4, recompute=False) != pytest.approx(counted, rel=0.05) or moe
+
+
+def _job(name: str = "qwen3-8b", **changes: object) -> Job:
+    return replace(Job(shape=find_shape(name), device=find_device("h200"), kv_bytes=8 << 30), **changes)
+
+
+def test_bytes_by_hand() -> None:
+    plan = make_plan(_job(num_gpus=4, recompute=True))
+    count = 8_190_735_360
+    items = {item.name: item.num_bytes for item in next(phase for phase in plan.phases if phase.name == "backward").items}
+    assert items["weights"] == count * 2 // 4 and items["float32 masters"] == count and items["AdamW moments"] == count * 2
+    assert items["engine weights"] == count * 2 and items["KV cache"] == 8 << 30
+    assert items["new gradients"] == count * 2 // 4 and items["gradient sums"] == count
+    assert items["activations"] == 16384 * (36 * 2 * 4096 * 2 + 2 * 4096 * 2 + 16)
+    allocated = sum(size for name, size in items.items() if name not in ("CUDA context", "workspaces", "NCCL", "fragmentation"))
+    assert items["fragmentation"] == int(FRAGMENTATION * allocated)
+    assert plan.disk[0].num_bytes == count * 14
+
+
+def test_what_every_setting_saves() -> None:
+    def worst(**changes: object) -> int:
+        return make_plan(_job(**changes)).worst.num_bytes
+
+    base = worst()
+    for smaller in (
+        {"recompute": True}, {"master": "stochastic"}, {"kv_bytes": 1 << 30}, {"microbatch_tokens": 4096}, {"num_gpus": 4},
+        {"rolls_out": False}, {"cp": 2, "num_gpus": 2},
+    ):  # fmt: skip
+        assert worst(**smaller) < base, smaller
+    assert worst(reference=True) > base
+    assert {phase.name for phase in make_plan(_job(trains=False)).phases} == {"rollout"}
+    assert {phase.name for phase in make_plan(_job(rolls_out=False)).phases} == {"forward", "backward", "optimizer"}
+
+
+def test_a_run_that_does_not_fit_is_told_what_would() -> None:
+    plan = make_plan(_job(num_gpus=4, microbatch_tokens=32768))
+    assert not plan.fits and plan.room_bytes < 0
+    found = remedies(plan)
+    assert any(remedy.fits for remedy in found)
+    assert [remedy for remedy in found if remedy.fits] == [found[-1]], "the cheapest that fits ends the list"
+    lines = "\n".join(verdict(plan))
+    assert lines.startswith("does not fit: forward needs ") and f"with {found[-1].words}" in lines
+    assert make_plan(_job(num_gpus=4, microbatch_tokens=8192)).fits
+
+
+def test_no_setting_helps_an_engine_that_is_too_large() -> None:
+    plan = make_plan(_job("qwen3-235b-a22b", num_gpus=64))
+    text = "\n".join(verdict(plan))
+    assert "No setting helps enough" in text and not any(remedy.fits for remedy in remedies(plan))
+    assert any(remedy.fits for remedy in remedies(make_plan(_job("qwen3-235b-a22b", num_gpus=64, engine_gpus=8))))
+
+
+def test_the_table_adds_up() -> None:
+    plan = make_plan(_job(num_gpus=8))
+    text = plan_text(plan)
+    for phase in plan.phases:
+        assert f"{phase.num_bytes / GIB:.2f}" in text
+    assert text.splitlines()[-1].startswith("fits: ")
+    reasons = reasons_text(plan)
+    assert all(item.why in reasons for item in plan.worst.items)
+
+
+@pytest.mark.parametrize(("job", "words"), [({"num_gpus": 6, "shard": 4}, "does not divide 6"), ({"num_gpus": 0}, "0 GPU")])
+def test_layouts_that_are_none(job: dict[str, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make_plan(_job(**job))
+
+
+def test_unknown_names_are_answered_with_near_ones() -> None:
+    with pytest.raises(ValueError, match="near it: qwen3-8b"):
+        find_shape("qwen3-9b")
+    with pytest.raises(ValueError, match="known: a100-40"):
+        find_device("tpu")
+
+
+def _plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from miles_core.cli.app import main\ntry:\n main(sys.argv[1:])\nfinally:\n print('torch' in sys.modules)"
+    return subprocess.run([sys.executable, "-c", code, "plan", *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_the_command_on_a_laptop() -> None:
+    done = _plan("qwen3-235b-a22b", "--gpus", "64", "--engine-gpus", "8", "--why")
+    assert done.returncode == 1 and "does not fit: forward" in done.stdout
+    assert done.stdout.splitlines()[-1] == "False", "a plan of a shape needs no torch"
+    done = _plan("qwen3-0.6b", "--recompute")
+    assert done.returncode == 0 and "fits: " in done.stdout
+    done = _plan("qwen3-0.6b", "--trainer.recompute", "true")
+    assert done.returncode == 2 and "no settings" in done.stderr
+
+
+def test_the_command_for_a_recipe() -> None:
+    done = _plan("quickstart", "--engine.kv_memory_bytes", str(200 << 30))
+    assert done.returncode == 1 and "with engine.kv_memory_bytes = " in done.stdout
