@@ -20,6 +20,7 @@ from miles_rollout.router.proxy import Router
 from miles_rollout.server.admin import guarded
 from miles_rollout.server.errors import Handler, JSONResponse, RequestError, answers_errors, http_error
 from miles_rollout.server.observe import Observed
+from miles_rollout.server.openapi import document
 from miles_rollout.server.params import read_body, read_object
 from miles_rollout.server.status import table_page
 from miles_rollout.upstream import UpstreamError
@@ -66,6 +67,21 @@ async def status(router: Router, request: Request) -> Response:
         **{name: fleet.counts[name] for name in ("updates", "repushes", "retries", "restarts", "refused", "broken_streams")},
     }  # fmt: skip
     return table_page("miles-rollout router", facts, [worker.describe() for worker in fleet.workers.values()])
+
+
+async def openapi(router: Router, request: Request) -> Response:
+    """GET /openapi.json: this document."""
+    tables = {
+        path: (methods, _summary(path, function), False) for table in (OPEN, V1) for path, (function, methods) in table.items()
+    }
+    for path, function, method in ADMIN:
+        known = tables.get(path, ([], function.__doc__ or "", True))
+        tables[path] = ([*known[0], method], known[1], True)
+    return JSONResponse(document(tables, title="miles-rollout router", statuses=("502", "503", "504", "429", "400")))
+
+
+def _summary(path: str, function: RouterHandler) -> str:
+    return f"{path}, passed to a worker." if function is forward else function.__doc__ or ""
 
 
 async def list_workers(router: Router, request: Request) -> Response:
@@ -190,6 +206,7 @@ OPEN: dict[str, tuple[RouterHandler, list[str]]] = {
     "/health": (health, ["GET"]),
     "/health_generate": (health, ["GET"]),
     "/metrics": (metrics, ["GET"]),
+    "/openapi.json": (openapi, ["GET"]),
     **dict.fromkeys(("/model_info", "/get_model_info", "/server_info", "/get_server_info"), (forward, ["GET"])),
 }
 V1: dict[str, tuple[RouterHandler, list[str]]] = {

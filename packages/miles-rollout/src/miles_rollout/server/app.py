@@ -14,10 +14,19 @@ from starlette.routing import Route
 
 from miles_rollout.engine import Engine
 from miles_rollout.server import admin, chat, completions, info, native
-from miles_rollout.server.errors import Handler, answers_errors, http_error
+from miles_rollout.server.errors import Handler, JSONResponse, answers_errors, http_error
 from miles_rollout.server.observe import Observed
+from miles_rollout.server.openapi import document
 from miles_rollout.server.service import ServerConfig, Service, WeightLoader
 from miles_rollout.text import Tokenizer
+
+
+async def openapi(service: Service, request: Request) -> Response:
+    """GET /openapi.json: this document."""
+    tables = {path: (methods, function.__doc__ or "", table is ADMIN) for table in (OPEN, V1, ADMIN)
+              for path, (function, methods) in table.items()}  # fmt: skip
+    return JSONResponse(document(tables, title="miles-rollout"))
+
 
 ServiceHandler = Callable[[Service, Request], Awaitable[Response]]
 
@@ -30,6 +39,7 @@ OPEN: dict[str, tuple[ServiceHandler, list[str]]] = {
     "/server_info": (info.server_info, ["GET"]),
     "/get_server_info": (info.server_info, ["GET"]),
     "/metrics": (info.metrics, ["GET"]),
+    "/openapi.json": (openapi, ["GET"]),
 }
 V1: dict[str, tuple[ServiceHandler, list[str]]] = {
     "/v1/models": (info.models, ["GET"]),

@@ -6,19 +6,65 @@ import asyncio
 import errno
 import logging
 import socket
+import typing
 from collections.abc import Collection
 from types import FrameType
-from typing import Protocol
 
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 logger = logging.getLogger("miles_rollout.server")
+HEAD_S = 20.0
+"""How long the head of a request may take to arrive, counted from the connection or its first byte."""
 CONNECTIONS_S = 5
 """How long connections may take to send their last bytes after all requests have ended."""
 
 
-class DrainConfig(Protocol):
+class GuardedProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1 with a deadline for the head of a request, without which a silent connection stays for ever.
+
+    h11 whatever else is installed, because it bounds the size of a head.
+    """
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A caller has connected."""
+        super().connection_made(transport)
+        self._arm()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes have come."""
+        super().data_received(data)
+        if self._serving():
+            self._disarm()
+        elif self._timer is None:
+            self._arm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone."""
+        self._disarm()
+        super().connection_lost(exc)
+
+    def _serving(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _arm(self) -> None:
+        self._timer = self.loop.call_later(HEAD_S, self._too_slow)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _too_slow(self) -> None:
+        self._timer = None
+        if not self._serving() and not self.transport.is_closing():
+            self.transport.close()
+
+
+class DrainConfig(typing.Protocol):
     """The one setting that draining needs."""
 
     @property
@@ -27,7 +73,7 @@ class DrainConfig(Protocol):
         ...
 
 
-class Drainable(Protocol):
+class Drainable(typing.Protocol):
     """What stands behind an application's routes: an engine's service, or a router's fleet."""
 
     @property
@@ -137,7 +183,7 @@ async def serve(app: Starlette, sock: socket.socket, *, stop: asyncio.Event | No
     watch: asyncio.Future[None] | None = None
     try:
         listen(sock)
-        config = uvicorn.Config(app, log_level=log_level, lifespan="off", access_log=False, ws="none")
+        config = uvicorn.Config(app, http=GuardedProtocol, log_level=log_level, lifespan="off", access_log=False, ws="none")
         config.timeout_graceful_shutdown = CONNECTIONS_S
         server = DrainingServer(config, service)
         if stop is not None:
