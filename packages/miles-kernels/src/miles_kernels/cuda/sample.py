@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -19,11 +20,20 @@ class Drawn(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """How the pass over the logits is cut; changes no bits."""
+    """How the two kernels are cut; changes no bits."""
 
     blocks: int = 16
-    steps: int = 2
+    steps: int = 1
     warps: int = 4
+    draw_warps: int = 16
+    early: bool = True
+    """whether the second kernel may start before the first has ended (Hopper and later)"""
+
+
+@functools.cache
+def starts_early(device: int) -> bool:
+    """Whether kernels of the device can wait for their predecessor themselves."""
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def draw(
@@ -57,13 +67,15 @@ def draw(
     sums = torch.empty((2, rows, blocks), dtype=torch.int32, device=logits.device)
     top, total = sums[0].view(torch.float32), sums[1]
     cut = launch or Launch()
+    early = cut.early and starts_early(logits.device.index or 0)
     sample_kernels.block_sums[(-(-blocks // (cut.blocks * cut.steps)), rows)](
         logits, heat, top, total, vocab, blocks, logits.stride(0),
-        WARM=warm, BLOCKS=cut.blocks, STEPS=cut.steps, num_warps=cut.warps,
+        WARM=warm, BLOCKS=cut.blocks, STEPS=cut.steps, EARLY=early, num_warps=cut.warps,
     )  # fmt: skip
     sample_kernels.draw_token[(rows,)](
         logits, heat, key, sample_id.contiguous(), position.contiguous(), top, total, token, logprob, vocab, blocks,
-        logits.stride(0), WARM=warm, SEEDS=several, BLOCKS=max(128, next_power_of_2(blocks)), num_warps=8,
+        logits.stride(0), WARM=warm, SEEDS=several, BLOCKS=max(128, next_power_of_2(blocks)), EARLY=early,
+        num_warps=cut.draw_warps, launch_pdl=early,
     )  # fmt: skip
     return Drawn(token, logprob)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from miles_kernels.cuda.logprob_kernels import GRID, exponent_of, logprob_of, shift_to
 
@@ -83,12 +84,15 @@ def first_largest(score, ids):
 
 @triton.jit(do_not_specialize=["temperature"])
 def block_sums(
-    logits, temperature, top_out, total_out, V, N, stride, WARM: tl.constexpr, BLOCKS: tl.constexpr, STEPS: tl.constexpr
-):
+    logits, temperature, top_out, total_out, V, N, stride,
+    WARM: tl.constexpr, BLOCKS: tl.constexpr, STEPS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """Largest logit (NaN if one is) and sum of 2^(c z - r) on the grid 2^-23, per block of a row; [B, N] each.
 
     A tile is [BLOCKS, 4, 32]: Triton then gives a lane 16 logits of one block, which it reduces without its seven neighbours.
     """
+    if EARLY:
+        gdc_launch_dependents()
     row = tl.program_id(1).to(tl.int64)
     inverse, _ = inverse_temperature(temperature, row, WARM)
     c = inverse * LOG2E
@@ -115,15 +119,21 @@ def block_sums(
 @triton.jit(do_not_specialize=["seed", "temperature"])
 def draw_token(
     logits, temperature, seed, sample_id, position, top_in, total_in, token_out, logprob_out, V, N, stride,
-    WARM: tl.constexpr, SEEDS: tl.constexpr, BLOCKS: tl.constexpr,
+    WARM: tl.constexpr, SEEDS: tl.constexpr, BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Token (-1 where the logits are not numbers) and log-probability of a row from the sums of its blocks."""
+    """Token (-1 where the logits are not numbers) and log-probability of a row from the sums of its blocks.
+
+    `EARLY`: it may start while `block_sums` still runs, and makes the noise of the blocks meanwhile.
+    """
     row = tl.program_id(0).to(tl.int64)
     inverse, greedy = inverse_temperature(temperature, row, WARM)
     c = inverse * LOG2E
     seed = (tl.load(seed + row) if SEEDS else seed).to(tl.int64)
     key_low, key_high = row_keys(seed, tl.load(sample_id + row), tl.load(position + row))
     blocks = tl.arange(0, BLOCKS)
+    noise = gumbel(-1 - blocks, key_low, key_high)
+    if EARLY:
+        gdc_wait()
     tops = tl.load(top_in + row * N + blocks, mask=blocks < N, other=float("-inf"))
     total = tl.load(total_in + row * N + blocks, mask=blocks < N, other=0).to(tl.uint32, bitcast=True)
     highest = tl.reduce(tops, 0, larger)
@@ -132,7 +142,7 @@ def draw_token(
     top = exponent_of(highest, c)
     # a block: ln of its mass, relative to 2^top, and its noise
     mass = (r - top) * LN2 + libdevice.log(total.to(tl.float32) * 1.1920928955078125e-07)
-    score = tl.where(tops > float("-inf"), mass + gumbel(-1 - blocks, key_low, key_high), float("-inf"))
+    score = tl.where(tops > float("-inf"), mass + noise, float("-inf"))
     _, block = first_largest(tl.where(greedy, tops, score), blocks)
     # a token of it
     ids = tl.minimum(block, N - 1) * WIDTH + tl.arange(0, WIDTH)
