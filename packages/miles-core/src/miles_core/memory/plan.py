@@ -155,9 +155,14 @@ def _trainer_at_rest(job: Job, parameters: Parameters) -> list[Item]:
     count, cut, size = parameters.total, job.cut, job.dtype_bytes
     low = size < 4
     masters = low and job.master == "float32"
-    items = [Item("weights", count * size // cut, f"N x {size} bytes" + _over(cut))]
+    items = []
+    if cut == 1 or not masters:
+        items.append(Item("weights", count * size // cut, f"N x {size} bytes" + _over(cut)))
     if masters:
         items.append(Item("float32 masters", count * 4 // cut, "N x 4" + _over(cut)))
+    if masters and cut > 1:
+        tables = (parameters.embedding + parameters.head) * size // cut
+        items.append(Item("tables in the model's dtype", tables, "embedding and output projection, of which slices travel"))
     items.append(Item("AdamW moments", count * 8 // cut, "N x (4 + 4)" + _over(cut)))
     if job.reference:
         items.append(Item("reference policy", count * size // cut, f"N x {size}, frozen" + _over(cut)))
@@ -177,9 +182,11 @@ def _train_moments(job: Job, parameters: Parameters) -> list[tuple[str, list[Ite
         f"{tokens:,} tokens x {kept_per_token(shape, size, recompute=job.recompute):,} bytes kept for the backward pass",
     )
     working = Item("working set", tokens * layer_peak_per_token(shape, size, recompute=job.recompute), "one layer at work")
+    in_place = size == 4 or (cut > 1 and job.master == "float32")
     summed = Item("gradient sums", 4 * count if job.num_microbatches > 1 else 0, "N x 4" + _over(cut) + ", of the passes before")
-    fresh = Item("new gradients", count * (size if size < 4 else 4), f"N x {size}" + _over(cut))
+    fresh = Item("new gradients", 0 if in_place else count * size, f"N x {size}" + _over(cut) + ", until they are added")
     widened = Item("gradient sums", 4 * count, "N x 4" + _over(cut))
+    passed = widened if in_place else summed
     layer_gradient = Item(
         "layer gradient", 0 if cut == 1 else parameters.largest_layer * (4 + size), "whole, before it is summed over processes"
     )
@@ -187,7 +194,7 @@ def _train_moments(job: Job, parameters: Parameters) -> list[tuple[str, list[Ite
     table = Item("gradient of the output projection", head * size // cut, "first of the backward pass")
     return [
         ("forward", [gather, kept, working, summed, _logprob(job, tokens), table]),
-        ("backward", [gather, working, summed, fresh, layer_gradient, *_when(job.recompute, kept)]),
+        ("backward", [gather, working, passed, fresh, layer_gradient, *_when(job.recompute, kept)]),
         ("optimizer", [widened, Item("layer gradient", head * size // cut, "the last one being widened")]),
     ]
 
