@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--eager", action="store_true", help="no graphs")
     parser.add_argument("--profile", action="store_true", help="the kernels of a step, by time")
     parser.add_argument("--json", type=Path)
@@ -117,7 +118,8 @@ class Bench:
         self.decoder, self.batch, self.options = decoder, batch, options
         length = options.prompt_tokens + options.new_tokens
         config = EmbeddedConfig(
-            num_pages=batch * (length // 16 + 2) + 64,
+            page_size=options.page_size,
+            num_pages=batch * (length // options.page_size + 2) + 64,
             max_running=batch,
             max_batched_tokens=max(8192, batch),
             prefix_cache=False,
@@ -128,20 +130,13 @@ class Bench:
         self.core = EngineCore(decoder, CharTokenizer("abcdef"), config, num_pages=pages)
         self.rng = random.Random(batch)
         self.rounds = 0
+        self.made = 0.0
 
     def run(self, new_tokens: int) -> float:
         """Seconds until all requests of one round are answered."""
-        self.rounds += 1
-        jobs = []
-        for i in range(self.batch):
-            ids = tuple(self.rng.randrange(10, 150000) for _ in range(self.options.prompt_tokens))
-            sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, seed=self.rounds)
-            request = GenerateRequest(request_id=f"{self.rounds}-{i}", input_ids=ids, sampling=sampling, sample_ids=(i,))
-            jobs.append(Job(request, i, frozenset()))
+        self.ask(new_tokens)
         torch.cuda.synchronize()
         began = time.perf_counter()
-        for job in jobs:
-            self.core.add(job)
         results = []
         while self.core.has_work:
             results += [delivery.item for delivery in self.core.step()]
@@ -149,6 +144,16 @@ class Bench:
         made = sum(len(result.completions[0].token_ids) for result in results)
         assert made == self.batch * new_tokens, f"{made} tokens instead of {self.batch * new_tokens}"
         return seconds
+
+    def ask(self, new_tokens: int) -> None:
+        """Queue one round."""
+        self.rounds += 1
+        self.made = self.core.metrics()["num_generated_tokens"]
+        for i in range(self.batch):
+            ids = tuple(self.rng.randrange(10, 150000) for _ in range(self.options.prompt_tokens))
+            sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, seed=self.rounds)
+            request = GenerateRequest(request_id=f"{self.rounds}-{i}", input_ids=ids, sampling=sampling, sample_ids=(i,))
+            self.core.add(Job(request, i, frozenset()))
 
     def measure(self, bandwidth: float) -> dict[str, float]:
         """One row of the table."""
@@ -172,14 +177,30 @@ class Bench:
 
     def alone(self) -> tuple[float, float]:
         """(device seconds of the captured step, host seconds of a step when the device is never waited for)."""
-        graphs = self.core._runner.graphs
-        if graphs is None or not graphs.num_captured:
+        graph = self.step_in_the_middle()
+        if graph is None:
             return float("nan"), float("nan")
-        graph = graphs._captured[max(graphs._captured)].graph
-        graph.replay()
         times = 20
         device = seconds_of(lambda: [graph.replay() for _ in range(times)]) / times
+        self.stop()
         return device, self.host_seconds()
+
+    def step_in_the_middle(self) -> Any:
+        """The graph of a step with all sequences half way; replayed, it does the same step again. None without graphs."""
+        graphs = self.core._runner.graphs
+        if graphs is None:
+            return None
+        self.ask(self.options.new_tokens)
+        while self.core.metrics()["num_generated_tokens"] - self.made < self.batch * self.options.new_tokens // 2:
+            self.core.step()
+        self.core.settle()
+        size = next(size for size in graphs._sizes if size >= self.batch)
+        return graphs._captured[max(key for key in graphs._captured if key[0] == size)].graph
+
+    def stop(self) -> None:
+        """End the requests that are running."""
+        for i in range(self.batch):
+            self.core.abort(f"{self.rounds}-{i}")
 
     def host_seconds(self) -> float:
         """Mean host seconds of a step, waits for the device taken out."""
@@ -221,15 +242,16 @@ class Bench:
 
     def profile(self) -> None:
         """Kernels of one replayed step, by total time."""
-        graphs = self.core._runner.graphs
-        if graphs is None or not graphs.num_captured:
+        graph = self.step_in_the_middle()
+        if graph is None:
             return
-        key = max(graphs._captured)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-            graphs._captured[key].graph.replay()
+            graph.replay()
             torch.cuda.synchronize()
+        self.stop()
         events = sorted(found.key_averages(), key=lambda event: -event.device_time_total)
-        print(f"  one step of {key[0]} rows, keys up to {key[1]}: {sum(event.count for event in events)} kernels")
+        events = [event for event in events if event.device_time_total > 0]
+        print(f"  one step of {self.batch} rows: {sum(event.count for event in events)} kernels")
         for event in events[:24]:
             print(f"  {event.device_time_total:9.1f} us  {event.count:5d} x  {event.key[:100]}")
 

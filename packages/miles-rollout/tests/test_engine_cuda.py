@@ -46,7 +46,7 @@ def requests(count: int, seed: int, *, plain: bool = False) -> list[GenerateRequ
         sampling = SamplingParams(
             temperature=rng.choice([1.0, 0.7, 0.0, 1.3]),
             top_k=-1 if plain else rng.choice([-1, -1, -1, 20]),
-            max_new_tokens=rng.choice([1, 2, 30, 100, 500]),
+            max_new_tokens=rng.choice([1, 2, 30, 60, 120]),
             min_new_tokens=0 if plain else rng.choice([0, 0, 0, 1]),
             stop_token_ids=tuple(rng.randrange(2048) for _ in range(20)) if rng.random() < 0.3 else (),
             seed=rng.randrange(2**40),
@@ -89,20 +89,19 @@ def outcome(result: GenerateResult) -> Any:
 @pytest.mark.parametrize("shape", [DENSE, MOE], ids=["dense", "moe"])
 def test_graphs_and_overlap_give_the_bits_of_the_eager_engine(shape: DecoderConfig):
     decoder = make(shape)
-    for seed in (1, 2):
-        asked = requests(60, seed)
-        eager = serve(decoder, EAGER, asked, seed)
-        for config in (
-            CONFIG,
-            msgspec.structs.replace(CONFIG, overlap=False),
-            msgspec.structs.replace(CONFIG, cuda_graphs=False),
-            msgspec.structs.replace(CONFIG, max_running=7, num_pages=120, prefix_cache=False),
-            msgspec.structs.replace(CONFIG, draft="ngram"),
-        ):
-            found = serve(decoder, config, asked, seed + 5)
-            assert found.keys() == eager.keys()
-            for name, result in eager.items():
-                assert outcome(found[name]) == outcome(result), (config, name)
+    asked = requests(40, 1)
+    eager = serve(decoder, EAGER, asked, 1)
+    for config in (
+        CONFIG,
+        msgspec.structs.replace(CONFIG, overlap=False, page_size=64, num_pages=150),
+        msgspec.structs.replace(CONFIG, cuda_graphs=False),
+        msgspec.structs.replace(CONFIG, max_running=7, num_pages=80, prefix_cache=False),
+        msgspec.structs.replace(CONFIG, draft="ngram"),
+    ):
+        found = serve(decoder, config, asked, 5)
+        assert found.keys() == eager.keys()
+        for name, result in eager.items():
+            assert outcome(found[name]) == outcome(result), (config, name)
 
 
 @pytest.mark.parametrize("shape", [DENSE, MOE], ids=["dense", "moe"])
@@ -129,7 +128,7 @@ def test_every_token_has_the_trainers_bits(shape: DecoderConfig):
                 ids_by_layer = torch.stack([routed[layer] for layer in sorted(routed)], 1)[:-1]
                 experts = torch.frombuffer(bytearray(completion.routed_experts.data), dtype=torch.uint8)
                 assert torch.equal(ids_by_layer.cpu().to(torch.uint8).flatten(), experts)
-    assert compared > 2000
+    assert compared > 1000
     assert any(c.routed_experts is not None for r in found.values() for c in r.completions) == (shape is MOE)
 
 
