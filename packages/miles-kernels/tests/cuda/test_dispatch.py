@@ -8,13 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
-from miles_kernels.bench import report
-from miles_kernels.bench.__main__ import main as bench
-from miles_kernels.cuda import dispatch, dispatch_ops, fp8, grouped
+from miles_kernels import cli
+from miles_kernels.bench import model, report, stock
+from miles_kernels.bench.command import main as bench
+from miles_kernels.cuda import dispatch, dispatch_ops, grouped
+from miles_kernels.cuda import fp8 as fp8_on_cuda
 from miles_kernels.cuda.gemm_table import TABLE
 from miles_kernels.cuda.gemm_triton import Tile, default_tile
 from miles_kernels.cuda.logprob import backward_chunks, inverse_temperature
+from miles_kernels.nn.checkpoint import random_decoder
+from miles_kernels.nn.decoder import PackedKV
+from miles_kernels.ops import fp8
+from miles_kernels.ops.attention import packed_plan
+from miles_kernels.parity import tiny_config
 
 ALL = frozenset(dispatch.BACKENDS)
 
@@ -70,7 +78,8 @@ def test_tiles_fit_shared_memory_and_the_fp8_instruction() -> None:
     tiles += [grouped.default_tile(r, gated) for r in (0.1, 6, 20, 64, 512) for gated in (False, True)]
     for tile in tiles:
         assert (tile.rows + 2 * tile.cols) * tile.depth * 2 * tile.stages <= 2 * 227 * 1024
-    assert all(fp8.default_tile(m).rows >= 64 and fp8.default_tile(m).cols <= 128 for m in (1, 16, 64, 65, 8192))
+    chosen = [fp8_on_cuda.default_tile(m) for m in (1, 16, 64, 65, 8192)]
+    assert all(tile.rows >= 64 and tile.cols <= 128 for tile in chosen)
 
 
 @pytest.mark.parametrize("hidden", [128, 1024, 2048, 2560, 4096])
@@ -157,6 +166,49 @@ def test_bench_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str], monkeyp
     assert "needs a CUDA device" in capsys.readouterr().err
     assert bench(["gem"]) == 2
     assert "no section gem" in capsys.readouterr().err
+
+
+def test_the_command_lists_sections_and_an_h100_takes_the_table_of_its_sister(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    assert "model-0.6b" in capsys.readouterr().out
+    assert dispatch.table_of("NVIDIA H100 80GB HBM3") is dispatch.TABLE["NVIDIA H200"] is dispatch.table_of("NVIDIA H200")
+    assert dispatch.table_of("NVIDIA H1000") == dispatch.table_of("A100") == {}
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_default_of_the_model_bench_is_the_decoder_on_stock_ops(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(stock.BACKENDS, "default", SDPBackend.MATH)
+    decoder = random_decoder(tiny_config("qwen3"), 3)
+    batch, length = 3, 24
+    ids = torch.randint(decoder.config.vocab_size, (batch, length))
+    plan, positions = packed_plan([length] * batch)
+    default = stock.Stock(decoder)
+    hidden = decoder(ids.view(-1), positions, PackedKV(plan))
+    if grad:
+        targets = ids.view(-1).roll(-1)
+        ours = decoder.logprob(hidden, targets, entropy=False).logprob
+        theirs = default.logprob(ids, torch.arange(length), targets)
+        assert torch.allclose(ours, theirs, atol=1e-4)
+        parameters = list(decoder.parameters())
+        for a, b in zip(*(torch.autograd.grad(x.mean(), parameters) for x in (ours, theirs)), strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+        return
+    shape = (decoder.config.num_hidden_layers, 2, batch, length, decoder.config.num_key_value_heads, decoder.config.head_dim)
+    cache = [(layer[0], layer[1]) for layer in torch.full(shape, 9.0)]
+    with torch.no_grad():
+        default.logits(ids[:, :-1].contiguous(), torch.arange(length - 1), [(k[:, :-1], v[:, :-1]) for k, v in cache])
+        decoded = default.logits(ids[:, -1:].contiguous(), torch.tensor([length - 1]), cache)
+        assert torch.allclose(decoded, decoder.logits(hidden).view(batch, length, -1)[:, -1], atol=1e-4)
+        cache[0][0][:, 3] += 1  # negative control: the cache is really read
+        again = default.logits(ids[:, -1:].contiguous(), torch.tensor([length - 1]), cache)
+        assert not torch.allclose(again, decoded, atol=1e-4)
+
+
+def test_work_of_a_model_counts_its_products() -> None:
+    config = model.SHAPES["0.6B"]
+    weights = 28 * (1024 * (2048 + 2 * 1024) + 2048 * 1024 + 3 * 1024 * 3072)
+    assert model._work(config, 10, 2, 55) == 2 * 10 * weights + 2 * 2 * 1024 * 151936 + 4 * 55 * 2048 * 28
 
 
 def test_tile_names() -> None:
