@@ -153,7 +153,7 @@ class AdamW:
             [self.exp_avg[i] for i in chosen],
             [self.exp_avg_sq[i] for i in chosen],
             [],
-            [torch.tensor(float(self.num_updates), device=weight.device) for weight in weights],
+            list(torch.full((len(weights),), float(self.num_updates), device=weights[0].device).unbind()),
             fused=True,
             amsgrad=False,
             beta1=self.cfg.betas[0],

@@ -95,8 +95,8 @@ class ShardedModel(WholeModel):
     ) -> None:
         super().__init__(decoder)
         self.layout, self.keep = layout, keep
-        groups: dict[str, Any] = _groups_of(layout, self.device.type) if beside is None else beside.groups
-        self.groups = groups
+        self.groups: dict[str, Any] = _groups_of(layout, self.device.type) if beside is None else beside.groups
+        groups = self.groups
         self.replica: Group = groups["shard"].get_group()
         self.copies: Group = groups["replicate"].get_group()
         self.context = (layout.context_rank(dist.get_rank()), layout.cp)

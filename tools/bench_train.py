@@ -1,0 +1,293 @@
+"""Training steps of the `fsdp` backend on one GPU against the same model in plain torch.
+
+tools/bench_train.py [--shapes 0.6B,4B] [--tokens 16384] [--steps 5] [--out FILE]
+
+Both sides see the same tokens and use the same AdamW (float32 sums and moments); the rival is written here with F.linear
+(cuBLAS), F.rms_norm and SDPA's flash kernel, in bfloat16, and scores the vocabulary in whichever way is faster for it: all logits
+at once, or slices that are recomputed in the backward. One runs after the other, on the same card.
+Prints a table and, with --out, the same as JSON:
+tokens/s of both, ratio, MFU of ours, peak memory, and the largest single block the allocator gave out in our step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from miles_core.algorithm.config import AlgorithmConfig
+from miles_core.trainer.batch import SftExample, TrainBatch
+from miles_core.trainer.config import OptimizerConfig, TrainerConfig
+from miles_core.trainer.fsdp import FsdpTrainer
+from miles_core.trainer.optim import AdamW, global_norm
+from miles_kernels.contract import Contract
+from miles_kernels.nn.config import DecoderConfig
+from miles_kernels.nn.decoder import Decoder
+from miles_rollout.wire import Sample
+
+PEAK_FLOPS = 989e12  # dense bfloat16 of an H100 or H200 SXM
+SHAPES: dict[str, dict[str, int]] = {
+    "0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "4B": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+}
+
+
+def shape_of(name: str) -> DecoderConfig:
+    """A Qwen3 shape."""
+    return DecoderConfig(
+        family="qwen3",
+        vocab_size=151936,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
+        **SHAPES[name],
+    )
+
+
+def random_weights(config: DecoderConfig) -> Decoder:
+    """Weights drawn on the GPU: quick, and the values do not matter here."""
+    decoder = Decoder(config, Contract.for_device("cuda", "bfloat16"), dtype=torch.bfloat16, device="cuda")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(0.0, 0.02)
+    return decoder
+
+
+class Rival(nn.Module):
+    """Qwen3 in plain torch over equally long sequences [B, L]."""
+
+    def __init__(self, config: DecoderConfig, recompute: bool) -> None:
+        super().__init__()
+        self.config, self.recompute = config, recompute
+        h, d = config.hidden_size, config.head_dim
+        q, kv, inner = config.num_attention_heads * d, config.num_key_value_heads * d, config.intermediate_size
+
+        def weight(*size: int) -> nn.Parameter:
+            drawn = torch.empty(size, device="cuda", dtype=torch.bfloat16)
+            return nn.Parameter(drawn.fill_(1.0) if len(size) == 1 else drawn.normal_(0.0, 0.02))
+
+        self.embed, self.norm = weight(config.vocab_size, h), weight(h)
+        self.blocks = nn.ModuleList(
+            nn.ParameterDict(
+                {
+                    "norm1": weight(h), "qkv": weight(q + 2 * kv, h), "q_norm": weight(d), "k_norm": weight(d), "o": weight(h, q),
+                    "norm2": weight(h), "gate_up": weight(2 * inner, h), "down": weight(h, inner),
+                }
+            )
+            for _ in range(config.num_hidden_layers)
+        )  # fmt: skip
+
+    def block(self, w: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        c, eps = self.config, self.config.rms_norm_eps
+        batch, length, _ = x.shape
+        qkv = F.linear(F.rms_norm(x, x.shape[-1:], w["norm1"], eps), w["qkv"]).view(batch, length, -1, c.head_dim)
+        q, k, v = qkv.split((c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads), 2)
+        q = rotate(F.rms_norm(q, (c.head_dim,), w["q_norm"], eps), cos, sin).transpose(1, 2)
+        k = rotate(F.rms_norm(k, (c.head_dim,), w["k_norm"], eps), cos, sin).transpose(1, 2)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            out = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True, enable_gqa=True)
+        x = x + F.linear(out.transpose(1, 2).reshape(batch, length, -1), w["o"])
+        gate, up = F.linear(F.rms_norm(x, x.shape[-1:], w["norm2"], eps), w["gate_up"]).chunk(2, -1)
+        return x + F.linear(F.silu(gate) * up, w["down"])
+
+    def forward(self, ids: Tensor, keep: slice, sliced: bool) -> Tensor:
+        """log p of the tokens ids[:, keep], flat."""
+        length, half = ids.shape[1], self.config.head_dim // 2
+        angle = torch.arange(length, device="cuda")[:, None] * 1e4 ** (-torch.arange(half, device="cuda") / half)
+        cos, sin = (t.bfloat16()[:, None] for t in (angle.cos(), angle.sin()))
+        x = F.embedding(ids, self.embed)
+        for w in self.blocks:
+            run = lambda y, w=w: self.block(w, y, cos, sin)  # noqa: E731
+            x = checkpoint(run, x, use_reentrant=False) if self.recompute else run(x)
+        x = F.rms_norm(x, x.shape[-1:], self.norm, self.config.rms_norm_eps)
+        rows, targets = x[:, :-1][:, keep].reshape(-1, x.shape[-1]), ids[:, 1:][:, keep].reshape(-1)
+        if not sliced:
+            return -F.cross_entropy(F.linear(rows, self.embed).float(), targets, reduction="none")
+
+        def score(part: Tensor, target: Tensor) -> Tensor:
+            return -F.cross_entropy(F.linear(part, self.embed).float(), target, reduction="none")
+
+        pairs = zip(rows.split(2048), targets.split(2048), strict=True)
+        return torch.cat([checkpoint(score, part, target, use_reentrant=False) for part, target in pairs])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def flops(config: DecoderConfig, batch: int, length: int, scored: int) -> float:
+    """Forward and backward of a step, recomputation not counted."""
+    h, d, heads = config.hidden_size, config.head_dim, config.num_attention_heads
+    per_layer = h * d * (2 * heads + 2 * config.num_key_value_heads) + 3 * h * config.intermediate_size
+    products = 2.0 * batch * length * per_layer * config.num_hidden_layers
+    attention = 4.0 * batch * length * length / 2 * heads * d * config.num_hidden_layers
+    return 3 * (products + attention + 2.0 * scored * h * config.vocab_size)
+
+
+def make_batch(kind: str, tokens: int, vocab: int) -> tuple[TrainBatch, Tensor, slice]:
+    """SFT: one sequence, all of it imitated. RL: eight completions of three quarters of a sequence each."""
+    generator = torch.Generator().manual_seed(1)
+    count = 1 if kind == "sft" else 8
+    ids = torch.randint(0, vocab, (count, tokens // count), generator=generator)
+    length, prompt = ids.shape[1], 1 if kind == "sft" else ids.shape[1] // 4
+    mask = (*(False for _ in range(prompt)), *(True for _ in range(length - prompt)))
+    if kind == "sft":
+        return TrainBatch.from_sft([SftExample(tuple(ids[0].tolist()), mask)]), ids.cuda(), slice(0, None)
+    samples = [
+        Sample(
+            sample_id=i, group_id=0, prompt_id="p", token_ids=tuple(row.tolist()), loss_mask=mask,
+            rollout_logprobs=tuple(-12.0 if m else 0.0 for m in mask), temperature=1.0, reward=float(i % 3), reward_status="ok",
+        )
+        for i, row in enumerate(ids)
+    ]  # fmt: skip
+    return TrainBatch.from_groups(samples, AlgorithmConfig()), ids.cuda(), slice(prompt - 1, None)
+
+
+def rival_step(model: Rival, optimizer: AdamW, kind: str, ids: Tensor, keep: slice, advantage: Tensor, sliced: bool) -> None:
+    logprob = model(ids, keep, sliced)
+    if kind == "sft":
+        loss = -logprob.mean()
+    else:
+        ratio = (logprob - logprob.detach()).exp()
+        loss = torch.maximum(-ratio * advantage, -ratio.clamp(0.8, 1.2) * advantage).mean()
+    loss.backward()
+    optimizer.collect()
+    gradients = optimizer.gradients()
+    norm = float(global_norm(gradients))
+    if norm > 1.0:
+        torch._foreach_mul_(gradients, 1.0 / norm)
+    optimizer.step(gradients)
+    optimizer.clear()
+
+
+def timed(step: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def largest_block(step: Callable[[], object]) -> int:
+    """Bytes of the largest tensor the allocator gave out during a step."""
+    torch.cuda.memory._record_memory_history(max_entries=200_000, stacks="python", context=None)
+    step()
+    torch.cuda.synchronize()
+    trace = torch.cuda.memory._snapshot()["device_traces"][0]
+    torch.cuda.memory._record_memory_history(enabled=None)
+    sizes = [entry["size"] for entry in trace if entry["action"] == "alloc"]
+    assert len(sizes) > 100, "the allocator's trace is empty"
+    return max(sizes)
+
+
+def free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def measure(name: str, kind: str, tokens: int, steps: int) -> dict[str, Any]:
+    """One row of the table."""
+    config = shape_of(name)
+    big = name == "4B"
+    master = "stochastic" if big and torch.cuda.get_device_properties(0).total_memory < 100e9 else "float32"
+    batch, ids, keep = make_batch(kind, tokens, config.vocab_size)
+    row: dict[str, Any] = {"shape": name, "kind": kind, "tokens": tokens, "recompute": big, "master": master}
+    free()
+    own = measure_ours(config, batch, row, steps)
+    free()
+    theirs = measure_rival(config, kind, batch, ids, keep, row, steps)
+    free()
+    row["tokens_per_s"] = tokens / own
+    row["ratio"] = theirs / own
+    row["mfu"] = flops(config, len(ids), ids.shape[1], batch.num_tokens) / own / PEAK_FLOPS
+    return row
+
+
+def measure_ours(config: DecoderConfig, batch: TrainBatch, row: dict[str, Any], steps: int) -> float:
+    """Median seconds of a step; peak and largest block go into `row`."""
+    settings = TrainerConfig(max_tokens_per_microbatch=row["tokens"], recompute=row["recompute"], master=row["master"])
+    trainer = FsdpTrainer(random_weights(config), AlgorithmConfig(), settings, OptimizerConfig(lr=1e-6))
+    trainer.step(batch)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    trainer.step(batch)
+    torch.cuda.synchronize()
+    row["peak_bytes"] = torch.cuda.max_memory_allocated()
+    row["largest_block_bytes"] = largest_block(lambda: trainer.step(batch))
+    row["logits_bytes"] = batch.num_tokens * config.vocab_size * 2
+    return median([timed(lambda: trainer.step(batch)) for _ in range(steps)])
+
+
+def measure_rival(
+    config: DecoderConfig, kind: str, batch: TrainBatch, ids: Tensor, keep: slice, row: dict[str, Any], steps: int
+) -> float:
+    """Median seconds of the rival's better way of scoring."""
+    advantage = torch.ones((), device="cuda") if batch.advantage is None else batch.advantage.cuda()
+    rival = Rival(config, recompute=row["recompute"])
+    optimizer = AdamW(list(rival.named_parameters()), OptimizerConfig(lr=1e-6), stochastic=row["master"] == "stochastic")
+    found = []
+    for how in ("sliced", "whole"):
+        run = partial(rival_step, rival, optimizer, kind, ids, keep, advantage, how == "sliced")
+        try:
+            run()
+            torch.cuda.reset_peak_memory_stats()
+            found.append(median([timed(run) for _ in range(steps)]))
+            row[f"rival_{how}_tokens_per_s"] = row["tokens"] / found[-1]
+            row[f"rival_{how}_peak_bytes"] = torch.cuda.max_memory_allocated()
+        except torch.OutOfMemoryError:
+            optimizer.clear()
+            row[f"rival_{how}"] = "out of memory"
+        free()
+    return min(found)
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="0.6B,4B")
+    parser.add_argument("--kinds", default="sft,rl")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no GPU here: this measures one; see tools/compare_trl.py for the CPU")
+    print(torch.cuda.get_device_name(0), "torch", torch.__version__, flush=True)
+    rows: list[dict[str, Any]] = []
+    for name in options.shapes.split(","):
+        for kind in options.kinds.split(","):
+            try:
+                rows.append(measure(name, kind, options.tokens, options.steps))
+                print(
+                    {k: round(v, 4) if isinstance(v, float) and math.isfinite(v) else v for k, v in rows[-1].items()}, flush=True
+                )
+            except Exception:
+                traceback.print_exc()
+                free()
+            if options.out:
+                with open(options.out, "w", encoding="utf-8") as file:
+                    json.dump({"device": torch.cuda.get_device_name(0), "torch": torch.__version__, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
