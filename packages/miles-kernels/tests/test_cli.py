@@ -97,6 +97,13 @@ def test_parity_notices_a_model_that_is_not_aligned(capsys, monkeypatch):
     assert capsys.readouterr().out.endswith("UNEQUAL in 2 schedules\n")
 
 
+@pytest.mark.parametrize("mode", ["tile", "exact"])
+def test_the_other_tiers_are_aligned_too(mode):
+    decoder = random_decoder(small("llama"), 0, contract=Contract.reference(matmul=mode))
+    rows = list(run_parity(decoder, num_threads=(1,)))
+    assert rows and all(row.equal for row in rows)
+
+
 def test_one_changed_bit_is_counted():
     decoder = random_decoder(small("llama"), 1)
     work = Workload.random(50, 3, groups=2, group_size=2)

@@ -9,7 +9,7 @@ from miles_kernels.testing import assert_bitwise_equal, sweep_rows
 
 SHAPES = [(128, 384), (384, 128), (576, 576), (1088, 272), (47, 20), (50, 1), (33, 100), (16, 8)]
 SIZES = (1, 2, 5, 11, 16, 17, 64)
-MODES = ["native", "exact"]
+MODES = ["native", "tile", "exact"]
 
 
 @pytest.mark.parametrize("mode", MODES)

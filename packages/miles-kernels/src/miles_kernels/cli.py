@@ -102,7 +102,8 @@ def _probe(options: argparse.Namespace) -> int:
         print(f"  native differs: {failure}")
     if report.failures:
         print(
-            "native products are not batch-invariant in this process; the exact mode replaces them (same bits, about 2x slower)"
+            f"native products are not batch-invariant in this process; the {report.mode} mode replaces them "
+            "(invariant, but other bits than native ones, and slower)"
         )
     return 0
 

@@ -88,7 +88,7 @@ class Contract:
     dtype: str
     """dtype of parameters and activations: "float32" or "bfloat16"; all arithmetic is float32"""
     matmul: Mode
-    """how products are computed: "native" BLAS (proved by the probe) or "exact" grid arithmetic"""
+    """how products are computed: "native" BLAS or "tile"s of it (proved by the probe), or "exact" grid arithmetic"""
     platform: str
     """fingerprint of this machine's bits (`ProbeReport.fingerprint`): another BLAS or CPU may round differently"""
     kernels: str = "torch"

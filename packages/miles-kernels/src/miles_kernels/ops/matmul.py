@@ -1,12 +1,13 @@
 """The one GEMM primitive. Every product whose bits a row's neighbours must not change goes through here.
 
-Two modes, chosen per process by `miles_kernels.probe`:
+Three modes, chosen per process by `miles_kernels.probe`, the first that it proves:
 
 - `native`: the BLAS of this machine, kept inside the shape range in which its bits for one output row do not depend on
   the other rows, on the row's position or on the number of threads (at least 16 rows; few columns in multiples of 16).
+- `tile`: the same BLAS in products of 16 rows each, all of one shape: for libraries whose kernels change with the rows.
 - `exact`: rows are rounded to a power-of-two grid coarse enough that every partial sum of the float64 GEMM is exact,
   so that any order, blocking or BLAS gives the same bits by construction. Slower (about 2x) and coarser (19 to 23
-  significant bits), for machines on which the native path is not proven.
+  significant bits), for machines on which nothing else is proven.
 
 Inputs of any float dtype are up-cast to float32; results are float32.
 """
@@ -18,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Mode = Literal["native", "exact"]
+Mode = Literal["native", "tile", "exact"]
 
 MIN_ROWS = 16
 """Narrow GEMMs with fewer rows take other kernels (gemv, small-M); they are padded with zero rows."""
@@ -94,8 +95,11 @@ def mm(a: Tensor, b: Tensor, mode: Mode | None = None) -> Tensor:
         a = a.float()
     if b.dtype is not torch.float32:
         b = b.float()
-    if (mode or default_mode()) == "exact":
+    mode = mode or default_mode()
+    if mode == "exact":
         return _mm_exact(a, b)
+    if mode == "tile":
+        return mm_tiles(a, b)
     if a.stride(1) != 1:
         a = a.contiguous()
     if b.stride(1) != 1:
@@ -117,6 +121,19 @@ def mm_native(a: Tensor, b: Tensor, least: int) -> Tensor:
     least = MIN_ROWS if narrow else least
     out = torch.mm(a, b.t()) if rows >= least else torch.mm(_pad_rows(a, least), b.t())[:rows]
     return out[:, :columns].contiguous() if padded else out
+
+
+def mm_tiles(a: Tensor, b: Tensor) -> Tensor:
+    """`a[M, K] @ b[N, K]^T` of float32 rows, 16 at a time: every product the BLAS sees has the same shape."""
+    rows, columns = a.shape[0], b.shape[0]
+    a = torch.nn.functional.pad(a, (0, 0, 0, -rows % MIN_ROWS)).contiguous()
+    if columns % COLUMN_MULTIPLE:
+        b = _pad_rows(b, columns + -columns % COLUMN_MULTIPLE)
+    weight = b.contiguous().t()
+    out = torch.empty((a.shape[0], weight.shape[1]))
+    for start in range(0, a.shape[0], MIN_ROWS):
+        torch.mm(a[start : start + MIN_ROWS], weight, out=out[start : start + MIN_ROWS])
+    return out[:rows, :columns].contiguous()
 
 
 def _too_many_threads(columns: int) -> bool:
@@ -175,7 +192,7 @@ def bmm_pv(p: Tensor, v: Tensor, mode: Mode) -> Tensor:
 
 def softmax_rows(x: Tensor, mode: Mode) -> Tensor:
     """Softmax over the last dimension (a multiple of 16 long); trailing -inf columns do not change a row's bits."""
-    if mode == "native":
+    if mode != "exact":
         return torch.softmax(x, -1)
     p = torch.exp(x - x.amax(-1, keepdim=True))
     grid = torch.round(p.double().mul_(SUM_GRID))
