@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
+from miles_kernels.cuda import attention as base
 from miles_kernels.cuda.attention import SPLIT, KVBatch
 
 STAGES = 4
+PROBE_LENGTHS = (700, 33, 129, 1)
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, batch: KVBatch) -> str | None:
@@ -25,6 +28,41 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, batch: KVBatch) -> str | None:
     if (_plane(k)[1] == 0) != (_plane(v)[1] == 0):  # type: ignore[index]
         return "pools of different memory order"
     return None
+
+
+@functools.cache
+def proven(device: int, dim: int, dim_v: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel has the bits of the plain one on this device: packed, paged, windowed. Once per process and head size.
+
+    The plain kernel defines attention and serves where this is False, as on a machine whose compiler cannot build this one.
+    """
+    generator = torch.Generator(device=f"cuda:{device}").manual_seed(0)
+    lengths = list(PROBE_LENGTHS)
+    pages = -(-max(lengths) // 64)
+
+    def draw(rows: int, heads: int, size: int) -> Tensor:
+        return torch.randn(rows, heads, size, device=f"cuda:{device}", generator=generator).to(dtype)
+
+    with torch.no_grad(), torch.cuda.device(device):
+        q, rows = draw(sum(lengths), 8, dim), max(sum(lengths), len(lengths) * pages * 64)
+        k, v = draw(rows, 2, dim), draw(rows, 2, dim_v)
+        table = torch.randperm(len(lengths) * pages, device=q.device, generator=generator).view(len(lengths), pages).int()
+        chunked = [max(1, n // 2) for n in lengths]
+        cases = (
+            (q, KVBatch.packed(lengths, q.device), None),
+            (q, KVBatch.packed(lengths, q.device), 100),
+            (q, KVBatch.paged(lengths, lengths, table, 64), None),
+            (q[: sum(chunked)], KVBatch.paged(chunked, lengths, table, 64), None),
+        )
+        for queries, batch, window in cases:
+            want, _ = base.forward(queries, k, v, batch, scale=dim**-0.5, window=window)
+            try:
+                got, _ = forward(queries, k, v, batch, scale=dim**-0.5, window=window)
+            except (RuntimeError, ImportError, OSError, AttributeError):
+                return False
+            if not torch.equal(got, want):
+                return False
+    return True
 
 
 def _plane(x: Tensor) -> tuple[list[int], int, int, int] | None:
