@@ -58,7 +58,8 @@ def document(routes: dict[str, tuple[list[str], str, bool]], *, title: str, stat
     """The document of `routes`: path to (methods, docstring, whether closed). `statuses` are further ones of any route."""
     types = [body for body, _ in BODIES.values()] + [native.NativeSampling]
     _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
-    for struct, neutral in [*BODIES.values(), (native.NativeSampling, native.SAMPLING_NEUTRAL)]:
+    bodies: list[Body] = [*BODIES.values(), (native.NativeSampling, native.SAMPLING_NEUTRAL)]
+    for struct, neutral in bodies:
         _close(schemas[struct.__name__], neutral)
     sampling = {"$ref": "#/components/schemas/NativeSampling"}
     either = {"anyOf": [sampling, {"type": "array", "items": sampling}, {"type": "null"}]}
