@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from miles_core.checkpoint import Checkpoint, CheckpointStore
+from miles_core.cluster.start import is_clustered
 from miles_core.config.dump import differences, read_config
 from miles_core.config.schema import RunConfig
 from miles_core.data.load import load_prompts, load_sft
@@ -19,13 +23,18 @@ from miles_core.eval.evaluate import Evaluation, Evaluator
 from miles_core.feed import Feed, ReplayFeed, RolloutFeed, SftFeed
 from miles_core.interrupt import StopRequest
 from miles_core.memory import prepare_heap
-from miles_core.models import LoadedModel, load_model, prompt_room, use_threads
+from miles_core.models import LoadedModel, load_model, load_shape, prompt_room, use_threads
 from miles_core.progress import make_progress
 from miles_core.rollout import Scorer
 from miles_core.run import Run
 from miles_core.rundir import RunDir, RunLock
+from miles_core.sync.inprocess import publish
+from miles_core.trainer.base import Trainer
 from miles_core.trainer.fsdp import FsdpTrainer
+from miles_kernels.nn.config import DecoderConfig
+from miles_kernels.nn.decoder import Decoder
 from miles_rollout.engine import Engine
+from miles_rollout.text import Tokenizer
 
 Mode = Literal["train", "sft", "rollout"]
 Say = Callable[[str], None]
@@ -44,6 +53,13 @@ class Request:
     """The run directory whose samples are trained on again."""
 
 
+class Text(NamedTuple):
+    """What reading data takes of a model: no weights."""
+
+    tokenizer: Tokenizer
+    shape: DecoderConfig
+
+
 def compose(config: RunConfig, request: Request, say: Say) -> Run:
     """Build every part, check that they fit, then make (or take up) the run directory.
 
@@ -57,17 +73,15 @@ def compose(config: RunConfig, request: Request, say: Say) -> Run:
     else:
         run_dir.check_new()
     with ExitStack() as stack:
-        model = load_model(config, say)
-        prepare_heap(sum(weight.nbytes for weight in model.decoder.parameters()))
         runner = stack.enter_context(asyncio.Runner())
+        parts = _cluster_parts if is_clustered(config) else _parts
         run = Run(
             config=config,
             dir=run_dir,
-            tokenizer=model.tokenizer,
             runner=runner,
             progress=make_progress(config.run.num_steps, checkpoint.step if checkpoint else 0),
             stop=StopRequest(say),
-            **_parts(config, request, model, runner, stack, say),
+            **parts(config, request, run_dir, runner, stack, say),
         )
         if not request.resume:
             run_dir.create(config)
@@ -78,30 +92,85 @@ def compose(config: RunConfig, request: Request, say: Say) -> Run:
     return run
 
 
+def _needs_engine(config: RunConfig, request: Request) -> bool:
+    return request.replay is None and (request.mode != "sft" or config.eval.every is not None)
+
+
 def _parts(
-    config: RunConfig, request: Request, model: LoadedModel, runner: asyncio.Runner, stack: ExitStack, say: Say
+    config: RunConfig, request: Request, run_dir: RunDir, runner: asyncio.Runner, stack: ExitStack, say: Say
 ) -> dict[str, Any]:
-    """Feed, trainer, engine and evaluator of a run."""
-    needs_engine = request.replay is None and (request.mode != "sft" or config.eval.every is not None)
-    scorer = stack.enter_context(Scorer(config.reward)) if needs_engine else None
-    evaluator = None if scorer is None else _evaluator(config, model, scorer, say)
+    """Feed, trainer, engine, publisher and evaluator of a run, all in this process."""
+    model = load_model(config, say)
+    prepare_heap(sum(weight.nbytes for weight in model.decoder.parameters()))
+    text = Text(model.tokenizer, model.decoder.config)
+    scorer = stack.enter_context(Scorer(config.reward)) if _needs_engine(config, request) else None
+    evaluator = None if scorer is None else _evaluator(config, text, scorer, say)
     engine: Engine | None = None
-    if needs_engine:
+    if scorer is not None:
         own = model.decoder if request.mode == "rollout" else deepcopy(model.decoder)
-        engine = _engine(config, model, own, weight_version=0 if request.mode == "rollout" else -1)
+        engine = make_engine(config, model, own, weight_version=0 if request.mode == "rollout" else -1)
         stack.callback(lambda: runner.run(engine.close()))
     trainer = None
     if request.mode != "rollout":
-        updates = config.run.num_steps * (1 if request.mode == "sft" else config.trainer.updates_per_step)
-        trainer = FsdpTrainer(model.decoder, config.algorithm, config.trainer, config.optimizer, total_updates=updates)
-    feed = _feed(config, request, model, engine, scorer, runner, say)
-    return {"feed": feed, "trainer": trainer, "engine": engine, "evaluator": evaluator}
+        trainer = make_trainer(config, request.mode, model.decoder)
+    publisher = None
+    if trainer is not None and engine is not None:
+        publisher = partial(_publish, runner, trainer, engine)
+    feed = _feed(config, request, text, engine, scorer, runner, say)
+    return {
+        "feed": feed, "trainer": trainer, "engine": engine, "publisher": publisher, "evaluator": evaluator,
+        "tokenizer": model.tokenizer,
+    }  # fmt: skip
+
+
+def _publish(runner: asyncio.Runner, trainer: Trainer, engine: Engine, version: int) -> None:
+    runner.run(publish(trainer, engine, version))
+
+
+def _cluster_parts(
+    config: RunConfig, request: Request, run_dir: RunDir, runner: asyncio.Runner, stack: ExitStack, say: Say
+) -> dict[str, Any]:
+    """The same with trainer and engine in worker processes. This process holds no weights."""
+    from miles_core.cluster.start import start
+
+    shape, tokenizer = load_shape(config.model, say)
+    text = Text(tokenizer, shape)
+    scorer = stack.enter_context(Scorer(config.reward)) if _needs_engine(config, request) else None
+    evaluator = None if scorer is None else _evaluator(config, text, scorer, say)
+    logs = run_dir.root.with_name(f".{run_dir.root.name}.logs-{os.getpid()}")
+    stack.callback(_keep_logs, logs, run_dir.root)
+    cluster = stack.enter_context(start(config, request.mode, logs, say, needs_engine=scorer is not None))
+    engine, trainer = cluster.engine, cluster.trainer
+    if engine is not None:
+        stack.callback(lambda: runner.run(engine.close()))
+    publisher = cluster.publish if trainer is not None and engine is not None else None
+    feed = _feed(config, request, text, engine, scorer, runner, say)
+    return {
+        "feed": feed, "trainer": trainer, "engine": engine, "publisher": publisher, "evaluator": evaluator, "tokenizer": tokenizer
+    }  # fmt: skip
+
+
+def _keep_logs(logs: Path, root: Path) -> None:
+    """Workers start before there is a run directory; at the end their logs go there."""
+    if logs.is_dir() and root.is_dir():
+        shutil.copytree(logs, root / "logs", dirs_exist_ok=True)
+    shutil.rmtree(logs, ignore_errors=True)
+
+
+def make_trainer(config: RunConfig, mode: Mode, decoder: Decoder) -> Trainer:
+    """The training backend by name, one process of it. Raises ImportError naming the extra when its library is missing."""
+    updates = config.run.num_steps * (1 if mode == "sft" else config.trainer.updates_per_step)
+    if config.trainer.backend == "megatron":
+        from miles_core.trainer.megatron.backend import MegatronTrainer
+
+        return MegatronTrainer(decoder, config.algorithm, config.trainer, config.optimizer, total_updates=updates)
+    return FsdpTrainer(decoder, config.algorithm, config.trainer, config.optimizer, total_updates=updates)
 
 
 def _feed(
     config: RunConfig,
     request: Request,
-    model: LoadedModel,
+    text: Text,
     engine: Engine | None,
     scorer: Scorer | None,
     runner: asyncio.Runner,
@@ -111,12 +180,12 @@ def _feed(
         return ReplayFeed(request.replay / "samples", config.rollout, config.algorithm)
     data, seed = config.data, config.run.seed
     if request.mode == "sft":
-        examples, report = load_sft(data.train, model.tokenizer, data)
+        examples, report = load_sft(data.train, text.tokenizer, data)
         _report(report.lines(), "train", say)
         count = config.sft.sequences_per_step
         return SftFeed(examples, sequences_per_step=count, seed=seed, shuffle=data.shuffle, max_epochs=data.max_epochs)
     assert engine is not None and scorer is not None
-    prompts, report = load_prompts(data.train, model.tokenizer, data, max_tokens=prompt_room(model.decoder.config, config))
+    prompts, report = load_prompts(data.train, text.tokenizer, data, max_tokens=prompt_room(text.shape, config))
     _report(report.lines(), "train", say)
     scorer.check_prompts(prompts)
     source = PromptSource(prompts, seed=seed, shuffle=data.shuffle, max_epochs=data.max_epochs)
@@ -124,16 +193,16 @@ def _feed(
     return RolloutFeed(source, engine, scorer, sampling, config.rollout, config.algorithm, runner.run)
 
 
-def _evaluator(config: RunConfig, model: LoadedModel, scorer: Scorer, say: Say) -> Evaluator | None:
+def _evaluator(config: RunConfig, text: Text, scorer: Scorer, say: Say) -> Evaluator | None:
     if config.eval.every is None:
         return None
-    room = prompt_room(model.decoder.config, config, held_out=True)
-    prompts, report = load_prompts(config.data.eval, model.tokenizer, config.data, max_tokens=room)
+    room = prompt_room(text.shape, config, held_out=True)
+    prompts, report = load_prompts(config.data.eval, text.tokenizer, config.data, max_tokens=room)
     _report(report.lines(), "eval", say)
     return Evaluator(prompts, scorer, config.eval, config.sampling, config.rollout, seed=config.run.seed)
 
 
-def _engine(config: RunConfig, model: LoadedModel, decoder: Any, *, weight_version: int) -> Engine:
+def make_engine(config: RunConfig, model: LoadedModel, decoder: Any, *, weight_version: int) -> Engine:
     """The rollout engine, by name."""
     if config.rollout.engine != "embedded":
         raise ValueError(f'rollout.engine = "{config.rollout.engine}" is not known here; known is embedded')
@@ -182,9 +251,9 @@ def evaluate_once(config: RunConfig, say: Say) -> Evaluation:
     config = config.model_copy(update={"eval": config.eval.model_copy(update={"every": 1})})
     model = load_model(config, say)
     with Scorer(config.reward) as scorer, asyncio.Runner() as runner:
-        evaluator = _evaluator(config, model, scorer, say)
+        evaluator = _evaluator(config, Text(model.tokenizer, model.decoder.config), scorer, say)
         assert evaluator is not None
-        engine = _engine(config, model, model.decoder, weight_version=0)
+        engine = make_engine(config, model, model.decoder, weight_version=0)
         try:
             return runner.run(evaluator.evaluate(engine))
         finally:

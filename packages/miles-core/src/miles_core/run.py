@@ -17,7 +17,6 @@ from miles_core.memory import peak_rss_bytes, release_freed
 from miles_core.metrics import StepClock
 from miles_core.progress import Progress
 from miles_core.rundir import RunDir
-from miles_core.sync.inprocess import publish
 from miles_core.trainer.base import StepStats, Trainer
 from miles_core.trainer.batch import TrainBatch
 from miles_rollout.engine import Engine
@@ -45,6 +44,8 @@ class Run:
     feed: Feed
     trainer: Trainer | None
     engine: Engine | None
+    publisher: Callable[[int], object] | None
+    """Brings the engine to the trainer's weights, as the version it is given; None when one of the two is missing."""
     evaluator: Evaluator | None
     tokenizer: Tokenizer
     progress: Progress
@@ -83,8 +84,8 @@ class Run:
 
     def publish(self) -> None:
         """Bring the engine to the trainer's weights, as version `step`."""
-        if self.engine is not None and self.trainer is not None:
-            self.runner.run(publish(self.trainer, self.engine, self.step))
+        if self.publisher is not None:
+            self.publisher(self.step)
             release_freed()
 
     def evaluate(self, *, at_start: bool = False, at_end: bool = False) -> dict[str, float] | None:

@@ -82,12 +82,40 @@ class SftConfig(Section):
 class SyncConfig(Section):
     """How new weights reach the engine."""
 
-    kind: Literal["inprocess"] = "inprocess"
-    """"inprocess": engine and trainer share a process; every tensor is hashed on both sides."""
+    kind: Literal["auto", "inprocess", "shared_memory", "cuda_ipc", "lent", "broadcast", "disk"] = "auto"
+    """How the bytes travel; every tensor is hashed on both sides whatever it is. "inprocess": engine and trainer share a process.
+    "shared_memory": processes of one machine. "cuda_ipc": of one GPU, through slots of GPU memory. "lent": of one GPU, read
+    straight from a trainer of one process. "broadcast": gloo or NCCL. "disk": full updates and deltas in `directory`. "auto":
+    the first of these that fits where the parts run."""
+    bucket_bytes: int = Field(default=64 << 20, ge=4096)
+    """Bytes sent at once; two such buckets are held on the sending side."""
+    deadline_s: float = Field(default=120.0, gt=0.0)
+    """Longest wait for the other side at any point of an update."""
+    directory: str | None = None
+    """Folder of the disk transport, which trainer and engines all see."""
+    full_every: int = Field(default=20, ge=1)
+    """Disk transport: updates from one full one to the next; deltas between."""
+
+    @model_validator(mode="after")
+    def _place(self) -> SyncConfig:
+        if self.kind == "disk" and self.directory is None:
+            raise ValueError('kind = "disk" needs sync.directory, a folder that trainer and engines all see')
+        return self
 
 
 class ClusterConfig(Section):
     """Where the parts run."""
 
-    kind: Literal["local"] = "local"
-    """"local": everything in this process."""
+    kind: Literal["local", "ray"] = "local"
+    """"local": this process, or with `num_trainers` or `num_engines` processes of this machine. "ray": actors of a Ray cluster,
+    or of a Ray started on this machine (extra `miles-core[ray]`). The results have the same bits."""
+    num_trainers: int | None = Field(default=None, ge=1)
+    """Trainer processes. Unset with kind local, and no `num_engines`: everything in this process; else 1."""
+    num_engines: int | None = Field(default=None, ge=1)
+    """Engine processes, each an HTTP server. Unset: as with `num_trainers`."""
+    layout: Literal["colocated", "disaggregated"] = "colocated"
+    """"colocated": engine i shares the GPU (or Ray bundle) of trainer i. "disaggregated": each has its own."""
+    address: str | None = None
+    """Ray: address of a running cluster, "auto" to find it; unset starts one on this machine for the run."""
+    deadline_s: float = Field(default=600.0, gt=0.0)
+    """Longest wait for one answer of a worker: loading, a step, a generation, a checkpoint."""

@@ -6,11 +6,12 @@ import asyncio
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from miles_core.config.sections import SyncConfig
 from miles_core.sync.links import Link
 from miles_rollout.weights.group import BroadcastGroup
 from miles_rollout.weights.lent import Lender
@@ -21,6 +22,38 @@ from miles_rollout.wire import WeightManifest
 
 Export = Callable[[], Iterator[tuple[str, Tensor]]]
 """Yields the tensors of a manifest, in its order, each time it is called."""
+
+
+def make_transport(
+    config: SyncConfig, *, device: str, shared_host: bool, shared_gpu: bool, single_trainer: bool = True, host: str = "127.0.0.1"
+) -> Transport:
+    """The transport of a configuration, between a trainer on `device` and engines in other processes.
+
+    Raises ValueError when they do not run where it needs them to.
+    """
+    on_gpu = device.startswith("cuda")
+    kind: str = config.kind
+    if kind in ("auto", "inprocess"):
+        kind = ("cuda_ipc" if shared_gpu else "broadcast") if on_gpu else ("shared_memory" if shared_host else "broadcast")
+    needs = {"shared_memory": shared_host, "cuda_ipc": shared_gpu, "lent": shared_gpu and single_trainer}
+    if not needs.get(kind, True):
+        wanted = {"shared_memory": "one machine", "cuda_ipc": "one GPU", "lent": "one GPU, and a trainer of one process"}[kind]
+        raise ValueError(f'sync.kind = "{kind}" needs trainer and engines on {wanted}; use "broadcast" or "auto"')
+    limits: dict[str, Any] = {"bucket_bytes": config.bucket_bytes, "deadline_s": config.deadline_s}
+    if kind == "shared_memory":
+        return SlotsTransport(**limits)
+    if kind == "cuda_ipc":
+        return SlotsTransport(**limits, device=_own_gpu())
+    if kind == "lent":
+        return LentTransport()
+    if kind == "broadcast":
+        return BroadcastTransport(**limits, host=host, device=_own_gpu() if on_gpu else "cpu")
+    assert config.directory is not None
+    return DiskTransport(config.directory, full_every=config.full_every)
+
+
+def _own_gpu() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 class Transport(Protocol):
