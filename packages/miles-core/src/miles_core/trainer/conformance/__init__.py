@@ -13,11 +13,12 @@ Example:
 """
 
 from miles_core.trainer.conformance.cases import CASES, Case, Layout
-from miles_core.trainer.conformance.check import Result, Tolerance, check
+from miles_core.trainer.conformance.check import BFLOAT16, Result, Tolerance, check
 from miles_core.trainer.conformance.launch import ProcessesFailed, run, run_processes
 from miles_core.trainer.conformance.oracle import Expected, expected
 
 __all__ = [
+    "BFLOAT16",
     "CASES",
     "Case",
     "Expected",

@@ -124,8 +124,9 @@ class Case:
         return msgspec.json.decode(text, type=cls)
 
     def on(self, device: str, dtype: Literal["float32", "bfloat16"]) -> Case:
-        """The same case elsewhere, under a name that says so."""
-        return replace(self, device=device, dtype=dtype, name=f"{self.name}-{dtype}")
+        """The same case elsewhere, under a name that says so; in bfloat16 with a step large enough to show in the weights."""
+        optimizer = self.optimizer if dtype == "float32" else {**self.optimizer, "lr": 3.0, "weight_decay": 0.0}
+        return replace(self, device=device, dtype=dtype, optimizer=optimizer, name=f"{self.name}-{dtype}")
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,27 @@ CASES: dict[str, Case] = {
             max_tokens_per_microbatch=130,
             algorithm={"advantage": "none", "reduction": "constant", "constant_tokens": 16},
         ),
+        Case(
+            name="wide",
+            seed=7,
+            model={**_DENSE, "hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "vocab_size": 512},
+            num_groups=4,
+            max_prompt=150,
+            max_completion=250,
+            max_tokens_per_microbatch=1200,
+        ),
+        Case(
+            name="wide-moe",
+            seed=8,
+            model={**_DENSE, **_MOE, "hidden_size": 128, "head_dim": 64, "vocab_size": 512, "moe_intermediate_size": 128},
+            num_groups=4,
+            max_prompt=60,
+            max_completion=90,
+            max_tokens_per_microbatch=500,
+        ),
         Case(name="idle", seed=6, num_groups=1, max_group=1, max_tokens_per_microbatch=400, algorithm={"advantage": "none"}),
     )
 }
 """By name: the objective's terms, an untied head with recomputed layers, experts, imitation, sequence-level ratios, long
-sequences for context parallelism, and one sequence, so that all data-parallel processes but one have nothing to do."""
+sequences for context parallelism, two models wide enough for a GPU's kernels (use them `on("cuda", "bfloat16")`), and one
+sequence, so that all data-parallel processes but one have nothing to do."""

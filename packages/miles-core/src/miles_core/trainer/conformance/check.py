@@ -25,6 +25,10 @@ class Tolerance:
     """Of a tensor's change, relative to that change's norm (a weight rounds to 6e-8 of itself, an update is about 1e-2)."""
 
 
+BFLOAT16 = Tolerance(loss=0.02, grad_norm=0.02, logprob=0.25, update=0.06)
+"""For models that compute in bfloat16: three significant digits in, about two out. Compare layouts with each other for bits."""
+
+
 @dataclass(frozen=True)
 class Result:
     """What the processes of one layout did with one case. Tensors are those of rank 0."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from miles_core.trainer.base import Trainer
 from miles_core.trainer.conformance.cases import Case, Layout
+from miles_core.trainer.conformance.check import Result
 from miles_core.trainer.conformance.launch import LIFELINE
 from miles_core.trainer.hashing import combined_hash
 from miles_core.trainer.tensorfile import save_tensors
@@ -63,18 +64,23 @@ def _factory(name: str) -> Callable[..., Trainer]:
     return build
 
 
-def _one(build: Callable[..., Trainer], case: Case, layout: Layout, directory: Path, number: int, rank: int) -> None:
-    metrics: dict[str, float] = {}
-    tensors: dict[str, Tensor] = {}
-    refusal = ""
+def perform(build: Callable[..., Trainer], case: Case, layout: Layout) -> Result:
+    """Build the trainer in this process (collectively, if there are several), score the batch, take one step, export."""
     try:
         trainer = build(case.decoder(), case, dict(layout.options))
         batch = case.batch()
-        tensors["miles.logprob"] = trainer.forward_logprobs(batch).clone()
+        logprob = trainer.forward_logprobs(batch).detach().cpu().clone()
         metrics = trainer.step(batch).metrics()
-        tensors |= {name: tensor.detach().float().cpu().clone() for name, tensor in trainer.export_weights()}
+        weights = {name: tensor.detach().float().cpu().clone() for name, tensor in trainer.export_weights()}
     except ValueError as error:
-        refusal = f"{error}"
+        return Result(case, layout, {}, Tensor(), {}, refusals=(f"{error}",))
+    return Result(case, layout, dict(metrics), logprob, weights)
+
+
+def _one(build: Callable[..., Trainer], case: Case, layout: Layout, directory: Path, number: int, rank: int) -> None:
+    result = perform(build, case, layout)
+    metrics, refusal = result.metrics, "".join(result.refusals)
+    tensors = {"miles.logprob": result.logprob, **result.weights}
     digest = combined_hash([*tensors.items(), ("metrics", torch.tensor(sorted(metrics.values()), dtype=torch.float64))])
     said: dict[str, Any] = {"metrics": metrics, "digest": digest, "refusal": refusal}
     (directory / f"{number}-{rank}.json").write_text(json.dumps(said))
