@@ -195,7 +195,7 @@ class Bench:
             self.core.step()
         self.core.settle()
         size = next(size for size in graphs._sizes if size >= self.batch)
-        return graphs._captured[max(key for key in graphs._captured if key[0] == size)].graph
+        return graphs._captured[max(key for key in graphs._captured if key[0] == size and len(key) == 2)].graph
 
     def stop(self) -> None:
         """End the requests that are running."""

@@ -1,6 +1,7 @@
-"""Triton kernels at both ends of a captured decode step: what every row computes, and where its drawn token goes.
+"""Triton kernels at both ends of a captured step: what every row computes, and where its drawn token goes.
 
-Legend: B = rows of the step (padded to the captured size), P = pages a row can address, W = pages of the captured table.
+Legend: B = rows of a decode step, T = tokens and S = sequences of a mixed one (all padded to the captured size), P = pages a row
+can address, W = pages of the captured table.
 """
 
 from __future__ import annotations
@@ -38,6 +39,35 @@ def begin_step(
         kept = tl.load(source + column, mask=column < width, other=0)
         tl.store(table_ptr + lane.to(tl.int64) * width + column, tl.where(column == own, page, kept), mask=column < width)
     tl.store(source + own, page)
+
+
+@triton.jit
+def begin_tokens(tokens_ptr, last_ptr, token_ptr, size, BLOCK: tl.constexpr):
+    """Token ids [T]: those given, or, for -1 - row, the token drawn last for that row."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < size
+    token = tl.load(tokens_ptr + place, mask=mask, other=0)
+    drawn = tl.load(last_ptr - 1 - token, mask=mask & (token < 0), other=0)
+    tl.store(token_ptr + place, tl.where(token < 0, drawn, token), mask=mask)
+
+
+@triton.jit
+def begin_sequences(
+    lanes_ptr, pages_ptr, cu_q_ptr, kv_len_ptr, heat_ptr, table_ptr, lanes, stride_pages, width, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Spread sequence b of `lanes` int64 [9, S], the fields of `decode.SEQUENCES`, and copy its pages."""
+    lane = tl.program_id(0)
+    row = tl.load(lanes_ptr + lane)
+    first = tl.load(lanes_ptr + 3 * lanes + lane)
+    keys = tl.load(lanes_ptr + 4 * lanes + lane)
+    heat = tl.load(lanes_ptr + 8 * lanes + lane)
+    tl.store(cu_q_ptr + lane, first.to(tl.int32))
+    tl.store(kv_len_ptr + lane, keys.to(tl.int32))
+    tl.store(heat_ptr + lane, heat.to(tl.int32).to(tl.float32, bitcast=True))
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        page = tl.load(pages_ptr + row * stride_pages + column, mask=column < width, other=0)
+        tl.store(table_ptr + lane.to(tl.int64) * width + column, page, mask=column < width)
 
 
 @triton.jit

@@ -104,7 +104,7 @@ class EngineCore:
         flights = self._launch(batch)
         if flights:
             self._flights.append(flights)
-        landed = self._land(keep=self._ahead if flights else 0)
+        landed = self._land(keep=0 if batch.is_empty and not flights else self._ahead)
         if batch.is_empty and not flights and not landed and self.has_work and not self._scheduler.unblock():
             raise AssertionError(
                 f"nothing can move: {self._scheduler.num_running} running, {len(self._scheduler.waiting)} waiting"
@@ -210,16 +210,17 @@ class EngineCore:
     def _launch(self, batch: Batch) -> list[Flight]:
         """Start one pass and the draw of everybody who has one coming; nothing is waited for."""
         scheduler, runner, known = self._scheduler, self._runner, self.speculator is not None
-        whole = runner.launch_decode(batch, tokens_known=known)
-        flights = [] if whole is None else [whole]
-        logits = runner.forward(batch, tokens_known=known) if whole is None else None
+        whole = runner.launch_whole(batch, tokens_known=known)
+        logits = runner.forward(batch, tokens_known=known) if whole is None else whole[0]
         scheduler.advance(batch, logits)
         forks = scheduler.fork()
         runner.copy_pages(scheduler.take_copies())
-        rows = scheduler.decode_rows()[len(batch.rows) if whole is not None else 0 :]
-        if len(rows):
-            flights.append(runner.draw(logits, forks, rows, batch.drafts))
-        return flights
+        rows = scheduler.decode_rows()
+        if whole is None:
+            return [runner.draw(logits, forks, rows, batch.drafts)] if len(rows) else []
+        drawn = len(whole[1].rows)
+        rest = [runner.draw(None, forks, rows[drawn:])] if len(rows) > drawn else []
+        return [whole[1], *rest] if drawn else rest
 
     def _land(self, keep: int = 0) -> bool:
         """Take in the tokens of all steps but the last `keep`; whether there were any."""

@@ -18,7 +18,7 @@ from miles_kernels.ops.attention_plan import KEY_MULTIPLE
 from miles_rollout.engines.embedded.experts import ExpertStore
 from miles_rollout.engines.embedded.flight import Flight, Readback, pack
 from miles_rollout.engines.embedded.kv import PagedKV
-from miles_rollout.engines.embedded.replay import DecodeGraphs
+from miles_rollout.engines.embedded.replay import StepGraphs
 from miles_rollout.engines.embedded.sampling import Sampler, upload
 from miles_rollout.engines.embedded.scheduler import Batch, Fork
 from miles_rollout.engines.embedded.speculate import Drafts
@@ -69,11 +69,11 @@ class Runner:
         self._device = decoder.embed_tokens.device
         self._sampler = Sampler(tables, self._device)
         self._last: Tensor | None = None
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         if self._device.type == "cuda":
             self._last = torch.zeros(len(tables.position) + 1, dtype=torch.int64, device=self._device)
             if cuda_graphs:
-                self.graphs = DecodeGraphs(decoder, kv, tables, self._last, max_context, experts)
+                self.graphs = StepGraphs(decoder, kv, tables, self._last, max_context, experts)
 
     def forget_addresses(self) -> None:
         """Drop everything that holds the address of a weight or of the cache: graphs, and the C call's model."""
@@ -82,20 +82,31 @@ class Runner:
         if self._fused is not None:
             self._fused = FusedForward(self._decoder, self._kv.pools)
 
-    def launch_decode(self, batch: Batch, *, tokens_known: bool) -> Flight | None:
-        """The whole step of a batch of plain decoding rows as one graph; None when this batch is not one that graphs serve.
+    def launch_whole(self, batch: Batch, *, tokens_known: bool) -> tuple[Tensor, Flight] | None:
+        """Pass and draw of a batch as one graph; None when this batch is not one that graphs serve.
 
-        `tokens_known`: the host has the tokens drawn last, in the tables; otherwise those on the device are meant.
+        Returns what `forward` does, with the flight of the decode rows and the finished chunks. `tokens_known`: the host has
+        the tokens drawn last, in the tables; otherwise those on the device are meant.
         """
-        rows = batch.rows
-        if self.graphs is None or batch.chunks or batch.drafts is not None or not len(rows):
+        rows, tables = batch.rows, self._tables
+        wants_logprobs = any(chunk.seq.job.prompt_logprobs is not None for chunk in batch.chunks)
+        if self.graphs is None or batch.is_empty or batch.drafts is not None or wants_logprobs:
             return None
-        tables = self._tables
-        logits, readback = self.graphs.launch(rows, tables.last_token[rows] if tokens_known else None)
+        tokens = tables.last_token[rows] if tokens_known else None
+        made = self.graphs.mixed(batch, tokens) if batch.chunks else self.graphs.decode(rows, tokens)
+        if made is None:
+            return None
+        logits, readback = made
         self.num_tokens += len(rows)
-        if self._sampler.is_plain(rows):
-            return Flight(rows, tables.tail.serial[rows], None, readback)
-        return self._draw(logits, rows, tables.position[rows] + 1, None, rows)
+        position = tables.position[rows] + 1
+        if batch.chunks:
+            finished = [chunk for chunk in batch.chunks if chunk.is_last]
+            self.num_tokens += sum(chunk.stop - chunk.start for chunk in batch.chunks)
+            rows = np.concatenate((rows, np.array([chunk.seq.row for chunk in finished], np.int64)))
+            position = np.concatenate((position, np.array([chunk.stop for chunk in finished], np.int64)))
+        if not len(rows) or self._sampler.is_plain(rows):
+            return logits, Flight(rows, tables.tail.serial[rows], None, readback)
+        return logits, self._draw(logits, rows, position, None, rows)
 
     def forward(self, batch: Batch, *, tokens_known: bool) -> Tensor | None:
         """Logits fp32 [R + D + finished chunks, V] of a batch: decode rows first, then chunks that reach their last token."""
