@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 UV = ROOT / ".venv" / "bin" / "uv"
 TORCH_FREE = ("torch", "transformers", "ray", "sglang")
 WIRE_IMPORT_S = 0.15
+KERNELS_IMPORT_S = 0.2
+"""Of miles-kernels with its decoder and ops, beyond torch's own import; processor time, so that a busy machine does not count."""
 HELP_S = 0.5
 
 
@@ -72,6 +74,13 @@ print(json.dumps({"imported": names, "modules": sorted(module.partition(".")[0] 
 """
 
 
+_TIME_KERNELS = """
+import time
+import torch
+started = time.process_time()
+import miles_kernels, miles_kernels.ops.attention, miles_kernels.ops.moe, miles_kernels.ops.sample, miles_kernels.nn.decoder
+print(time.process_time() - started)
+"""
 _TIME_WIRE = """
 import sys, time
 started = time.perf_counter()
@@ -171,8 +180,9 @@ def check(install: Install, wheels: dict[str, Path], folder: Path) -> str:
 
 
 def start_up_times(tries: int = 5) -> str:
-    """Import time of the wire types and wall time of `miles --help`, best of several, neither loading torch."""
+    """Import time of the wire types and wall time of `miles --help`, neither loading torch, and of the kernels beyond torch."""
     wire = min(float(run(sys.executable, "-c", _TIME_WIRE)) for _ in range(tries))
+    kernels = min(float(run(sys.executable, "-c", _TIME_KERNELS)) for _ in range(2))
     help_s = []
     for _ in range(tries):
         started = time.perf_counter()
@@ -180,9 +190,10 @@ def start_up_times(tries: int = 5) -> str:
         help_s.append(time.perf_counter() - started)
     run(sys.executable, "-c", _HELP)
     line = (
-        f"import miles_rollout.wire {wire:.3f} s (at most {WIRE_IMPORT_S}), miles --help {min(help_s):.2f} s (at most {HELP_S})"
+        f"import miles_rollout.wire {wire:.3f} s (at most {WIRE_IMPORT_S}), miles --help {min(help_s):.2f} s (at most {HELP_S}), "
+        f"import miles_kernels {kernels:.3f} s beyond torch (at most {KERNELS_IMPORT_S})"
     )
-    if wire > WIRE_IMPORT_S or min(help_s) > HELP_S:
+    if wire > WIRE_IMPORT_S or min(help_s) > HELP_S or kernels > KERNELS_IMPORT_S:
         raise SystemExit("too slow: " + line)
     return line
 
