@@ -7,9 +7,13 @@ state is in model space ("fully_reshardable"), so it follows. `trainer.json` hol
 from __future__ import annotations
 
 import json
+import queue
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch.distributed as dist
 
@@ -30,12 +34,46 @@ _METADATA = {
 }
 
 
+@contextmanager
+def _writing_here() -> Iterator[None]:
+    """Let megatron-core write in this process.
+
+    By default it starts a manager process, forks a writer per file, and waits for ever when one of them dies. The few seconds a
+    second writer would save are not worth processes that outlive us.
+    """
+    writer = core.filesystem_async
+    with ExitStack() as stack:
+        for name in ("_get_write_results_queue", "get_write_results_queue"):  # 0.16, 0.19
+            if hasattr(writer, name):
+                stack.enter_context(mock.patch.object(writer, name, lambda *_: queue.Queue()))
+        stack.enter_context(mock.patch.object(writer, "_process_memory", lambda: 0))  # for its log; would need psutil
+        if hasattr(writer.FileSystemWriterAsync, "write_preloaded_data_multiproc"):  # 0.19 has threads instead
+            stack.enter_context(
+                mock.patch.object(writer.FileSystemWriterAsync, "write_preloaded_data_multiproc", staticmethod(_write_files))
+            )
+        yield
+
+
+def _write_files(transforms: Any, use_msc: bool, rank: int, buckets: list[Any], results: Any) -> None:
+    """Write the files of one process one after the other; the interface is megatron-core's."""
+    done: dict[int, Any] = {}
+    for index, bucket in enumerate(buckets):
+        said, count = queue.Queue(), queue.Queue()
+        count.put(index)
+        core.filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, said, count, True)
+        number, outcome = said.get_nowait()
+        if isinstance(outcome, Exception):
+            raise outcome
+        done[number] = outcome
+    results.put(done)
+
+
 def save_model(model: MegatronModel, folder: Path, more: dict[str, Any] | None = None) -> None:
     """Write the weights (and `more` of the state) of a model as a torch_dist checkpoint. Collective."""
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    with on_device(model.device):
+    with on_device(model.device), _writing_here():
         state = {"model": model.module.sharded_state_dict(metadata=_METADATA), **(more or {})}
         core.dist_checkpointing.save(state, str(folder))
     dist.barrier()
@@ -87,9 +125,7 @@ def load(trainer: MegatronTrainer, directory: Path) -> None:
             stacklevel=3,
         )
     state = load_model(trainer.model, directory / FOLDER, _optimizer_state(trainer, loading=True))
-    with on_device(trainer.device):
-        trainer.optimizer.inner.load_state_dict(state["optimizer"])
-    trainer.optimizer.num_updates = int(stated["num_updates"])
+    trainer.optimizer.load(state["optimizer"], int(stated["num_updates"]))
 
 
 def _optimizer_state(trainer: MegatronTrainer, *, loading: bool) -> dict[str, Any]:

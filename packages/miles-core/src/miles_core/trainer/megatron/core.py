@@ -14,6 +14,7 @@ try:
         warnings.simplefilter("ignore")  # Apex and Transformer Engine are absent on purpose
         import megatron.core
         from megatron.core import dist_checkpointing, parallel_state
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
         from megatron.core.models.gpt.gpt_model import GPTModel
@@ -54,6 +55,7 @@ __all__ = [
     "TransformerLayer",
     "WrappedTorchNorm",
     "dist_checkpointing",
+    "filesystem_async",
     "finalize_model_grads",
     "get_forward_backward_func",
     "get_gpt_layer_local_spec",

@@ -7,7 +7,10 @@ not decay, and clipping scales by limit / norm exactly.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -60,6 +63,18 @@ class DistributedAdamW:
                     zeros = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
                     part.optimizer.state[param] = {"step": torch.tensor(0.0), **zeros}
 
+    @torch.no_grad()
+    def load(self, state: Any, num_updates: int) -> None:
+        """Take up a state that megatron-core has read; the counters become `num_updates`."""
+        with on_device(self.model.device), ExitStack() as stack:
+            for part in self.parts():
+                stack.enter_context(mock.patch.object(part, "_set_main_param_and_optimizer_states", partial(_set_states, part)))
+            self.inner.load_state_dict(state)
+        for part in self.parts():
+            for held in part.optimizer.state.values():
+                held["step"] = torch.tensor(float(num_updates))  # megatron-core gives all weights one tensor, counted up by each
+        self.num_updates = num_updates
+
     def parts(self) -> Iterator[Any]:
         """megatron-core's optimizers: one for experts, one for the rest; those without parameters here left out."""
         for part in getattr(self.inner, "chained_optimizers", [self.inner]):
@@ -101,6 +116,15 @@ class DistributedAdamW:
     def bad_gradients(self) -> list[str]:
         """Names of this process' weights whose gradient is not finite, in the shares it holds."""
         return [name for name, p in self.model.named().items() if not _finite(getattr(p, "main_grad", None))]
+
+
+def _set_states(part: Any, model_param: Any, tensors: dict[str, Tensor]) -> None:
+    """Copy what was read of one weight's state; megatron-core's own also asks for torch's step, which its format lacks."""
+    group, order = part.model_param_group_index_map[model_param]
+    param = part.optimizer.param_groups[group]["params"][order]
+    state = {"param": param, **part.optimizer.state[param]}
+    for name, tensor in tensors.items():
+        state[name].copy_(tensor)
 
 
 def _finite(grad: Tensor | None) -> bool:
