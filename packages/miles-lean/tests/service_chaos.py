@@ -34,7 +34,7 @@ _TEXT = (
     "def d{0} (s : String) : String := String.append s s\n"
     '@[extern "x"] opaque IO.FS.writeFile : String → String → Nat → Nat\n'
     '@[extern "x"] opaque IO.Process.exit : Nat → Nat → Bool\n'
-    '@[extern "x"] opaque dbgTrace {{α : Type}} : String → (Unit → α) → α\n'
+    '@[extern "x"] opaque dbgTrace : Nat → String → (Nat → Bool) → Bool\n'
     "def big{0} : String := " + "d{0} (" * 17 + '"' + "s" * 1000 + '"' + ")" * 17 + "\n"
 )
 _GROW = "partial def grow{0} (s : String) : Bool := grow{0} (String.append s s)\n"
@@ -46,7 +46,7 @@ HARM = {
     "forged": ("", "set_option debug.skipKernelTC true in decide +kernel"),
     "open": ("", "set_option warn.sorry false in sorry"),
     "memory": (_TEXT + _GROW, _NATIVE.format("grow{0} big{0} = true")),
-    "flood": (_TEXT, _NATIVE.format("dbgTrace big{0} (fun _ => true) = true")),
+    "flood": (_TEXT, _NATIVE.format("dbgTrace 0 big{0} (fun _ => true) = true")),
     "channel": (_TEXT, _NATIVE.format(_WRITE.format('"/proc/self/fd/1" big{0}'))),
     "disk": (_TEXT, _NATIVE.format(_WRITE.format('"filler" (d{0} big{0})'))),
     "exit": (_TEXT, _NATIVE.format("IO.Process.exit 0 0 = true")),

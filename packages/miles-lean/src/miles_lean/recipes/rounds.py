@@ -14,6 +14,7 @@ from typing import Any
 
 from miles_lean.data.prompts import FORMATS, render, repair
 from miles_lean.data.record import Problem
+from miles_lean.recipes.repair import shown
 from miles_lean.recipes.toy import ASK, statement_of
 from miles_lean.reward.connect import connect
 from miles_lean.reward.function import proof_of
@@ -22,8 +23,6 @@ from miles_lean.reward.outcome import Outcome
 from miles_lean.reward.verifier import run as run_async
 
 _TOY_BEFORE, _TOY_AFTER = statement_of("\0").split("\0")
-TOY_WORDS = 24
-"""Characters of Lean's message that a lean-toy repair prompt has room for."""
 
 
 def solved(*, run: str, prompt: str = "toy") -> Iterator[dict[str, Any]]:
@@ -63,8 +62,7 @@ def repairs(
             continue
         row = _row(sample["metadata"], prompt, sample.get("label"))
         if prompt == "toy":
-            said = "".join(char for char in outcome.reason if char.isalpha() or char == " ")[:TOY_WORDS]
-            row["prompt"] = f"{row['prompt']}{sample['text']}({said.lower()})"
+            row["prompt"] = shown(row["prompt"].removesuffix(ASK), sample["text"], outcome.reason)
         else:
             turn = {"role": "user", "content": repair(_problem(sample["metadata"]), sample["text"], outcome.reason)}
             row["prompt"] = [*row["prompt"], {"role": "assistant", "content": sample["text"]}, turn]

@@ -83,7 +83,7 @@ async def lean(
     gets one JSON line with category, reason and times for every completion. Raises Failed when the machine failed.
     """
     options = {"workers": workers, "elaborate_s": elaborate_s, "judge_s": judge_s, "retries": retries}
-    scoring = _scoring(backend, options, cache, log)
+    scoring = scoring_of(backend, options, cache, log)
     found = await scoring.outcome(text, metadata)
     if found.status == "infra_error":
         raise Failed(f"{found.category} after {found.attempts} attempts: {found.reason}")
@@ -108,7 +108,7 @@ def proof_of(text: str, format: str, statement: Statement) -> str:
     return statement.proof_in(found.code) if found.kind == "file" else found.code
 
 
-def _scoring(backend: str, options: dict[str, Any], cache: str, log: str) -> Scoring:
+def scoring_of(backend: str, options: dict[str, Any], cache: str, log: str) -> Scoring:
     """The one of this loop and these options; it is closed when the loop cancels its tasks at its end."""
     loop = asyncio.get_running_loop()
     key = (loop, json.dumps([backend, options, cache, log], sort_keys=True))
