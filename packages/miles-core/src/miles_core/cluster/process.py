@@ -74,6 +74,8 @@ def main(socket_fd: int, lifeline_fd: int) -> None:
 
                         worker = make_worker(msgspec.msgpack.decode(call.payload, type=Build))
                         reply = Reply()
+                    elif worker is None:
+                        raise ValueError("nothing was built in this worker yet")
                     else:
                         reply = Reply(worker.call(call.method, call.payload))
                 except Exception as error:  # told to the driver, which decides; the log has the rest

@@ -1,0 +1,184 @@
+"""Trainers and engines in processes of their own: the bits of one process, and a death is named at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from miles_core.algorithm.config import AlgorithmConfig
+from miles_core.cluster.codec import pack_batch, pack_stats, unpack_batch, unpack_stats
+from miles_core.cluster.fleet import Fleet, WorkerDied
+from miles_core.cluster.local import LocalHandle
+from miles_core.cluster.start import Cluster, start
+from miles_core.compose import make_trainer
+from miles_core.config.schema import RunConfig
+from miles_core.models import load_model
+from miles_core.trainer.base import StepStats
+from miles_core.trainer.batch import TrainBatch
+from miles_core.trainer.hashing import combined_hash
+from miles_core.trainer.testing import random_samples
+from miles_rollout.waits import WaitExpired
+from miles_rollout.wire import GenerateRequest, GenerateResult, SamplingParams
+
+MODEL = {
+    "alphabet": "0123456789+= abcdefghijklmnopqrstuvwxyz.,;:!?",
+    "architecture": {
+        "model_type": "qwen3", "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    },
+}  # fmt: skip
+
+
+def config(tmp_path: Path, **cluster: Any) -> RunConfig:
+    values = {
+        "run": {"name": "test", "dir": str(tmp_path), "num_steps": 4}, "model": MODEL, "optimizer": {"lr": 1e-3},
+        "engine": {"num_pages": 32}, "cluster": {"deadline_s": 100.0, **cluster}, "sync": {"deadline_s": 20.0},
+    }  # fmt: skip
+    return RunConfig.model_validate(values)
+
+
+def batches() -> list[TrainBatch]:
+    return [TrainBatch.from_groups(random_samples(seed, num_groups=4), AlgorithmConfig()) for seed in (1, 2)]
+
+
+REQUEST = GenerateRequest(request_id="a", input_ids=(5, 6, 7), sampling=SamplingParams(max_new_tokens=8, ignore_eos=True))
+
+
+def story(cluster: Cluster) -> tuple[str, list[dict[str, float]], list[GenerateResult], torch.Tensor]:
+    """Publish, generate, train twice, publish, generate: everything that can differ."""
+    import asyncio
+
+    assert cluster.trainer is not None and cluster.engine is not None
+    results, rows = [], []
+    cluster.publish(0)
+    with asyncio.Runner() as runner:
+        results.append(runner.run(cluster.engine.generate(REQUEST)))
+        for batch in batches():
+            rows.append(cluster.trainer.step(batch).metrics())
+        cluster.publish(2)
+        results += [runner.run(cluster.engine.generate(REQUEST)) for _ in cluster.engine.peers.urls]
+        runner.run(cluster.engine.close())
+    return cluster.trainer.weights_hash(), rows, results, cluster.trainer.forward_logprobs(batches()[0])
+
+
+def no_children() -> bool:
+    """Whether this process has no worker left."""
+    found = subprocess.run(["ps", "-o", "args=", "--ppid", str(os.getpid())], capture_output=True, text=True).stdout
+    return not any(word in found for word in ("miles_core.cluster", "raylet", "gcs_server"))
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What a trainer and an engine in processes of their own do, and the checkpoint they leave."""
+    folder = tmp_path_factory.mktemp("local")
+    with start(config(folder, num_trainers=1), "train", folder / "logs", lambda line: None) as cluster:
+        found = story(cluster)
+        assert cluster.trainer is not None
+        cluster.trainer.save(folder / "saved")
+        doomed = cluster.handles[1]
+        assert isinstance(doomed, LocalHandle)
+        os.kill(doomed.pid, signal.SIGKILL)
+        with pytest.raises(ValueError, match="engine-0 (cannot be reached|did not answer)"):
+            cluster.publish(3)
+    assert no_children()
+    return found, folder / "saved"
+
+
+def test_local_processes_do_what_one_process_does(local: Any, tmp_path: Path) -> None:
+    (weights, rows, results, logprobs), saved = local
+    own = config(tmp_path)
+    trainer = make_trainer(own, "train", load_model(own, lambda line: None).decoder)
+    assert [trainer.step(batch).metrics() for batch in batches()] == rows
+    assert combined_hash(trainer.export_weights()) == weights
+    assert torch.equal(trainer.forward_logprobs(batches()[0]), logprobs)
+    other = make_trainer(own, "train", load_model(own, lambda line: None).decoder)
+    other.load(saved)
+    assert combined_hash(other.export_weights()) == weights
+    assert [span.version for result in results for span in result.completions[0].weight_spans] == [0, 2]
+    assert results[0].completions[0].logprobs != results[1].completions[0].logprobs
+
+
+def test_ray_gives_the_bits_of_local_processes_and_leaves_nothing_behind(local: Any, tmp_path: Path) -> None:
+    with start(config(tmp_path, kind="ray"), "train", tmp_path / "logs", lambda line: None) as cluster:
+        weights, rows, results, logprobs = story(cluster)
+    assert (weights, rows, results) == local[0][:3] and torch.equal(logprobs, local[0][3])
+    end = time.monotonic() + 20
+    while not no_children() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert no_children()
+
+
+# ---------------------------------------------------------------- failures
+
+
+@pytest.fixture
+def idle(tmp_path: Path) -> Iterator[list[LocalHandle]]:
+    handles = [LocalHandle(f"trainer-{i}", tmp_path / f"{i}.log") for i in range(2)]
+    yield handles
+    for handle in handles:
+        handle.close()
+
+
+def test_a_worker_killed_in_the_middle_of_a_call_is_named_at_once(tmp_path: Path) -> None:
+    own = config(tmp_path, num_trainers=2)
+    with start(own, "train", tmp_path / "logs", lambda line: None, needs_engine=False) as cluster:
+        assert cluster.trainer is not None
+        doomed = cluster.handles[1]
+        assert isinstance(doomed, LocalHandle)
+        threading.Timer(0.5, os.kill, (doomed.pid, signal.SIGKILL)).start()
+        started = time.monotonic()
+        with pytest.raises(WorkerDied, match=rf"trainer-1 \(pid {doomed.pid}\) was killed by SIGKILL"):
+            for _ in range(1000):
+                cluster.trainer.step(batches()[0])
+        assert time.monotonic() - started < 15
+    assert no_children()
+
+
+def test_a_worker_that_does_not_answer_is_named_with_its_stacks(idle: list[LocalHandle]) -> None:
+    os.kill(idle[1].pid, signal.SIGSTOP)
+    fleet = Fleet(idle[1:], deadline_s=1.0)
+    with pytest.raises(WaitExpired, match="waited 1 s for trainer-1 to answer 'nothing'"):
+        fleet.call("nothing")
+    os.kill(idle[1].pid, signal.SIGCONT)
+    with pytest.raises(ValueError, match="trainer-0: nothing was built"):
+        Fleet(idle[:1], deadline_s=20.0).call("step")
+
+
+def test_workers_end_with_a_driver_that_is_killed(tmp_path: Path) -> None:
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom miles_core.cluster.local import LocalHandle\n"
+        f"handle = LocalHandle('engine-0', Path({str(tmp_path / 'log')!r}))\nprint(handle.pid, flush=True)\ntime.sleep(100)\n"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    pid = int(driver.stdout.readline())
+    driver.kill()
+    driver.wait()
+    end = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+        assert time.monotonic() < end, "the worker outlived its driver"
+        time.sleep(0.02)
+
+
+def test_batches_and_reports_keep_every_bit_on_the_way() -> None:
+    batch = batches()[0]
+    again = unpack_batch(pack_batch(batch))
+    for name in batch.__dataclass_fields__:
+        one, two = getattr(batch, name), getattr(again, name)
+        assert torch.equal(one, two) and one.dtype == two.dtype if isinstance(one, torch.Tensor) else one == two, name
+    stats = StepStats(
+        loss=0.1, grad_norm=1e-300, lr=1 / 3, num_tokens=5, num_sequences=2, num_updates=1, tokens_unequal=0,
+        mismatch_max_abs=0.0, means={"entropy": 2.5},
+    )  # fmt: skip
+    assert unpack_stats(pack_stats(stats)) == stats
