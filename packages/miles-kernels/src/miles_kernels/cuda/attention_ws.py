@@ -103,7 +103,7 @@ def forward(
         return TensorDescriptor(x, plane[0], [plane[3], 1], [64, size], layout)
 
     table = batch.table if batch.table is not None else batch.kv_len
-    attend_ws[(triton.cdiv(batch.max_q * group, 128), kv_heads, batch.kv_len.shape[0])](
+    attend_ws[(kv_heads, triton.cdiv(batch.max_q * group, 128), batch.kv_len.shape[0])](
         q, describe(k, k_plane, dim), describe(v, v_plane, dim_v), out, lse, table, batch.cu_q, batch.kv_len, batch.kv_start,
         scale * math.log2(math.e), heads, q.stride(0), q.stride(1), out.stride(0), out.stride(1), table.stride(0),
         k_plane[1], k_plane[2], v_plane[2],

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_kernels.cuda import gemm_deep, gemm_lt, gemm_triton
+from miles_kernels.cuda import gemm_deep, gemm_lt, gemm_triton, gemm_tune
 from miles_kernels.cuda.gemm_table import TABLE
 from miles_kernels.cuda.gemm_triton import Tile
 
@@ -28,6 +28,8 @@ PROBE_SHAPES = ((3072, 1024), (1024, 3072), (2560, 9728), (5120, 2048))
 """(N, K): two that default cuBLAS splits along K for few rows, two that it does not."""
 PROBE_ROWS = (1, 2, 15, 16, 17, 64, 100, 129, 256, 300)
 PROBE_TOTAL = 384
+SISTER_ROWS = 512
+"""Up to this many rows an H100 takes the table of the H200; larger products are measured on the spot (`gemm_tune`)."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def format_tile(tile: Tile) -> str:
 
 @functools.cache
 def table_of(device_name: str) -> dict[str, dict[int, str]]:
-    """The measurements of a device; an H100, the same chip with another memory, takes those of the H200 until it has its own."""
+    """The measurements of a device; an H100, the same chip with another memory, has those of the H200 until it has its own."""
     same_chip = "NVIDIA H200" if re.search(r"\bH100\b", device_name) else ""
     return TABLE.get(device_name) or TABLE.get(same_chip, {})
 
@@ -133,7 +135,9 @@ def table_of(device_name: str) -> dict[str, dict[int, str]]:
 @functools.lru_cache(maxsize=8192)
 def choose(device_name: str, usable: frozenset[str], m: int, n: int, k: int) -> str:
     """The measured winner for a product, or "lt:" / "triton" where nothing was measured or the winner may not serve."""
-    entry = table_of(device_name).get(f"{n},{k}")
+    entry = TABLE.get(device_name, {}).get(f"{n},{k}")
+    if entry is None and m <= SISTER_ROWS:
+        entry = table_of(device_name).get(f"{n},{k}")
     choice = entry[nearest(m, entry)] if entry else "lt:"
     backend = {"lt": "cublaslt", "de": "deepgemm"}.get(choice[:2], "triton")
     if backend in usable:
@@ -149,6 +153,7 @@ def forget() -> None:
     """Drop the plans made so far, so that a new table takes effect."""
     _quick.clear()
     gemm_lt.forget()
+    gemm_tune.forget()
 
 
 def product(
@@ -206,7 +211,7 @@ def product(
         problem = gemm_lt.problem_of(a, b, out, a_t=a_t, b_t=b_t, bias=bias is not None, accumulate=accumulate)
         if len(_quick) >= gemm_lt.MOST_PLANS:
             _quick.clear()
-        plan = _quick[key] = gemm_lt.plan_of(problem, choice[3:])
+        plan = _quick[key] = gemm_lt.plan_of(problem, choice[3:] or gemm_tune.fastest(problem, a, b, bias))
         return plan.run(a, b, out, bias)
     tile = parse_tile(choice) if " " in choice else None
     addend = (out if out.dtype is torch.float32 else out.float()) if accumulate else None

@@ -18,7 +18,7 @@ from miles_kernels.verify.blocks import Record, Shape
 from miles_kernels.verify.model_axes import ModelCase, verify_model
 from miles_kernels.verify.result import Row, Tally
 
-CASES = ("llama", "qwen3", "qwen3_moe", "qwen3 fp8", "qwen3_moe fp8")
+CASES = ("llama", "qwen3", "qwen3 window", "qwen3_moe", "qwen3 fp8", "qwen3_moe fp8")
 ROUNDS = 3
 Pools = list[tuple[Tensor, Tensor]]
 
@@ -41,11 +41,13 @@ class _Cache:
 class RealDecoder:
     """A random decoder behind the interface of `Blocks`."""
 
-    def __init__(self, size: Shape, dtype: torch.dtype, device: str, precision: str, seed: int = 0) -> None:
+    def __init__(
+        self, size: Shape, dtype: torch.dtype, device: str, *, precision: str = "full", window: int | None = None, seed: int = 0
+    ) -> None:
         self.size, self.device = size, device
         name = str(dtype).removeprefix("torch.")
         self.decoder = random_decoder(
-            _config(size), seed, contract=Contract.for_device(device, name, precision), dtype=dtype, device=device
+            _config(size, window), seed, contract=Contract.for_device(device, name, precision), dtype=dtype, device=device
         )
 
     @property
@@ -66,7 +68,8 @@ class RealDecoder:
         return self.decoder(tokens, step.positions().to(self.device), kv)
 
 
-def _config(s: Shape) -> DecoderConfig:
+def _config(s: Shape, window: int | None) -> DecoderConfig:
+    kinds = tuple("sliding_attention" if i % 2 == 0 else "full_attention" for i in range(s.layers))
     experts: dict[str, Any] = {
         "num_experts": s.experts,
         "num_experts_per_tok": s.top_k,
@@ -83,6 +86,8 @@ def _config(s: Shape) -> DecoderConfig:
         num_key_value_heads=s.kv_heads,
         head_dim=s.dim,
         initializer_range=0.05,
+        sliding_window=window,
+        layer_types=kinds if window else (),
         **(experts if s.family == "qwen3_moe" else {}),
     )
 
@@ -105,7 +110,14 @@ def _plan(step: Step, device: str) -> Any:
 
 def verify_decoder(ops: Backend, size: Shape, dtype: torch.dtype, lengths: list[int], name: str, seed: int) -> Iterator[Row]:
     """Schedules without gradient; then the training forward against them, and its gradients run to run and recomputed."""
-    model = RealDecoder(size, dtype, ops.device, "fp8" if name.endswith("fp8") else "full", seed)
+    model = RealDecoder(
+        size,
+        dtype,
+        ops.device,
+        precision="fp8" if name.endswith("fp8") else "full",
+        window=100 if name.endswith("window") else None,
+        seed=seed,
+    )
     case = ModelCase(ops, size, dtype, lengths, seed, model=model, subject=f"decoder {name}")
     yield from verify_model(case)
     for axis, check in ((14, _training_forward), (15, _gradients)):
