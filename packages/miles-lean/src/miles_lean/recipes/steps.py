@@ -148,10 +148,13 @@ def walk(goal: str, family: str, tactics: tuple[str, ...], backend: Backend) -> 
 
 
 def prompt_of(state: TacticState) -> str:
-    """The first goal on one line, propositional variables left out. Example: h:p∧q⊢q∧p>."""
+    """The first goal on one line, propositional variables left out. Example: h:p∧q⊢q∧p>.
+
+    Characters that ALPHABET lacks (the dagger of a name that no tactic can write) are left out, too.
+    """
     goal = state.goals[0]
-    facts = [f"{name}:{kind}" for name, kind in goal.assumptions if kind != "Prop"]
-    return ",".join(facts).replace(" ", "") + "⊢" + goal.conclusion.replace(" ", "") + NEXT
+    facts = ",".join(f"{name}:{kind}" for name, kind in goal.assumptions if kind != "Prop")
+    return "".join(char for char in f"{facts}⊢{goal.conclusion}{NEXT}" if char in ALPHABET and char != " ")
 
 
 def _atoms(draws: Draws, count: int) -> list[str]:
