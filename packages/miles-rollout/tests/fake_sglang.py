@@ -282,6 +282,8 @@ if __name__ == "__main__":
     given, others = parser.parse_known_args()
     if "--crash" in others:
         raise SystemExit(3)
-    served = create(Path(given.model_path), deterministic=given.enable_deterministic_inference)
+    served = create(
+        Path(given.model_path), deterministic=given.enable_deterministic_inference, moe="--enable-return-routed-experts" in others
+    )
     served.state.sglang.step_s = given.step_s
     uvicorn.run(served, host=given.host, port=int(given.port), log_level="error")

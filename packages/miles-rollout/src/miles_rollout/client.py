@@ -70,6 +70,12 @@ class _ServerInfo(msgspec.Struct, frozen=True):
     metrics: dict[str, float] = {}
 
 
+class _Updated(msgspec.Struct, frozen=True):
+    success: bool
+    message: str
+    workers: dict[str, str | None] = {}
+
+
 class RolloutClient:
     """Requests to one server. `generate`, `stream`, `abort`, `info`, `metrics` and `close` are those of `Engine`.
 
@@ -193,6 +199,31 @@ class RolloutClient:
             return True
 
         return await self._try(attempt)
+
+    async def update_weights_from_disk(self, directory: str, version: int | None = None) -> EngineInfo:
+        """Let the server, every worker behind a router, load a directory of safetensors; the next version when none is given.
+
+        Sent once. Raises EngineRefusal naming file or tensor when nothing was changed, ServerError when the server fails or
+        some worker lacks the update.
+        """
+        body = {"model_path": directory} if version is None else {"model_path": directory, "weight_version": version}
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                response = await self._http.post("/update_weights_from_disk", content=msgspec.json.encode(body), headers=_JSON)
+        except TimeoutError:
+            raise self._too_late() from None
+        except httpx.TransportError as error:
+            raise ServerError(f"{self.base_url}: the weight update was cut off: {error!r}") from error
+        if response.status_code == 503:
+            raise ServerError(f"HTTP 503: {_message(response.content)}")
+        _raise_for_status(response.status_code, response.content)
+        reply = self._decode(response.content, _Updated)
+        lacking = {worker: why for worker, why in reply.workers.items() if why is not None}
+        if lacking:
+            raise ServerError(
+                f"{self.base_url}: " + "; ".join(f"{worker} lacks the update: {why}" for worker, why in lacking.items())
+            )
+        return await self.refresh()
 
     async def close(self) -> None:
         """Close all connections. Idempotent."""

@@ -70,7 +70,13 @@ class Target:
         """One request, the reply whole. The admin token goes along unless `headers` say otherwise."""
         content = raw if raw is not None else None if body is None else msgspec.json.encode(body)
         try:
-            return await self._http.request(method, self.url + path, content=content, headers=self._headers(headers))
+            try:
+                return await self._http.request(method, self.url + path, content=content, headers=self._headers(headers))
+            except (
+                httpx.ReadError,
+                httpx.RemoteProtocolError,
+            ):  # SGLang drops the connection after a 500; a dead server stays so
+                return await self._http.request(method, self.url + path, content=content, headers=self._headers(headers))
         except httpx.TimeoutException:
             raise CheckFailed(f"{method} {path}: no reply within {self.options.timeout_s:g} s") from None
         except httpx.HTTPError as error:
