@@ -68,31 +68,6 @@ def test_backends_agree_and_default_cublas_does_not() -> None:
     assert all(dispatch.proven(backend, 0).num_elements > 1e6 for backend in dispatch._usable(0) - {"triton"})
 
 
-@pytest.mark.parametrize(("a_t", "b_t"), [(False, False), (False, True), (True, True)])
-@pytest.mark.parametrize(("m", "n", "k"), [(1024, 2560, 2048), (777, 1024, 3072), (2560, 1536, 1000)])
-def test_measured_algorithms_have_tritons_bits(
-    m: int, n: int, k: int, a_t: bool, b_t: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from miles_kernels.cuda import dispatch, gemm_triton, gemm_tune
-
-    monkeypatch.setattr(dispatch, "TABLE", {})  # nothing known: what is not small is timed on the spot
-    dispatch.choose.cache_clear()
-    dispatch.forget()
-    m, k = (m + -m % 8, k + -k % 8)
-    a = torch.randn(*((k, m) if a_t else (m, k)), dtype=BF16)
-    b = torch.randn(*((k, n) if b_t else (n, k)), dtype=BF16)
-    out = dispatch.product(a, b, torch.empty(m, n, dtype=BF16), a_t=a_t, b_t=b_t)
-    want = gemm_triton.gemm(a, b, torch.empty(m, n, dtype=BF16), a_t=a_t, b_t=b_t)
-    assert_bitwise_equal(out, want, "against Triton")
-    assert len(gemm_tune._winners) == 1
-    part = dispatch.product(a[:, :512] if a_t else a[:512], b, torch.empty(512, n, dtype=BF16), a_t=a_t, b_t=b_t)
-    assert_bitwise_equal(part, want[:512], "fewer rows, perhaps another algorithm")
-    summed = dispatch.product(a, b, out.float(), a_t=a_t, b_t=b_t, accumulate=True)
-    close(summed, 2 * want.float(), 1e-2)
-    dispatch.choose.cache_clear()
-    dispatch.forget()
-
-
 def test_product_in_a_cuda_graph() -> None:
     from miles_kernels.cuda.linear import linear
 

@@ -197,13 +197,13 @@ def backward(
     scale_log2 = scale * math.log2(math.e)
     wide = max(sizes["D_PAD"], sizes["DV_PAD"]) > 128
     rows, keys, warps, stages = kv_tile or ((32, 64, 4, 1) if wide else (64, 64, 4, 2))
-    grad_kv[(kv_heads, triton.cdiv(batch.max_kv, keys), num_seqs)](
+    grad_kv[(triton.cdiv(batch.max_kv, keys), kv_heads, num_seqs)](
         q, k, v, grad, lse, delta, dk, dv, batch.cu_q, batch.kv_len, batch.kv_start, scale, scale_log2, heads,
         *strides, dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1),
         G=group, BM=rows, BK=keys, WINDOW=window or 0, STAGES=stages, num_warps=warps, **sizes,
     )  # fmt: skip
     rows, keys, warps, stages = q_tile or ((64, 64, 4, 1) if wide else (128, 64, 8, 3))
-    grad_q[(kv_heads, triton.cdiv(batch.max_q * group, rows), num_seqs)](
+    grad_q[(triton.cdiv(batch.max_q * group, rows), kv_heads, num_seqs)](
         q, k, v, grad, lse, delta, dq, batch.cu_q, batch.kv_len, batch.kv_start, scale, scale_log2, heads,
         *strides, dq.stride(0), dq.stride(1),
         G=group, BM=rows, BK=keys, WINDOW=window or 0, STAGES=stages, num_warps=warps, **sizes,

@@ -36,10 +36,10 @@ def grad_kv(
     BM: tl.constexpr, BK: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of BK keys of one (sequence, key/value head)."""
-    kv_head = tl.program_id(0)
+    kv_head = tl.program_id(1)
     seq = tl.program_id(2)
     kv_len = tl.load(kv_len_ptr + seq)
-    start = tl.program_id(1) * BK
+    start = tl.program_id(0) * BK
     if start >= kv_len:
         return
     q_start = tl.load(cu_q_ptr + seq)
@@ -107,8 +107,8 @@ def grad_q(
     BM: tl.constexpr, BK: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of BM (token, head) rows of one (sequence, key/value head)."""
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    kv_head = tl.program_id(0)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
     seq = tl.program_id(2)
     q_start = tl.load(cu_q_ptr + seq)
     q_len = tl.load(cu_q_ptr + seq + 1) - q_start

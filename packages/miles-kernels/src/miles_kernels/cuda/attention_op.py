@@ -35,7 +35,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, batch: KVBatch, scale: float, window: i
     base.check(q, k, v, batch, window)
     group = q.shape[1] // k.shape[1]
     if batch.max_q * group >= WS_ROWS and attention_ws.unsupported(q, k, v, batch) is None:
-        if attention_ws.proven(q.device.index or 0, q.shape[2], v.shape[2], q.dtype):
+        kind = (batch.page_size > 0, window is not None)
+        if attention_ws.proven(q.device.index or 0, q.shape[2], v.shape[2], q.dtype, *kind):
             return attention_ws.forward(q, k, v, batch, scale=scale, window=window)
     return base.forward(q, k, v, batch, scale=scale, window=window)
 

@@ -31,8 +31,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, batch: KVBatch) -> str | None:
 
 
 @functools.cache
-def proven(device: int, dim: int, dim_v: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel has the bits of the plain one on this device: packed, paged, windowed. Once per process and head size.
+def proven(device: int, dim: int, dim_v: int, dtype: torch.dtype, paged: bool, windowed: bool) -> bool:
+    """Whether the kernel has the bits of the plain one on this device. Once per process and kind of call.
 
     The plain kernel defines attention and serves where this is False, as on a machine whose compiler cannot build this one.
     """
@@ -44,25 +44,22 @@ def proven(device: int, dim: int, dim_v: int, dtype: torch.dtype) -> bool:
         return torch.randn(rows, heads, size, device=f"cuda:{device}", generator=generator).to(dtype)
 
     with torch.no_grad(), torch.cuda.device(device):
-        q, rows = draw(sum(lengths), 8, dim), max(sum(lengths), len(lengths) * pages * 64)
+        rows = max(sum(lengths), len(lengths) * pages * 64)
         k, v = draw(rows, 2, dim), draw(rows, 2, dim_v)
-        table = torch.randperm(len(lengths) * pages, device=q.device, generator=generator).view(len(lengths), pages).int()
-        chunked = [max(1, n // 2) for n in lengths]
-        cases = (
-            (q, KVBatch.packed(lengths, q.device), None),
-            (q, KVBatch.packed(lengths, q.device), 100),
-            (q, KVBatch.paged(lengths, lengths, table, 64), None),
-            (q[: sum(chunked)], KVBatch.paged(chunked, lengths, table, 64), None),
-        )
-        for queries, batch, window in cases:
-            want, _ = base.forward(queries, k, v, batch, scale=dim**-0.5, window=window)
-            try:
-                got, _ = forward(queries, k, v, batch, scale=dim**-0.5, window=window)
-            except (RuntimeError, ImportError, OSError, AttributeError):
-                return False
-            if not torch.equal(got, want):
-                return False
-    return True
+        if paged:  # a later chunk of each sequence
+            table = torch.randperm(len(lengths) * pages, device=k.device, generator=generator).view(len(lengths), pages)
+            counts = [max(1, n // 2) for n in lengths]
+            batch = KVBatch.paged(counts, lengths, table.int(), 64)
+        else:
+            counts = lengths
+            batch = KVBatch.packed(lengths, k.device)
+        q, window = draw(sum(counts), 8, dim), 100 if windowed else None
+        want, _ = base.forward(q, k, v, batch, scale=dim**-0.5, window=window)
+        try:
+            got, _ = forward(q, k, v, batch, scale=dim**-0.5, window=window)
+        except (RuntimeError, ImportError, OSError, AttributeError):
+            return False
+        return torch.equal(got, want)
 
 
 def _plane(x: Tensor) -> tuple[list[int], int, int, int] | None:
@@ -103,7 +100,7 @@ def forward(
         return TensorDescriptor(x, plane[0], [plane[3], 1], [64, size], layout)
 
     table = batch.table if batch.table is not None else batch.kv_len
-    attend_ws[(kv_heads, triton.cdiv(batch.max_q * group, 128), batch.kv_len.shape[0])](
+    attend_ws[(triton.cdiv(batch.max_q * group, 128), kv_heads, batch.kv_len.shape[0])](
         q, describe(k, k_plane, dim), describe(v, v_plane, dim_v), out, lse, table, batch.cu_q, batch.kv_len, batch.kv_start,
         scale * math.log2(math.e), heads, q.stride(0), q.stride(1), out.stride(0), out.stride(1), table.stride(0),
         k_plane[1], k_plane[2], v_plane[2],

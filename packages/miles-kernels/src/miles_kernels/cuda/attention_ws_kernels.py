@@ -191,9 +191,8 @@ def attend_ws(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """128 packed rows of one (sequence, key/value head)."""
-    # longest tiles of all heads first, so that the last to start are short; heads side by side share the cache of keys
-    tile = gl.num_programs(1) - 1 - gl.program_id(1)
-    kv_head = gl.program_id(0)
+    tile = gl.num_programs(0) - 1 - gl.program_id(0)
+    kv_head = gl.program_id(1)
     seq = gl.program_id(2)
     q_start = gl.load(cu_q_ptr + seq)
     q_len = gl.load(cu_q_ptr + seq + 1) - q_start

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_kernels.cuda import gemm_deep, gemm_lt, gemm_triton, gemm_tune
+from miles_kernels.cuda import gemm_deep, gemm_lt, gemm_triton
 from miles_kernels.cuda.gemm_table import TABLE
 from miles_kernels.cuda.gemm_triton import Tile
 
@@ -29,7 +29,7 @@ PROBE_SHAPES = ((3072, 1024), (1024, 3072), (2560, 9728), (5120, 2048))
 PROBE_ROWS = (1, 2, 15, 16, 17, 64, 100, 129, 256, 300)
 PROBE_TOTAL = 384
 SISTER_ROWS = 512
-"""Up to this many rows an H100 takes the table of the H200; larger products are measured on the spot (`gemm_tune`)."""
+"""Up to this many rows an H100 takes the table of the H200: those products are bound by memory alike. Larger ones are not."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,6 @@ def forget() -> None:
     """Drop the plans made so far, so that a new table takes effect."""
     _quick.clear()
     gemm_lt.forget()
-    gemm_tune.forget()
 
 
 def product(
@@ -211,7 +210,7 @@ def product(
         problem = gemm_lt.problem_of(a, b, out, a_t=a_t, b_t=b_t, bias=bias is not None, accumulate=accumulate)
         if len(_quick) >= gemm_lt.MOST_PLANS:
             _quick.clear()
-        plan = _quick[key] = gemm_lt.plan_of(problem, choice[3:] or gemm_tune.fastest(problem, a, b, bias))
+        plan = _quick[key] = gemm_lt.plan_of(problem, choice[3:])
         return plan.run(a, b, out, bias)
     tile = parse_tile(choice) if " " in choice else None
     addend = (out if out.dtype is torch.float32 else out.float()) if accumulate else None
