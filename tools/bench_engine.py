@@ -56,12 +56,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--eager", action="store_true", help="no graphs")
+    parser.add_argument("--no-mixed", action="store_true", help="no graphs of steps that prefill")
+    parser.add_argument("--table", type=Path, help="JSON of measured products, as `miles_kernels.bench.gemm.tune` returns")
     parser.add_argument("--profile", action="store_true", help="the kernels of a step, by time")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     shape = SHAPES[options.model] | COMMON
     if options.layers:
         shape["num_hidden_layers"] = options.layers
+    if options.table:
+        use_table(options.table)
     decoder = make_decoder(DecoderConfig(**shape))
     bandwidth = copy_bandwidth()
     name = torch.cuda.get_device_name()
@@ -81,6 +85,21 @@ def main() -> None:
             torch.cuda.empty_cache()
     if options.json:
         options.json.write_text(json.dumps({"device": name, "model": options.model, "shape": shape, "rows": rows}, indent=1))
+
+
+def use_table(path: Path) -> None:
+    """Let measured products choose their kernels in this process; bits do not depend on it."""
+    from miles_kernels.cuda import dispatch
+    from miles_kernels.cuda.gemm_table import TABLE
+
+    name = torch.cuda.get_device_name()
+    known = {key: dict(entry) for key, entry in dispatch.table_of(name).items()}
+    for key, entry in json.loads(path.read_text()).items():
+        known.setdefault(key, {}).update({int(rows): choice for rows, choice in entry.items()})
+    TABLE[name] = known
+    dispatch.table_of.cache_clear()
+    dispatch.choose.cache_clear()
+    dispatch.forget()
 
 
 def make_decoder(config: DecoderConfig) -> Decoder:
@@ -124,6 +143,7 @@ class Bench:
             max_batched_tokens=max(8192, batch),
             prefix_cache=False,
             cuda_graphs=not options.eager,
+            cuda_graph_prefill=not options.no_mixed,
         )
         pages = config.num_pages
         assert pages is not None

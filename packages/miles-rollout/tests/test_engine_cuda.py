@@ -105,31 +105,43 @@ def test_graphs_and_overlap_give_the_bits_of_the_eager_engine(shape: DecoderConf
 
 
 @pytest.mark.parametrize("shape", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("rows", [48, 256])
 @torch.inference_mode()
-def test_every_token_has_the_trainers_bits(shape: DecoderConfig):
+def test_every_token_has_the_trainers_bits(shape: DecoderConfig, rows: int):
+    """One packed forward over all sequences, as a trainer does it, against tokens of graphs, chunks and cached prefixes."""
     from miles_kernels.cuda.attention import KVBatch
 
     decoder = make(shape, 3)
-    asked = requests(40, 9, plain=True)
-    found = serve(decoder, CONFIG, asked)
-    compared = 0
-    for request in asked:
-        for completion in found[request.request_id].completions:
-            ids = torch.tensor(request.input_ids + completion.token_ids, device="cuda")
-            batch = KVBatch.packed([len(ids)])
-            routed: dict[int, torch.Tensor] = {}
-            hidden = decoder(ids, torch.arange(len(ids), device="cuda"), PackedKV(batch), routed=routed)  # type: ignore[arg-type]
-            first = len(request.input_ids) - 1
-            out = decoder.logprob(hidden[first:-1], ids[first + 1 :], request.sampling.temperature or 1.0)
-            expected = torch.tensor(completion.logprobs, device="cuda")
-            assert torch.equal(out.logprob, expected), request.request_id
-            compared += len(expected)
-            if completion.routed_experts is not None:
-                ids_by_layer = torch.stack([routed[layer] for layer in sorted(routed)], 1)[:-1]
-                experts = torch.frombuffer(bytearray(completion.routed_experts.data), dtype=torch.uint8)
-                assert torch.equal(ids_by_layer.cpu().to(torch.uint8).flatten(), experts)
-    assert compared > 1000
-    assert any(c.routed_experts is not None for r in found.values() for c in r.completions) == (shape is MOE)
+    asked = requests(rows * 3 // 2, 9, plain=True)
+    config = msgspec.structs.replace(CONFIG, max_running=rows, num_pages=30 * rows, max_batched_tokens=max(512, 2 * rows))
+    found = serve(decoder, config, asked)
+    pairs = [(request, completion) for request in asked for completion in found[request.request_id].completions]
+    ids = [request.input_ids + completion.token_ids for request, completion in pairs]
+    lengths = [len(sequence) for sequence in ids]
+    flat = torch.tensor([token for sequence in ids for token in sequence], device="cuda")
+    positions = torch.cat([torch.arange(length, device="cuda") for length in lengths])
+    routed: dict[int, torch.Tensor] = {}
+    hidden = decoder(flat, positions, PackedKV(KVBatch.packed(lengths)), routed=routed)  # type: ignore[arg-type]
+    starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
+    source, heat, expected = [], [], []
+    for (request, completion), start in zip(pairs, starts.tolist(), strict=True):
+        first = start + len(request.input_ids) - 1
+        source += range(first, first + len(completion.token_ids))
+        heat += [request.sampling.temperature or 1.0] * len(completion.token_ids)
+        expected += completion.logprobs
+    at = torch.tensor(source, device="cuda")
+    out = decoder.logprob(hidden[at], flat[at + 1], torch.tensor(heat, device="cuda"), entropy=False)
+    unequal = int((out.logprob != torch.tensor(expected, device="cuda")).sum())
+    assert unequal == 0 and len(expected) > 1000, f"{unequal} of {len(expected)}"
+    print(f"{shape.family} {rows} rows: {len(expected)} tokens equal")
+    by_layer = torch.stack([routed[layer] for layer in sorted(routed)], 1).cpu().to(torch.uint8) if routed else None
+    noted = 0
+    for (_, completion), start, length in zip(pairs, starts.tolist(), lengths, strict=True):
+        if completion.routed_experts is not None and by_layer is not None:
+            experts = torch.frombuffer(bytearray(completion.routed_experts.data), dtype=torch.uint8)
+            assert torch.equal(by_layer[start : start + length - 1].flatten(), experts)
+            noted += 1
+    assert (noted > 0) == (shape is MOE)
 
 
 def test_the_comparison_can_fail():

@@ -41,6 +41,8 @@ class EngineConfig(Section):
     """Start a step before the tokens of the one before have been looked at; left out, on an accelerator only."""
     cuda_graphs: bool = True
     """Capture plain decode steps and launch each as a whole; without effect on the CPU."""
+    cuda_graph_prefill: bool = True
+    """Capture small steps that prefill, too."""
     record_routed_experts: bool = False
     """Keep which experts every token went to, so that requests may ask for it."""
 

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
-from torch import Tensor
 
 from miles_kernels.nn.decoder import Decoder
 from miles_rollout.engine import MEMORY_TAGS
@@ -24,7 +23,7 @@ from miles_rollout.engines.embedded.speculate import make_speculator
 from miles_rollout.engines.embedded.state import Delivery, Job, Sequence
 from miles_rollout.engines.embedded.tables import Tables
 from miles_rollout.engines.embedded.tail import Tokens
-from miles_rollout.engines.embedded.weights import swap
+from miles_rollout.engines.embedded.weights import Staged, swap
 from miles_rollout.text import Tokenizer
 from miles_spec.draft import Draft
 
@@ -79,6 +78,8 @@ class EngineCore:
             experts = ExpertStore(shape, (num_pages + 1) * config.page_size, device)
         max_context = min(config.max_context or shape.max_position_embeddings, shape.max_position_embeddings)
         self._runner = Runner(decoder, kv, self._tables, max_context=max_context, cuda_graphs=config.cuda_graphs, experts=experts)
+        if self._runner.graphs is not None:
+            self._runner.graphs.captures_prefill = config.cuda_graph_prefill
         self._outputs = OutputProcessor(tokenizer, decoder.contract.digest)
         self._jobs: dict[str, Job] = {}
         self._num_steps = self._num_generated = self._num_prompt = 0
@@ -134,7 +135,7 @@ class EngineCore:
         self._scheduler.retract_all()
         return self._outputs.take_deliveries()
 
-    def swap_weights(self, staged: dict[str, Tensor], version: int) -> list[Delivery]:
+    def swap_weights(self, staged: Staged, version: int) -> list[Delivery]:
         """Replace all weights by a verified, complete set; returns what became ready under the old ones.
 
         Running requests go on under the new weights: they are retracted, so that their keys and values are computed

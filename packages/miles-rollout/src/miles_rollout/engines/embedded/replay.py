@@ -63,6 +63,7 @@ class StepGraphs:
     def __init__(
         self, decoder: Decoder, kv: PagedKV, tables: Tables, last: Tensor, max_context: int, experts: ExpertStore | None
     ) -> None:
+        self.captures_prefill = True
         self._decoder, self._kv, self._tables, self._experts = decoder, kv, tables, experts
         self._device = decoder.embed_tokens.device
         self._last = last
@@ -118,7 +119,7 @@ class StepGraphs:
         sizes = [chunk.stop - chunk.start for chunk in batch.chunks]
         num_tokens = first_at_least(MIXED_TOKENS, len(batch.rows) + sum(sizes))
         num_sequences = first_at_least(MIXED_SEQUENCES, len(batch.rows) + len(sizes) + 1)
-        if num_tokens is None or num_sequences is None:
+        if num_tokens is None or num_sequences is None or not self.captures_prefill:
             return None
         padding = num_tokens - len(batch.rows) - sum(sizes)
         position = self._tables.position[batch.rows]
