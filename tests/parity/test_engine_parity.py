@@ -7,6 +7,7 @@ The engine's side: paged decode, chunked prefill, cached prefixes, forks of one 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -15,12 +16,14 @@ import msgspec
 import pytest
 import torch
 
+from miles_kernels.contract import Contract
 from miles_kernels.nn import decoder as decoder_module
 from miles_kernels.nn.checkpoint import random_decoder
 from miles_kernels.nn.config import DecoderConfig
 from miles_kernels.nn.decoder import Decoder, PackedKV
 from miles_kernels.ops.attention import packed_plan
 from miles_rollout.engines.embedded import EmbeddedConfig, EmbeddedEngine
+from miles_rollout.engines.embedded.weights import make_manifest
 from miles_rollout.text import CharTokenizer
 from miles_rollout.wire import GenerateRequest, GenerateResult, SamplingParams
 
@@ -148,6 +151,30 @@ def test_engine_and_trainer_agree_on_every_bit(family: str, dtype: torch.dtype, 
         assert [r.prompt_logprobs for r in results] == [r.prompt_logprobs for r in first], (seed, name)
     assert unequal(first, trainer_logprobs(decoder, requests, first)) == 0, seed
     assert sum(len(c.token_ids) for r in first for c in r.completions) > 100
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_float8_agrees_too_also_after_a_weight_update(family: str):
+    """FP8 contract: the engine reads weights quantised at each swap, the trainer quantises in every forward."""
+    seed = random.randrange(10**9)
+    requests = make_requests(random.Random(seed), 6)
+    shape = dataclasses.replace(SHAPES[family], hidden_size=128, moe_intermediate_size=64 if SHAPES[family].num_experts else 0)
+    decoder, new = (random_decoder(shape, seed + i, contract=Contract.reference(precision="fp8")) for i in range(2))
+    plain = random_decoder(shape, seed)
+
+    async def main() -> tuple[list[GenerateResult], list[GenerateResult]]:
+        async with EmbeddedEngine(decoder, TOKENIZER, CONFIGS["small chunks"]) as engine, asyncio.timeout(120):
+            before = await asyncio.gather(*[engine.generate(request) for request in requests])
+            assert unequal(before, trainer_logprobs(decoder, requests, before)) == 0, seed
+            tensors = [(name, tensor.clone()) for name, tensor in new.hf_state()]
+            manifest = make_manifest(tensors, version=1, contract_digest=engine.info().contract_digest)
+            await engine.update_weights(manifest, tensors)
+            renamed = [msgspec.structs.replace(request, request_id=request.request_id + "-again") for request in requests]
+            return before, list(await asyncio.gather(*[engine.generate(request) for request in renamed]))
+
+    before, after = asyncio.run(main())
+    assert unequal(after, trainer_logprobs(new, requests, after)) == 0, seed
+    assert unequal(before, trainer_logprobs(plain, requests, before)) > 50  # negative control: full precision is another model
 
 
 def test_without_aligned_ops_tokens_are_unequal(monkeypatch: pytest.MonkeyPatch):
