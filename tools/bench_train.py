@@ -4,8 +4,8 @@ tools/bench_train.py [--shapes 0.6B,4B] [--tokens 16384] [--steps 5] [--out FILE
 
 Both sides see the same tokens and use the same AdamW (float32 sums and moments); the rival is written here with F.linear
 (cuBLAS), F.rms_norm and SDPA's flash kernel, in bfloat16, and scores the vocabulary in whichever way is faster for it: all logits
-at once, or slices that are recomputed in the backward. One runs after the other, on the same card.
-Prints a table and, with --out, the same as JSON:
+at once, or slices that are recomputed in the backward. Steps of the two alternate
+where both fit, else one runs after the other on the same card. Prints a table and, with --out, the same as JSON:
 tokens/s of both, ratio, MFU of ours, peak memory, and the largest single block the allocator gave out in our step.
 """
 
@@ -203,59 +203,51 @@ def free() -> None:
 
 
 def measure(name: str, kind: str, tokens: int, steps: int) -> dict[str, Any]:
-    """One row of the table."""
+    """One row of the table. Small models are alive at once and their steps alternate, large ones come one after the other."""
     config = shape_of(name)
     big = name == "4B"
     master = "stochastic" if big and torch.cuda.get_device_properties(0).total_memory < 100e9 else "float32"
     batch, ids, keep = make_batch(kind, tokens, config.vocab_size)
     row: dict[str, Any] = {"shape": name, "kind": kind, "tokens": tokens, "recompute": big, "master": master}
+    row["logits_bytes"] = batch.num_tokens * config.vocab_size * 2
     free()
-    own = measure_ours(config, batch, row, steps)
-    free()
-    theirs = measure_rival(config, kind, batch, ids, keep, row, steps)
-    free()
-    row["tokens_per_s"] = tokens / own
-    row["ratio"] = theirs / own
-    row["mfu"] = flops(config, len(ids), ids.shape[1], batch.num_tokens) / own / PEAK_FLOPS
-    return row
-
-
-def measure_ours(config: DecoderConfig, batch: TrainBatch, row: dict[str, Any], steps: int) -> float:
-    """Median seconds of a step; peak and largest block go into `row`."""
-    settings = TrainerConfig(max_tokens_per_microbatch=row["tokens"], recompute=row["recompute"], master=row["master"])
+    settings = TrainerConfig(max_tokens_per_microbatch=tokens, recompute=big, master=master)
     trainer = FsdpTrainer(random_weights(config), AlgorithmConfig(), settings, OptimizerConfig(lr=1e-6))
-    trainer.step(batch)
+    ours = partial(trainer.step, batch)
+    ours()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    trainer.step(batch)
-    torch.cuda.synchronize()
+    row["largest_block_bytes"] = largest_block(ours)
     row["peak_bytes"] = torch.cuda.max_memory_allocated()
-    row["largest_block_bytes"] = largest_block(lambda: trainer.step(batch))
-    row["logits_bytes"] = batch.num_tokens * config.vocab_size * 2
-    return median([timed(lambda: trainer.step(batch)) for _ in range(steps)])
-
-
-def measure_rival(
-    config: DecoderConfig, kind: str, batch: TrainBatch, ids: Tensor, keep: slice, row: dict[str, Any], steps: int
-) -> float:
-    """Median seconds of the rival's better way of scoring."""
+    print({"ours": name, "kind": kind, "first_s": timed(ours), "peak_GiB": row["peak_bytes"] / 2**30}, flush=True)
+    own = [timed(ours) for _ in range(steps)] if big else []
+    if big:
+        del trainer, ours
+        free()
     advantage = torch.ones((), device="cuda") if batch.advantage is None else batch.advantage.cuda()
-    rival = Rival(config, recompute=row["recompute"])
-    optimizer = AdamW(list(rival.named_parameters()), OptimizerConfig(lr=1e-6), stochastic=row["master"] == "stochastic")
-    found = []
+    rival = Rival(config, recompute=big)
+    optimizer = AdamW(list(rival.named_parameters()), OptimizerConfig(lr=1e-6), stochastic=master == "stochastic")
+    theirs: dict[str, list[float]] = {}
     for how in ("sliced", "whole"):
-        run = partial(rival_step, rival, optimizer, kind, ids, keep, advantage, how == "sliced")
+        step = partial(rival_step, rival, optimizer, kind, ids, keep, advantage, how == "sliced")
         try:
-            run()
-            torch.cuda.reset_peak_memory_stats()
-            found.append(median([timed(run) for _ in range(steps)]))
-            row[f"rival_{how}_tokens_per_s"] = row["tokens"] / found[-1]
-            row[f"rival_{how}_peak_bytes"] = torch.cuda.max_memory_allocated()
+            step()
+            found = []
+            for _ in range(steps):
+                if not big:
+                    own.append(timed(ours))
+                found.append(timed(step))
+            theirs[how] = found
+            row[f"rival_{how}_tokens_per_s"] = tokens / median(found)
+            print({how: median(found), "ours": median(own)}, flush=True)
         except torch.OutOfMemoryError:
             optimizer.clear()
             row[f"rival_{how}"] = "out of memory"
         free()
-    return min(found)
+    row["tokens_per_s"] = tokens / median(own)
+    row["ratio"] = min(median(found) for found in theirs.values()) / median(own)
+    row["mfu"] = flops(config, len(ids), ids.shape[1], batch.num_tokens) / median(own) / PEAK_FLOPS
+    return row
 
 
 def median(values: list[float]) -> float:

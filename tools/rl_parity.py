@@ -1,7 +1,7 @@
 """RL steps on several processes, every sampled token compared with the trainer: tools/rl_parity.py --device cuda --model 0.6B
 
 Starts --processes of itself (each with a name, a deadline and one GPU). Each has an embedded engine of its own that serves a
-share of the prompts; the samples are exchanged, all train on all of them with the `fsdp` backend cut as --options says, and the
+share of the prompts; the samples are exchanged, all train on all of them with the backend and cut that --options says, and the
 new weights are gathered a tensor at a time into every engine, hash-verified. Nothing is re-scored. Ends with code 1 when any
 log-probability of any token of any step differs from the trainer's in a bit, or when stale weights (the control) go unnoticed.
 """
@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from miles_core.algorithm.config import AlgorithmConfig
 from miles_core.sync.inprocess import publish
+from miles_core.trainer.base import Trainer
 from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.conformance import ProcessesFailed, run_processes
@@ -55,7 +56,16 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(options: argparse.Namespace) -> tuple[FsdpTrainer, EmbeddedEngine]:
+def backend(name: str) -> Any:
+    """The trainer's class."""
+    if name == "megatron":
+        from miles_core.trainer.megatron.backend import MegatronTrainer
+
+        return MegatronTrainer
+    return FsdpTrainer
+
+
+def build(options: argparse.Namespace) -> tuple[Trainer, EmbeddedEngine]:
     """The same model for trainer and engine; the trainer's is cut."""
     config = DecoderConfig(**MODELS[options.model])
     dtype = "bfloat16" if options.device == "cuda" else options.dtype
@@ -72,10 +82,12 @@ def build(options: argparse.Namespace) -> tuple[FsdpTrainer, EmbeddedEngine]:
 
     chosen = json.loads(options.options)
     settings = TrainerConfig(max_tokens_per_microbatch=options.micro, **chosen)
-    trainer = FsdpTrainer(decoder(), AlgorithmConfig(), settings, OptimizerConfig(lr=options.lr))
+    trainer = backend(settings.backend)(decoder(), AlgorithmConfig(), settings, OptimizerConfig(lr=options.lr))
     tokenizer = CharTokenizer("".join(chr(0x100 + i + (0x800 if i >= 0xD700 else 0)) for i in range(config.vocab_size - 4)))
     return trainer, EmbeddedEngine(
-        decoder(), tokenizer, EmbeddedConfig(max_running=256, max_context=2048, kv_memory_bytes=4 << 30)
+        decoder(),
+        tokenizer,
+        EmbeddedConfig(max_running=256, max_context=2048, kv_memory_bytes=4 << 30, cuda_graphs=not options.no_graphs),
     )
 
 
@@ -120,15 +132,24 @@ def exchange(samples: list[Sample]) -> list[Sample]:
     return sorted((sample for part in found for sample in part), key=lambda sample: sample.sample_id)
 
 
+def over_budget(began: float, budget: float) -> bool:
+    """Whether any process has used its time: all of them decide alike."""
+    spent = torch.tensor([time.perf_counter() - began])
+    dist.all_reduce(spent, op=dist.ReduceOp.MAX)
+    return float(spent) > budget
+
+
 async def loop(options: argparse.Namespace) -> int:
     """The steps, and a last one on weights that were not published: the control. Returns the exit code."""
     trainer, engine = build(options)
-    loud = dist.get_rank() == 0
+    loud, began = dist.get_rank() == 0, time.perf_counter()
     vocab = MODELS[options.model]["vocab_size"]
     unequal, worst, tokens = 0, 0.0, 0
     async with engine:
         await publish(trainer, engine, 1)
-        for step in range(1, options.steps + 2):
+        step = 0
+        while step <= options.steps:
+            step += 1
             marks = [time.perf_counter()]
             samples = exchange(await rollout(engine, step, options, vocab))
             marks.append(time.perf_counter())
@@ -140,6 +161,8 @@ async def loop(options: argparse.Namespace) -> int:
                 break
             unequal += stats.tokens_unequal
             worst, tokens = max(worst, stats.mismatch_max_abs), tokens + stats.num_tokens
+            if over_budget(began, options.budget):
+                options.steps = step  # the next round is the control
             if step < options.steps:
                 await publish(trainer, engine, step + 1)
             marks.append(time.perf_counter())
@@ -151,7 +174,8 @@ async def loop(options: argparse.Namespace) -> int:
     if loud:
         peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else 0
         print(
-            f"{options.model}, {trainer.layout.words()}: {options.steps} steps, {tokens} tokens, {unequal} unequal, "
+            f"{options.model}, {options.options} on {options.processes}: {options.steps} steps, {tokens} tokens, "
+            f"{unequal} unequal, "
             f"max abs {worst}; control: {noticed} unequal with stale weights; peak {peak / 2**30:.2f} GiB",
             flush=True,
         )
@@ -180,6 +204,9 @@ def main() -> None:
     for name, value in (("steps", 20), ("groups", 16), ("size", 8), ("new", 128), ("prompt", 48), ("micro", 8192)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further step begins")
+    parser.add_argument("--no-graphs", action="store_true", help="decode without CUDA graphs")
+    parser.add_argument("--logs", type=Path, help="folder for what the processes say; by default one that is removed")
     parser.add_argument("--deadline", type=float, default=300.0)
     options = parser.parse_args()
     if "RANK" in os.environ:
@@ -197,12 +224,13 @@ def main() -> None:
         (f"rank{rank}", [sys.executable, *sys.argv], common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(options.processes)
     ]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.logs or Path(temporary)
         try:
-            run_processes(commands, Path(folder), deadline_s=options.deadline)
+            run_processes(commands, folder, deadline_s=options.deadline)
         except ProcessesFailed as error:
-            sys.exit(f"{error}\n{(Path(folder) / 'rank0.log').read_text()[-3000:]}")
-        print((Path(folder) / "rank0.log").read_text())
+            sys.exit(f"{error}\n{(folder / 'rank0.log').read_text()[-3000:]}")
+        print((folder / "rank0.log").read_text())
 
 
 if __name__ == "__main__":

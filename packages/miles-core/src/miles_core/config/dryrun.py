@@ -14,6 +14,7 @@ from miles_core.memory.plan import make_plan
 from miles_core.memory.show import verdict
 from miles_core.models import load_shape, prompt_room
 from miles_core.rollout import Scorer, load_filters
+from miles_core.trainer.layout import ProcessLayout
 from miles_kernels.nn.config import DecoderConfig
 from miles_rollout.text import Tokenizer
 
@@ -23,8 +24,17 @@ def explain(config: RunConfig, mode: Literal["train", "sft", "rollout"], say: Ca
     shape, tokenizer = load_shape(config.model, say)
     lines = [f"run {config.run.name}: {config.run.num_steps} steps into {config.run.dir}/{config.run.name}"]
     lines += _sft(config, tokenizer) if mode == "sft" else _policy(config, shape, tokenizer, trains=mode == "train")
-    lines += _evaluation(config, shape, tokenizer) + _memory(config, shape, mode)
+    lines += _layout(config, shape, mode) + _evaluation(config, shape, tokenizer) + _memory(config, shape, mode)
     return "\n".join([*lines, "dry run: nothing was written"])
+
+
+def _layout(config: RunConfig, shape: DecoderConfig, mode: str) -> list[str]:
+    if mode == "rollout" or config.trainer.backend != "fsdp":
+        return []
+    layout = ProcessLayout.of(config.trainer, config.num_trainers, shape.num_experts)
+    held = "float32 copies" if config.trainer.master == "float32" else "bfloat16 alone, rounded by chance"
+    update = f"; updated in {held}, gradients summed in float32" if config.model.dtype == "bfloat16" else ""
+    return [f"trainer: {layout.words()}{update}"]
 
 
 def _policy(config: RunConfig, shape: DecoderConfig, tokenizer: Tokenizer, *, trains: bool) -> list[str]:

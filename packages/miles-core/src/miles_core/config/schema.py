@@ -13,6 +13,7 @@ from miles_core.data.config import DataConfig
 from miles_core.eval.config import EvalConfig
 from miles_core.rollout.config import RewardConfig, RolloutConfig, SamplingConfig
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
+from miles_core.trainer.layout import ProcessLayout, world_size_of
 
 
 class RunConfig(Section):
@@ -38,7 +39,14 @@ class RunConfig(Section):
     def _rooms_agree(self) -> RunConfig:
         if self.eval.every is not None and not self.data.eval:
             raise ValueError("eval.every is set, but data.eval names no held-out prompts")
+        if self.trainer.backend == "fsdp":
+            ProcessLayout.of(self.trainer, self.num_trainers)
         return self
+
+    @property
+    def num_trainers(self) -> int:
+        """Processes of the trainer: those of `[cluster]`, or those a launcher such as torchrun announces, or one."""
+        return self.cluster.num_trainers or world_size_of()
 
     def with_name(self, name: str) -> RunConfig:
         """The same run under its final name."""

@@ -178,8 +178,6 @@ class FsdpTrainer:
     def _backward(self, batch: TrainBatch, micro: Microbatch, old_N: Tensor | None, seen_N: Tensor, result: _Update) -> Tensor:
         out = self.model(micro)
         logprob = out.logprob.detach()
-        if self._speaks:
-            seen_N[micro.token_index] = logprob.cpu()
 
         def of_tokens(values_N: Tensor | None) -> Tensor | None:
             return None if values_N is None else values_N[micro.token_index].to(logprob.device)
@@ -204,6 +202,7 @@ class FsdpTrainer:
         self.optimizer.collect()
         if not self._speaks:
             return torch.zeros(())
+        seen_N[micro.token_index] = logprob.cpu()  # here, because it waits for the device
         for name, value in output.stats.items():
             result.sums[name].append(value.cpu())
         return output.loss.detach().cpu()

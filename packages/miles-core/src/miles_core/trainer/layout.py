@@ -48,7 +48,7 @@ class ProcessLayout:
                 f"trainer.ep = {ep} does not divide the {shard * cp} processes of a replica (trainer.shard x trainer.cp); "
                 "choose a divisor of it"
             )
-        if ep > 1 and num_experts is not None and num_experts % ep:
+        if ep > 1 and num_experts is not None and (not num_experts or num_experts % ep):
             has = f"has {num_experts} experts" if num_experts else "has no experts"
             wrong.append(f"trainer.ep = {ep}, but the model {has}; choose a divisor of the number of experts, or 1")
         if wrong:

@@ -18,6 +18,7 @@ from miles_core.trainer.config import OptimizerConfig
 
 _CHUNK = 4096  # elements one partial sum covers: torch never cuts such a row over threads
 _NOISE_CHUNK = 1 << 22
+_LANES = 16  # the CPU's update rounds the last elements, those that fill no vector register, differently: they are padded
 
 
 def lr_at(cfg: OptimizerConfig, update: int, total_updates: int | None) -> float:
@@ -147,11 +148,36 @@ class AdamW:
         return lr
 
     def _apply(self, chosen: Sequence[int], weights: list[Tensor], gradients: Sequence[Tensor], lr: float, decay: bool) -> None:
-        adamw(
+        columns = (
             weights,
             [gradients[i] for i in chosen],
             [self.exp_avg[i] for i in chosen],
             [self.exp_avg_sq[i] for i in chosen],
+        )
+        whole, tails = [], []
+        for row in zip(*columns, strict=True):
+            count = row[0].numel()
+            odd = count % _LANES if row[0].device.type == "cpu" else 0
+            flat = [tensor.reshape(-1) for tensor in row] if odd else []
+            if not odd:
+                whole.append(list(row))
+                continue
+            if count > odd:
+                whole.append([tensor[: count - odd] for tensor in flat])
+            tails.append((odd, flat, [torch.nn.functional.pad(tensor[count - odd :], (0, _LANES - odd)) for tensor in flat]))
+        self._fused([*whole, *(padded for _, _, padded in tails)], lr, decay)
+        for odd, flat, padded in tails:
+            for tensor, done in zip((flat[0], flat[2], flat[3]), (padded[0], padded[2], padded[3]), strict=True):
+                tensor[tensor.numel() - odd :] = done[:odd]
+
+    def _fused(self, rows: Sequence[Sequence[Tensor]], lr: float, decay: bool) -> None:
+        """The update of (weight, gradient, first moment, second moment) rows, in place."""
+        weights, gradients, first, second = (list(column) for column in zip(*rows, strict=True))
+        adamw(
+            weights,
+            gradients,
+            first,
+            second,
             [],
             list(torch.full((len(weights),), float(self.num_updates), device=weights[0].device).unbind()),
             fused=True,

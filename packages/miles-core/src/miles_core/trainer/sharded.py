@@ -26,8 +26,6 @@ from miles_core.trainer.weights import Owned, export, load
 from miles_kernels.nn.decoder import Decoder, DecoderLayer, KVStore, PackedKV
 from miles_kernels.ops.attention import attention
 from miles_kernels.ops.logprob import LogprobOutput
-from miles_kernels.ops.norm import rms_norm
-from miles_kernels.ops.rope import apply_rope
 from miles_kernels.ops.router import router
 
 _BUCKET_ELEMENTS = 8 * 2**20
@@ -49,17 +47,18 @@ class ShardedLayer(DecoderLayer):
         return self.experts(x, ids, weights)
 
     def _attend_fused(self, qkv: Tensor, cos: Tensor, sin: Tensor, kv: KVStore) -> Tensor:
-        """On CUDA a block rotates, stores and attends in one call; keys that others need go the long way, to the same bits."""
+        """On CUDA a block turns its heads and attends in one call; keys that others need are gathered in between."""
         if not isinstance(kv, ContextKV):
             return super()._attend_fused(qkv, cos, sin, kv)
+        from miles_core.trainer.turned import turn_heads
+
         config = self.config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        qk, v = qkv.view(-1, heads + 2 * kv_heads, config.head_dim).split((heads + kv_heads, kv_heads), dim=1)
-        if self.qk_norm is not None:
-            qk = rms_norm(qk, self.qk_norm.view(2, -1).index_select(0, self.head_kinds), config.rms_norm_eps)
-        q, k = apply_rope(qk, cos, sin).split((heads, kv_heads), dim=1)
-        k_pool, v_pool = kv.update(self.index, k, v)
-        return attention(q, k_pool, v_pool, kv.plan, scale=self.scale, window=self.window, mode=self.mode)
+        norm = None if self.qk_norm is None else self.qk_norm.view(2, -1)
+        turned = turn_heads(qkv, norm, cos, sin, heads, kv_heads, config.rms_norm_eps)
+        v = qkv.view(len(qkv), heads + 2 * kv_heads, config.head_dim)[:, heads + kv_heads :]
+        k_pool, v_pool = kv.update(self.index, turned[:, heads:], v)
+        return attention(turned[:, :heads], k_pool, v_pool, kv.plan, scale=self.scale, window=self.window, mode=self.mode)
 
 
 class ShardedDecoder(Decoder):
@@ -90,9 +89,7 @@ class ShardedModel(WholeModel):
     Sums over replicas happen once per update, after accumulation.
     """
 
-    def __init__(
-        self, decoder: Decoder, layout: ProcessLayout, *, keep: torch.dtype, beside: ShardedModel | None = None
-    ) -> None:
+    def __init__(self, decoder: Decoder, layout: ProcessLayout, *, keep: torch.dtype, beside: ShardedModel | None = None) -> None:
         super().__init__(decoder)
         self.layout, self.keep = layout, keep
         self.groups: dict[str, Any] = _groups_of(layout, self.device.type) if beside is None else beside.groups

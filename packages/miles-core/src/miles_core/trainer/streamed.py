@@ -18,7 +18,7 @@ from miles_kernels.ops.logprob import VOCAB_CHUNK, LogprobOutput
 from miles_kernels.ops.matmul import Mode, mm, mm_dgrad, mm_wgrad
 
 CUDA_STEP = 8192
-"""Rows of a slice on CUDA: a multiple of the backward's vocabulary step, which fixes the order of its sums."""
+"""About how many rows a slice has on CUDA: the next lower multiple of the backward's vocabulary step is taken."""
 CUDA_ROWS = 8192
 """Rows [N] that share one pass of the projection: bounds the statistics, 12 bytes per row and 128 columns."""
 
@@ -54,6 +54,15 @@ def streamed_logprob(
     else:
         logprob, ent, _ = run.compute(hidden, slices, targets, temperature, entropy)
     return LogprobOutput(logprob, ent if entropy else None)
+
+
+def _cuda_step(hidden_size: int) -> int:
+    """Rows of a slice: whole vocabulary steps of the backward, whose order of sums stays that of the whole projection."""
+    from miles_kernels.cuda.logprob import BLOCK, backward_chunks
+
+    step = backward_chunks(hidden_size)[0]
+    assert step % (2 * BLOCK) == 0, "a slice must hold whole blocks of statistics"
+    return step * max(1, CUDA_STEP // step)
 
 
 def _steps(slices: Slices, step: int) -> Iterator[tuple[int, int]]:
@@ -119,7 +128,7 @@ class _OnCuda(torch.autograd.Function):
             x, target = hidden[span].contiguous(), targets[span]
             stats = cuda._stats(len(x), slices.num_rows, entropy, hidden.device)
             logit = torch.empty(len(x), dtype=torch.float32, device=hidden.device)
-            for start, stop in _steps(slices, CUDA_STEP):
+            for start, stop in _steps(slices, _cuda_step(hidden.shape[1])):
                 part = slices.read(start, stop)
                 local = target - start
                 inside = (local >= 0) & (local < stop - start)
@@ -154,13 +163,12 @@ class _OnCuda(torch.autograd.Function):
         slices = ctx.slices
         rows = len(hidden)
         step, height = cuda.backward_chunks(hidden.shape[1])
-        assert CUDA_STEP % step == 0
         g_logprob = torch.zeros(rows, device=hidden.device) if grads[0] is None else grads[0].float().contiguous()
         g_entropy = grads[1].float().contiguous() if grads[1] is not None and ctx.entropy else None
         d_hidden, gradient = torch.empty_like(hidden), slices.new_gradient()
         low = torch.empty(hidden.shape, dtype=torch.uint8, device=hidden.device)
         buffer = torch.empty((min(rows, height), step), dtype=hidden.dtype, device=hidden.device)
-        for first, last in _steps(slices, CUDA_STEP):
+        for first, last in _steps(slices, _cuda_step(hidden.shape[1])):
             whole = slices.read(first, last)
             d_part = torch.empty(whole.shape, dtype=torch.float32, device=hidden.device)
             for start in range(first, last, step):

@@ -162,7 +162,7 @@ CASES: dict[str, Case] = {
         Case(
             name="wide",
             seed=7,
-            model={**_DENSE, "hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "vocab_size": 512},
+            model={**_DENSE, "hidden_size": 128, "intermediate_size": 256, "head_dim": 128, "vocab_size": 512},
             num_groups=4,
             max_prompt=150,
             max_completion=250,
@@ -171,7 +171,7 @@ CASES: dict[str, Case] = {
         Case(
             name="wide-moe",
             seed=8,
-            model={**_DENSE, **_MOE, "hidden_size": 128, "head_dim": 64, "vocab_size": 512, "moe_intermediate_size": 128},
+            model={**_DENSE, **_MOE, "hidden_size": 128, "head_dim": 128, "vocab_size": 512, "moe_intermediate_size": 128},
             num_groups=4,
             max_prompt=60,
             max_completion=90,
