@@ -30,7 +30,7 @@ from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.hashing import tensor_hash
 from miles_core.trainer.megatron import core
 from miles_core.trainer.megatron.config import Cut
-from miles_core.trainer.megatron.layout import check_layout, make_groups
+from miles_core.trainer.megatron.layout import make_groups
 from miles_core.trainer.megatron.logprob import spread
 from miles_core.trainer.megatron.model import MegatronModel
 from miles_core.trainer.megatron.optim import DistributedAdamW
@@ -59,8 +59,8 @@ class _Update:
 class MegatronTrainer:
     """Trains a decoder's weights as a megatron-core GPT model. Satisfies `Trainer`; every method is collective.
 
-    torch.distributed must be initialised, for one process too. Every process passes the same whole `decoder`, which is read and
-    not kept. `reference` is the frozen policy of the KL penalty; without one it is the decoder as given.
+    Several processes need torch.distributed (`make_groups` says how). Each passes the same whole `decoder`, which is read and not
+    kept. `reference` is the frozen policy of the KL penalty; without one it is the decoder as given.
 
     Raises ValueError when the layout does not fit the model or the number of processes, ImportError without megatron-core.
 
@@ -81,7 +81,9 @@ class MegatronTrainer:
         self.algorithm, self.config = algorithm, config
         self.cut = Cut.of(config.megatron, config.cp, config.ep)
         self.device = decoder.embed_tokens.device
-        check_layout(self.cut, decoder.config, dist.get_world_size() if dist.is_initialized() else 1)
+        if getattr(decoder.contract, "precision", "full") != "full":
+            raise ValueError('the megatron backend computes in full precision only; use trainer.backend = "fsdp" for fp8')
+        self.cut.check(decoder.config, dist.get_world_size() if dist.is_initialized() else 1)
         make_groups(self.cut, self.device)
         self.data = DataParallel(core.parallel_state.get_data_parallel_group())
         self.world = DataParallel()

@@ -74,7 +74,7 @@ def save_model(model: MegatronModel, folder: Path, more: dict[str, Any] | None =
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     with on_device(model.device), _writing_here():
-        state = {"model": model.module.sharded_state_dict(metadata=_METADATA), **(more or {})}
+        state = {"model": model.module.sharded_state_dict(metadata=dict(_METADATA)), **(more or {})}
         core.dist_checkpointing.save(state, str(folder))
     dist.barrier()
 
@@ -88,7 +88,7 @@ def load_model(model: MegatronModel, folder: Path, more: dict[str, Any] | None =
         raise ValueError(f"{folder}: no megatron checkpoint (metadata.json is missing); resume from another checkpoint")
     strict = core.dist_checkpointing.validation.StrictHandling.RAISE_ALL
     with on_device(model.device):
-        wanted = {"model": model.module.sharded_state_dict(metadata=_METADATA), **(more or {})}
+        wanted = {"model": model.module.sharded_state_dict(metadata=dict(_METADATA)), **(more or {})}
         try:
             state: dict[str, Any] = core.dist_checkpointing.load(wanted, str(folder), strict=strict)
         except (core.dist_checkpointing.core.CheckpointingException, RuntimeError, OSError, KeyError, EOFError) as error:
@@ -130,9 +130,8 @@ def load(trainer: MegatronTrainer, directory: Path) -> None:
 
 def _optimizer_state(trainer: MegatronTrainer, *, loading: bool) -> dict[str, Any]:
     with on_device(trainer.device):
-        weights = trainer.model.module.sharded_state_dict(metadata=_METADATA)
-        state = trainer.optimizer.inner.sharded_state_dict({"model": weights}, is_loading=loading, metadata=_METADATA)
-    return {"optimizer": state}
+        weights = trainer.model.module.sharded_state_dict(metadata=dict(_METADATA))
+    return {"optimizer": trainer.optimizer.sharded_state({"model": weights}, dict(_METADATA), loading=loading)}
 
 
 def _facts(trainer: MegatronTrainer) -> dict[str, Any]:

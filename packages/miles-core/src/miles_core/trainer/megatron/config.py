@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from miles_core.config.base import Section
+from miles_kernels.nn.config import DecoderConfig
 
 Layers = Literal["aligned", "plain"]
 
@@ -42,3 +43,37 @@ class Cut:
     def of(cls, megatron: MegatronConfig, cp: int, ep: int) -> Cut:
         """From the configuration."""
         return cls(cp=cp, ep=ep, tp=megatron.tp, pp=megatron.pp, layers=megatron.layers, vocab_multiple=megatron.vocab_multiple)
+
+    def check(self, model: DecoderConfig, world_size: int) -> None:
+        """Raise ValueError naming every size that does not divide what it cuts."""
+        tp, pp, cp, ep = self.tp, self.pp, self.cp, self.ep
+        wrong = []
+
+        def divides(what: str, size: int, name: str, by: int) -> None:
+            if size % by:
+                wrong.append(f"{what} = {size} is no multiple of {name} = {by}")
+
+        if world_size % (tp * pp * cp):
+            wrong.append(f"{world_size} processes are no multiple of tensor x pipeline x context parallel = {tp} x {pp} x {cp}")
+        elif (world_size // (tp * pp)) % ep:
+            wrong.append(f"{world_size // (tp * pp)} data and context parallel processes are no multiple of trainer.ep = {ep}")
+        for what in ("num_attention_heads", "num_key_value_heads"):
+            divides(what, getattr(model, what), "trainer.megatron.tp x trainer.cp", tp * cp)
+        for what in ("hidden_size", "intermediate_size"):
+            divides(what, getattr(model, what), "trainer.megatron.tp", tp)
+        divides("num_hidden_layers", model.num_hidden_layers, "trainer.megatron.pp", pp)
+        divides("num_experts", model.num_experts, "trainer.ep", ep)
+        if ep > 1 and not model.num_experts:
+            wrong.append(f"trainer.ep = {ep} needs a mixture of experts, not a {model.family} model")
+        if tp > 1 and model.num_experts:
+            wrong.append("trainer.megatron.tp above 1 is not supported for a mixture of experts; use trainer.ep")
+        if wrong:
+            raise ValueError("the megatron backend cannot be cut like this: " + "; ".join(wrong))
+
+    def words(self, world_size: int) -> str:
+        """For the dry run: how many processes do what."""
+        data = world_size // (self.tp * self.pp * self.cp)
+        sizes = {"tensor": self.tp, "pipeline": self.pp, "context": self.cp, "data": data}
+        cut = ", ".join(f"{size} {name} parallel" for name, size in sizes.items() if size > 1) or "one process"
+        experts = f"; experts over {self.ep} processes" if self.ep > 1 else ""
+        return f"megatron-core with {self.layers} layers: {cut}{experts}"

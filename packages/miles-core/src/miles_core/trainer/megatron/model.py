@@ -195,7 +195,7 @@ class MegatronModel:
                 name = f"{path}.{leaf}"
                 self.dims[name] = _cut_dim(module, leaf)
                 experts = ".experts." in name
-                param.allreduce = not (experts and self.cut.ep > 1)
+                param.allreduce = not experts  # an optimizer of their own with ep = 1 too, so that checkpoints look alike
                 param.sequence_parallel = False
                 if not experts:
                     param.tensor_model_parallel = self.dims[name] is not None

@@ -63,6 +63,14 @@ class DistributedAdamW:
                     zeros = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
                     part.optimizer.state[param] = {"step": torch.tensor(0.0), **zeros}
 
+    def sharded_state(self, weights: Any, metadata: dict[str, Any], *, loading: bool) -> Any:
+        """The state in model space, as `dist_checkpointing` saves and loads it."""
+        with on_device(self.model.device), ExitStack() as stack:
+            for part in self.parts():
+                gather = partial(_gather_padded, part, part.get_parameter_state_dp_zero)
+                stack.enter_context(mock.patch.object(part, "get_parameter_state_dp_zero", gather))
+            return self.inner.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
+
     @torch.no_grad()
     def load(self, state: Any, num_updates: int) -> None:
         """Take up a state that megatron-core has read; the counters become `num_updates`."""
@@ -125,6 +133,25 @@ def _set_states(part: Any, model_param: Any, tensors: dict[str, Tensor]) -> None
     state = {"param": param, **part.optimizer.state[param]}
     for name, tensor in tensors.items():
         state[name].copy_(tensor)
+
+
+def _gather_padded(part: Any, gather: Any, *args: Any, **kwargs: Any) -> Any:
+    """The gathered state with the padding between buckets put back.
+
+    megatron-core drops it and then looks weights up by their place with padding: where a second bucket follows one that ends
+    unevenly (tied embeddings with stages), every weight in it would be saved as something else.
+    """
+    state = gather(*args, **kwargs)
+    for index, buffer in enumerate(part.buffers if state is not None else ()):
+        for tensors in state[index].values():
+            for key in ("param", "exp_avg", "exp_avg_sq"):
+                whole, at = tensors[key].new_zeros(buffer.numel), 0
+                for bucket in buffer.buckets:
+                    whole[bucket.offset : bucket.offset + bucket.numel_unpadded] = tensors[key][at : at + bucket.numel_unpadded]
+                    at += bucket.numel_unpadded
+                assert at == len(tensors[key]), (at, len(tensors[key]))
+                tensors[key] = whole
+    return state
 
 
 def _finite(grad: Tensor | None) -> bool:
