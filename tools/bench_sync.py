@@ -60,6 +60,7 @@ class Holder:
     def __init__(self, held: dict[str, Tensor]) -> None:
         self.held, self.version = held, 0
         self.device = next(iter(held.values())).device
+        self.shapes = {name: (tuple(t.shape), checksum.dtype_name(t.dtype)) for name, t in held.items()}
         self.seconds = {"stage_s": 0.0, "swap_s": 0.0}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -74,8 +75,7 @@ class Holder:
 
     async def update_weights(self, manifest: WeightManifest, given: Iterable[tuple[str, Any]]) -> None:
         def work() -> None:
-            shapes = {name: (tuple(t.shape), checksum.dtype_name(t.dtype)) for name, t in self.held.items()}
-            staging.check_manifest(manifest, shapes, version=self.version, contract_digest=DIGEST)
+            staging.check_manifest(manifest, self.shapes, version=self.version, contract_digest=DIGEST)
             started = time.perf_counter()
             staged = staging.stage(manifest, given, self.device)
             wait(self.device)
@@ -113,18 +113,18 @@ def wait(device: torch.device | str) -> None:
 def unchecked() -> None:
     """Switch hashing off in this process, to see what it costs."""
 
-    def copy_only(sources: list[Tensor], targets: list[Tensor]) -> list[str]:
-        flat, into = [checksum.byte_view(t) for t in sources], [checksum.byte_view(t) for t in targets]
-        if flat[0].is_cuda:
-            from miles_kernels.cuda import checksum as kernel
+    def copy_only(spans: list[tuple[int, int]], device: torch.device, into: list[int] | None = None) -> Tensor:
+        if into is not None:
+            checksum.copy_spans([(span, (place, span[1])) for span, place in zip(spans, into, strict=True)], device)
+        return torch.zeros(len(spans), dtype=torch.int64)
 
-            kernel.sums(flat, into, hashed=False)
-        else:
-            torch._foreach_copy_(into, flat)
+    def plain(sources: list[Tensor], targets: list[Tensor]) -> list[str]:
+        torch._foreach_copy_(targets, sources)
         return ["0" * 16] * len(sources)
 
-    staging.copy_hashed = copy_only
-    staging.tensor_hashes = lambda tensors: ["0" * 16] * len(tensors)
+    staging.span_hashes = copy_only
+    staging.copy_hashed = plain
+    staging.tensor_hash = lambda tensor: "0" * 16
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -180,26 +180,16 @@ def kernels(given: dict[str, Tensor], device: str) -> float:
     print(f"  device copy of one tensor of {total / 1e9:.3f} GB     {plain / 1e9:9.1f} GB/s  1.00", flush=True)
     tensors = list(given.values())
     room = [torch.empty_like(t) for t in tensors]
-    flat, into = [checksum.byte_view(t) for t in tensors], [checksum.byte_view(t) for t in room]
-    cases = {"_foreach_copy_ of all tensors": lambda: torch._foreach_copy_(room, tensors)}
+    cases: dict[str, Any] = {"_foreach_copy_ of all tensors": lambda: torch._foreach_copy_(room, tensors)}
     if device.startswith("cuda"):
-        from miles_kernels.cuda import checksum as kernel
-
-        for warps in (4, 8, 16):
-
-            def with_warps(call: Any, warps: int = warps) -> Any:
-                def run() -> None:
-                    kernel._WARPS = warps
-                    call()
-                    kernel._WARPS = 8
-
-                return run
-
-            cases[f"kernel: copy only, {warps} warps"] = with_warps(lambda: kernel.launch(flat, into, hashed=False))
-            cases[f"kernel: copy and checksum, {warps} warps"] = with_warps(lambda: kernel.launch(flat, into))
-            cases[f"kernel: checksum only, {warps} warps"] = with_warps(lambda: kernel.launch(flat, None))
-    cases["copy_hashed, hashes on the host"] = lambda: checksum.copy_hashed(tensors, room)
-    cases["tensor_hashes, hashes on the host"] = lambda: checksum.tensor_hashes(tensors)
+        spans, targets = checksum.device_spans(tensors), [t.data_ptr() for t in room]
+        assert spans is not None
+        pairs = [(span, (place, span[1])) for span, place in zip(spans, targets, strict=True)]
+        where = torch.device(device)
+        cases["our kernel: copy"] = lambda: checksum.copy_spans(pairs, where)
+        cases["our kernel: copy and checksum"] = lambda: checksum.span_hashes(spans, where, targets)
+        cases["our kernel: checksum"] = lambda: checksum.span_hashes(spans, where)
+    cases["tensor_hashes"] = lambda: checksum.tensor_hashes(tensors)
     for name, call in cases.items():
         found = rate(call, total, device)
         print(f"  {name:44} {found / 1e9:9.1f} GB/s  {found / plain:.2f}", flush=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,8 +41,48 @@ def tensor_hash(tensor: Tensor) -> str:
 
 def tensor_hashes(tensors: Sequence[Tensor]) -> list[str]:
     """The checksum of each tensor; those on one CUDA device take one kernel launch together."""
+    spans = device_spans(tensors)
+    if spans is not None:
+        return as_hex(span_hashes(spans, tensors[0].device))
     flat = [byte_view(tensor) for tensor in tensors]
     return _finished(flat, _sums(flat, None))
+
+
+def device_spans(tensors: Sequence[Tensor]) -> list[tuple[int, int]] | None:
+    """(address, bytes) of tensors the kernel can take: contiguous, of one CUDA device, at multiples of 8; else None."""
+    if not tensors or not tensors[0].is_cuda:
+        return None
+    from miles_kernels.cuda import checksum
+
+    device = tensors[0].device
+    if not checksum.available() or not all(t.is_contiguous() and t.device == device for t in tensors):
+        return None
+    spans = [(t.data_ptr(), t.nbytes) for t in tensors]
+    return None if any(address % 8 for address, _ in spans) else spans
+
+
+def span_hashes(spans: Sequence[tuple[int, int]], device: torch.device, into: Sequence[int] | None = None) -> Tensor:
+    """The checksums of stretches of a CUDA device's memory, copied to the addresses `into` on the way; see `finals`. Waits."""
+    from miles_kernels.cuda import checksum
+
+    rows = [(a, b, size) for (a, size), b in zip(spans, into if into is not None else [a for a, _ in spans], strict=True)]
+    found = checksum.launch(rows, device, copy=into is not None)
+    return finals(found.cpu(), torch.tensor([size for _, size in spans], dtype=torch.int64))
+
+
+def copy_spans(pairs: Sequence[tuple[tuple[int, int], tuple[int, int]]], device: torch.device) -> None:
+    """Copy (address, bytes) to (address, bytes) of the same device, all in one launch on the current stream."""
+    from miles_kernels.cuda import checksum
+
+    assert all(source[1] == target[1] for source, target in pairs)
+    checksum.launch([(source[0], target[0], source[1]) for source, target in pairs], device, copy=True, hashed=False)
+
+
+def triton_available() -> bool:
+    """Whether the CUDA kernel can be used at all."""
+    from miles_kernels.cuda import checksum
+
+    return checksum.available()
 
 
 def copy_hashed(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> list[str]:
@@ -84,6 +125,21 @@ def _sums(flat: Sequence[Tensor], into: Sequence[Tensor] | None) -> list[int]:
     return [_sum_of(tensor) for tensor in flat]
 
 
+def finals(sums: Tensor, sizes: Tensor) -> Tensor:
+    """The checksums as int64 tensors (to be read modulo 2^64) of sums over blocks and bytes, both int64 on the CPU."""
+    return _mix(sums + sizes * _signed(GOLDEN))
+
+
+def as_numbers(hashes: Sequence[str]) -> Tensor:
+    """Checksums in hex as the int64 tensor that `finals` returns."""
+    return torch.tensor([_signed(int(each, 16)) for each in hashes], dtype=torch.int64)
+
+
+def as_hex(numbers: Tensor) -> list[str]:
+    """The other way."""
+    return [f"{value & _MASK:016x}" for value in numbers.tolist()]
+
+
 def _finished(flat: Sequence[Tensor], sums: Iterable[int]) -> list[str]:
     return [f"{mix((total + each.numel() * GOLDEN) & _MASK):016x}" for each, total in zip(flat, sums, strict=True)]
 
@@ -97,7 +153,7 @@ def _sum_of(data: Tensor) -> int:
     if rest:
         last = torch.zeros(8, dtype=torch.uint8, device=data.device)
         last[:rest] = data[num_words * 8 :]
-    keys = torch.arange(1, BLOCK_WORDS + 1, dtype=torch.int64, device=data.device) * _signed(GOLDEN)
+    keys = _keys(data.device)
     num_blocks = num_words // BLOCK_WORDS
     blocks = words[: num_blocks * BLOCK_WORDS].view(num_blocks, BLOCK_WORDS)
     rows = _DEVICE_ROWS if data.is_cuda else _ROWS
@@ -114,6 +170,12 @@ def _sum_of(data: Tensor) -> int:
     sums = torch.cat(parts)
     order = torch.arange(1, sums.numel() + 1, dtype=torch.int64, device=data.device) * _signed(GOLDEN)
     return int(_mix(sums + order).sum()) & _MASK
+
+
+@lru_cache(maxsize=16)
+def _keys(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(1, BLOCK_WORDS + 1, dtype=torch.int64, device=device) * _signed(GOLDEN)
 
 
 def _terms(words: Tensor, keys: Tensor, room: Sequence[Tensor]) -> Tensor:

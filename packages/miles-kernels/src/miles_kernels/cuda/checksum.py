@@ -1,4 +1,8 @@
-"""Checksums, and copies that state what they wrote, of many CUDA tensors in one launch; see `miles_kernels.checksum`."""
+"""Checksums, and copies that state what they wrote, of many stretches of GPU memory in one launch; see `miles_kernels.checksum`.
+
+Stretches are (source address, target address, bytes): at a few microseconds a tensor, torch's own views would take longer than
+the copy. Everything that grows with the number of blocks is made on the device.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor
 
 _WARPS = 8
+Span = tuple[int, int, int]
 
 
 def available() -> bool:
@@ -16,35 +21,35 @@ def available() -> bool:
     return find_spec("triton") is not None
 
 
-def sums(sources: Sequence[Tensor], targets: Sequence[Tensor] | None, *, hashed: bool = True) -> list[int]:
-    """Block sums of flat uint8 tensors of one device, copied to `targets` on the way; all zero when not `hashed`.
+def sums(sources: Sequence[Tensor], targets: Sequence[Tensor] | None) -> list[int]:
+    """Block sums of flat uint8 tensors of one device, copied to `targets` on the way. Waits for the device."""
+    into = targets if targets is not None else sources
+    spans = [(a.data_ptr(), b.data_ptr(), a.numel()) for a, b in zip(sources, into, strict=True)]
+    found = launch(spans, sources[0].device, copy=targets is not None)
+    return [int(value) & ((1 << 64) - 1) for value in found.tolist()]
 
-    Addresses must be multiples of 8. Waits for the device.
+
+def launch(spans: Sequence[Span], device: torch.device, *, copy: bool, hashed: bool = True) -> Tensor:
+    """Copy and sum the spans on the current stream, without waiting: int64 [spans], to be read modulo 2^64.
+
+    All addresses are multiples of 8 and belong to `device`; whoever calls keeps the memory alive.
     """
-    return [int(value) & ((1 << 64) - 1) for value in launch(sources, targets, hashed=hashed).tolist()]
-
-
-def launch(sources: Sequence[Tensor], targets: Sequence[Tensor] | None, *, hashed: bool = True) -> Tensor:
-    """The same on the current stream, without waiting: int64 [tensors], to be read modulo 2^64."""
     from miles_kernels.checksum import BLOCK_WORDS, GOLDEN, ODD
     from miles_kernels.cuda.checksum_kernels import checksum_blocks
 
-    device = sources[0].device
-    blocks = [-(-source.numel() // (8 * BLOCK_WORDS)) for source in sources]
-    rows, first = [], 0
-    for source, target, count in zip(sources, targets if targets is not None else sources, blocks, strict=True):
-        rows.append((source.data_ptr(), target.data_ptr(), source.numel(), first))
-        first += count
-    found = torch.zeros(len(sources), dtype=torch.int64, device=device)
-    if first == 0:
+    found = torch.zeros(len(spans), dtype=torch.int64, device=device)
+    if not spans:
         return found
-    table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
-    owner = torch.repeat_interleave(torch.arange(len(blocks), dtype=torch.int32), torch.tensor(blocks))
-    owner = owner.to(device, non_blocking=True)
-    align = 16 if all(row[0] % 16 == 0 and row[1] % 16 == 0 for row in rows) else 8
+    rows = torch.tensor(spans, dtype=torch.int64)
+    counts = (rows[:, 2] + (8 * BLOCK_WORDS - 1)) // (8 * BLOCK_WORDS)
+    total = int(counts.sum())
+    if total == 0:
+        return found
+    align = 16 if int((rows[:, :2] % 16).sum()) == 0 else 8
+    table = torch.cat([rows, (counts.cumsum(0) - counts)[:, None], counts[:, None]], 1).to(device, non_blocking=True)
+    owner = torch.repeat_interleave(table[:, 4], output_size=total)
     with torch.cuda.device(device):
-        checksum_blocks[(first,)](
-            table, owner, found, GOLDEN=GOLDEN, ODD=ODD, BLOCK=BLOCK_WORDS, COPY=targets is not None, HASH=hashed, ALIGN=align,
-            num_warps=_WARPS,
-        )  # fmt: skip
+        checksum_blocks[(total,)](
+            table, owner, found, GOLDEN=GOLDEN, ODD=ODD, BLOCK=BLOCK_WORDS, COPY=copy, HASH=hashed, ALIGN=align, num_warps=_WARPS
+        )
     return found

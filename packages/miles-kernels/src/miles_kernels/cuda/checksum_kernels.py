@@ -22,10 +22,10 @@ def checksum_blocks(
     table_ptr, owner_ptr, sum_ptr, GOLDEN: tl.constexpr, ODD: tl.constexpr, BLOCK: tl.constexpr, COPY: tl.constexpr,
     HASH: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """sum[t] += mix(block sum + (b + 1) * GOLDEN). table[t] = source and target address, bytes, number of its first block."""
+    """sum[t] += mix(block sum + (b + 1) * GOLDEN). table[t] = source and target address, bytes, first block, blocks."""
     program = tl.program_id(0)
     owner = tl.load(owner_ptr + program).to(tl.int64)
-    row = table_ptr + owner * 4
+    row = table_ptr + owner * 5
     num_bytes = tl.load(row + 2)
     block = program - tl.load(row + 3)
     start = block * BLOCK

@@ -19,7 +19,7 @@ from miles_rollout.server.admin import confined, guarded
 from miles_rollout.server.errors import JSONResponse, RequestError, answers_errors, scrub
 from miles_rollout.server.service import Service
 from miles_rollout.weights.offer import BroadcastOffer, DiskOffer, GroupInvitation, WeightUpdate
-from miles_rollout.wire import EngineInfo, WireError, decode_json
+from miles_rollout.wire import EngineInfo, WireError, check_schema
 
 T = TypeVar("T")
 
@@ -123,6 +123,8 @@ async def _body(request: Request, service: Service, into: type[T]) -> T:
             param="serialized_named_tensors",
         )
     try:
-        return decode_json(msgspec.json.encode(body), into)
-    except WireError as error:
-        raise RequestError(str(error)) from None
+        found = msgspec.convert(body, into)
+        check_schema(found)
+        return found
+    except (msgspec.ValidationError, WireError) as error:
+        raise RequestError(f"not a {into.__name__}: {error}") from None

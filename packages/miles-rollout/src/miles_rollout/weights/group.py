@@ -160,8 +160,7 @@ class BroadcastGroup:
         what = f"bucket {number} of broadcast {self.name}"
         if self.device.type == "cuda":
             work.wait()  # only orders streams
-            event = torch.cuda.Event()
-            event.record()
+            event = torch.cuda.current_stream(self.device).record_event()
             wait_until(event.query, what, self.deadline_s, given_up=given_up)
             return
         wait_until(work.is_completed, what, self.deadline_s, given_up=given_up)
@@ -174,6 +173,5 @@ class BroadcastGroup:
         work = self._start(data)
         work.wait()
         if data.is_cuda:
-            event = torch.cuda.Event()
-            event.record()
+            event = torch.cuda.current_stream(self.device).record_event()
             wait_until(event.query, what, self.deadline_s)

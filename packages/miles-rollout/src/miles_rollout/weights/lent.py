@@ -50,14 +50,25 @@ class LentSource:
             raise ValueError(f"weight update: {len(offer.places)} places for {len(manifest.tensors)} tensors")
         self._manifest, self._offer = manifest, offer
 
+    def spans(self) -> list[tuple[int, int]]:
+        """See `weights.stage.SpanSource`."""
+        mapped = self._map()
+        bases = [each.data_ptr() for each in mapped]
+        return [(bases[number] + offset, size) for number, offset, size in self._places(mapped)]
+
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         mapped = self._map()
-        for spec, (number, offset) in zip(self._manifest.tensors, self._offer.places, strict=True):
-            size = size_bytes(spec)
-            if not 0 <= number < len(mapped) or not 0 <= offset <= mapped[number].numel() - size:
-                raise ValueError(f"weight update: {spec.name} lies outside the memory that was lent")
+        for spec, (number, offset, size) in zip(self._manifest.tensors, self._places(mapped), strict=True):
             data = mapped[number][offset : offset + size]
             yield spec.name, data.view(getattr(torch, spec.dtype)).view(spec.shape)
+
+    def _places(self, mapped: Sequence[Tensor]) -> Iterator[tuple[int, int, int]]:
+        limits = [each.numel() for each in mapped]
+        for spec, (number, offset) in zip(self._manifest.tensors, self._offer.places, strict=True):
+            size = size_bytes(spec)
+            if not 0 <= number < len(limits) or not 0 <= offset <= limits[number] - size or offset % 8:
+                raise ValueError(f"weight update: {spec.name} lies outside the memory that was lent")
+            yield number, offset, size
 
     def _map(self) -> list[Tensor]:
         wanted = {(each.handle, each.offset_bytes): each for each in self._offer.storages}

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from miles_kernels.checksum import copy_hashed, dtype_name, tensor_hashes
+from miles_kernels.checksum import (
+    as_hex,
+    as_numbers,
+    copy_hashed,
+    copy_spans,
+    device_spans,
+    dtype_name,
+    span_hashes,
+    tensor_hash,
+    tensor_hashes,
+    triton_available,
+)
 from miles_rollout.weights.offer import Layout, layout
 from miles_rollout.wire import TensorSpec, WeightManifest
 
@@ -77,9 +88,46 @@ def check_manifest(
         raise ValueError("weight update refused: " + "; ".join(wrong))
 
 
+@runtime_checkable
+class SpanSource(Protocol):
+    """Tensors that lie in memory of the engine's own device, as addresses."""
+
+    def spans(self) -> list[tuple[int, int]]:
+        """(address, bytes) of every tensor of the manifest, in its order; valid as long as the source is."""
+        ...
+
+
+class Staged:
+    """A staged model: one flat stretch of memory, and the tensors in it by name, made when they are asked for."""
+
+    def __init__(self, manifest: WeightManifest, where: Layout, stream: Tensor) -> None:
+        self.stream = stream
+        self._places = {
+            spec.name: (spec, start, size)
+            for spec, start, size in zip(manifest.tensors, where.offsets, where.sizes, strict=True)
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        spec, start, size = self._places[name]
+        return self.stream[start : start + size].view(getattr(torch, spec.dtype)).view(spec.shape)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def address(self, name: str) -> tuple[int, int]:
+        """Where a tensor starts in memory, and its bytes."""
+        _, start, size = self._places[name]
+        return self.stream.data_ptr() + start, size
+
+
 def stage(
-    manifest: WeightManifest, tensors: Iterable[tuple[str, Tensor]] | StreamSource, device: torch.device | str = "cpu"
-) -> dict[str, Tensor]:
+    manifest: WeightManifest,
+    tensors: Iterable[tuple[str, Tensor]] | StreamSource | SpanSource,
+    device: torch.device | str = "cpu",
+) -> Staged:
     """Copy and verify every tensor of a checked manifest; the result is one copy of the model on `device`.
 
     Raises ValueError naming the first tensor that is unexpected, repeated, misshaped or has another hash, or all that
@@ -87,12 +135,24 @@ def stage(
     """
     where = layout(manifest)
     stream = torch.empty(where.total_bytes, dtype=torch.uint8, device=device)
-    views = stream_views(manifest, where, stream)
-    if isinstance(tensors, StreamSource):
-        _stage_stream(manifest, where, tensors, stream, views)
+    staged = Staged(manifest, where, stream)
+    if isinstance(tensors, SpanSource) and stream.is_cuda and triton_available():
+        base = stream.data_ptr()
+        found = span_hashes(tensors.spans(), stream.device, [base + start for start in where.offsets])
+        _verify_all(manifest.tensors, found)
+    elif isinstance(tensors, StreamSource):
+        _stage_stream(manifest, where, tensors, stream)
     else:
-        _stage_tensors(manifest, tensors, views)
-    return views
+        assert not isinstance(tensors, SpanSource) or isinstance(tensors, Iterable)
+        _stage_tensors(manifest, tensors, staged)  # type: ignore[arg-type]
+    return staged
+
+
+def _verify_all(specs: Sequence[TensorSpec], found: Tensor) -> None:
+    """The same as `_verify`, for many at once and fast when all is well."""
+    if not torch.equal(found, as_numbers([spec.hash for spec in specs])):
+        for spec, each in zip(specs, as_hex(found), strict=True):
+            _verify(spec, each)
 
 
 def stream_views(manifest: WeightManifest, where: Layout, stream: Tensor) -> dict[str, Tensor]:
@@ -103,21 +163,24 @@ def stream_views(manifest: WeightManifest, where: Layout, stream: Tensor) -> dic
     return views
 
 
-def _stage_stream(
-    manifest: WeightManifest, where: Layout, source: StreamSource, stream: Tensor, views: Mapping[str, Tensor]
-) -> None:
+def _stage_stream(manifest: WeightManifest, where: Layout, source: StreamSource, stream: Tensor) -> None:
     done = 0
+    fast = stream.is_cuda and triton_available()
     for there in source.into(stream):
         first = done
         while done < len(where.offsets) and where.offsets[done] + where.sizes[done] <= there:
             done += 1
         arrived = manifest.tensors[first:done]
-        for spec, found in zip(arrived, tensor_hashes([views[spec.name] for spec in arrived]), strict=True):
-            _verify(spec, found)
+        places = list(zip(where.offsets[first:done], where.sizes[first:done], strict=True))
+        if fast:
+            _verify_all(arrived, span_hashes([(stream.data_ptr() + start, size) for start, size in places], stream.device))
+        else:
+            for spec, (start, size) in zip(arrived, places, strict=True):
+                _verify(spec, tensor_hash(stream[start : start + size]))
     assert done == len(where.offsets), f"the stream ended after {done} of {len(where.offsets)} tensors"
 
 
-def _stage_tensors(manifest: WeightManifest, tensors: Iterable[tuple[str, Tensor]], views: Mapping[str, Tensor]) -> None:
+def _stage_tensors(manifest: WeightManifest, tensors: Iterable[tuple[str, Tensor]], views: Staged) -> None:
     specs = {spec.name: spec for spec in manifest.tensors}
     staged: set[str] = set()
     for group in grouped(tensors):
@@ -148,15 +211,19 @@ def _verify(spec: TensorSpec, found: str) -> None:
         )
 
 
-def swap(held: Iterable[tuple[str, Tensor]], staged: dict[str, Tensor]) -> None:
+def swap(held: Iterable[tuple[str, Tensor]], staged: Staged) -> None:
     """Copy a complete staged model over the tensors held. Shapes and dtypes were checked before."""
-    targets, sources = [], []
+    names, targets = [], []
     for name, tensor in held:
+        names.append(name)
         targets.append(tensor)
-        sources.append(staged.pop(name))
-    assert not staged, f"staged tensors without a place: {sorted(staged)}"
+    assert len(names) == len(staged) and set(names) == set(staged), "staged tensors are not those held"
+    spans = device_spans(targets) if staged.stream.is_cuda else None
     with torch.no_grad():
-        torch._foreach_copy_(targets, sources)
+        if spans is None:
+            torch._foreach_copy_(targets, [staged[name] for name in names])
+        else:
+            copy_spans([(staged.address(name), place) for name, place in zip(names, spans, strict=True)], staged.stream.device)
 
 
 def _some(names: list[str]) -> str:

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from miles_kernels.checksum import dtype_name, tensor_hash
-from miles_rollout.weights.stage import check_manifest, make_manifest, stage, swap
+from miles_rollout.weights.stage import Staged, check_manifest, make_manifest, stage, swap
 
-__all__ = ["check_manifest", "dtype_name", "make_manifest", "stage", "swap", "tensor_hash"]
+__all__ = ["Staged", "check_manifest", "dtype_name", "make_manifest", "stage", "swap", "tensor_hash"]
