@@ -9,7 +9,7 @@ training the pool is the packed stream itself (`PackedKV`), in an engine it is a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.config, self.index, self.mode = config, index, mode
         self.quantized = fp8.Store() if precision == "fp8" else None
+        self.row_parallel: Any = None
+        """Makes the products whose sum runs over several ranks (`nn.parallel`)."""
         self.scale = config.head_dim**-0.5
         self.window = config.window(index)
         self.is_moe = config.is_moe_layer(index)
@@ -158,6 +160,8 @@ class DecoderLayer(nn.Module):
     def _linear(self, x: Tensor, name: str, bias: Tensor | None) -> Tensor:
         """The product with one of this block's weights, in the precision of the contract."""
         weight: Tensor = getattr(self, name)
+        if self.row_parallel is not None and name in self.row_parallel.names:
+            return self.row_parallel(x, weight)
         if self.quantized is None:
             return linear(x, weight, bias, mode=self.mode)
         return fp8.linear(x, weight, bias, self.quantized.of(name, weight), mode=self.mode)

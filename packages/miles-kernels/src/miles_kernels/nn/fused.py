@@ -78,6 +78,8 @@ class FusedForward:
         if library() is None:
             return "there are no C kernels in this process"
         config = decoder.config
+        if any(layer.row_parallel is not None for layer in _layers(decoder)):
+            return "its sums run over several ranks"
         if any(layer.is_moe for layer in _layers(decoder)):
             return "it has mixture-of-experts layers"
         if decoder.contract.dtype != "float32" or decoder.embed_tokens.device.type != "cpu":

@@ -72,7 +72,7 @@ class Runner:
         self.graphs: StepGraphs | None = None
         if self._device.type == "cuda":
             self._last = torch.zeros(len(tables.position) + 1, dtype=torch.int64, device=self._device)
-            if cuda_graphs:
+            if cuda_graphs and not _is_sharded(decoder):  # waiting for other ranks inside a graph has not been proven
                 self.graphs = StepGraphs(decoder, kv, tables, self._last, max_context, experts)
 
     def forget_addresses(self) -> None:
@@ -247,3 +247,7 @@ class Runner:
                     )
                     job.prompt_logprobs[chunk.start + 1 : chunk.start + 1 + count] = out.logprob.tolist()
             start += size
+
+
+def _is_sharded(decoder: Decoder) -> bool:
+    return any(getattr(layer, "row_parallel", None) is not None for layer in decoder.layers)
