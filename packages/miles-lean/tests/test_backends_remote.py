@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from lean_doubles import ScriptedBackend, scripted_judge
 
+from miles_lean.backends.discover import find_backend
 from miles_lean.backends.http import HttpBackend
 from miles_lean.backends.repl import ReplBackend
 from miles_lean.backends.replay import RecordingBackend, ReplayBackend
 from miles_lean.reward import Verifier
-from miles_lean.reward.connect import connect, find_backend
+from miles_lean.reward.connect import LazyJudge, connect
 from miles_lean.server.app import make_app
 from miles_lean.server.service import Limits, Service
 from miles_lean.statement import Statement
@@ -150,5 +151,30 @@ def test_no_server_is_an_infrastructure_failure() -> None:
     assert backend.elaborate("fine", deadline=0.3).outcome == "infra"
     with pytest.raises(ValueError, match="no server address"):
         HttpBackend("127.0.0.1:8000")
-    with pytest.raises(ValueError, match="known are auto"):
+    with pytest.raises(ValueError, match="no backend is called 'coq'; known: embedded"):
         find_backend("coq")
+
+
+def test_backends_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("MILES_LEAN_REPL", raising=False)
+    with pytest.raises(RuntimeError, match="leanprover-community/repl"):
+        find_backend("repl")
+    (tmp_path / "repl").write_text("#!/bin/sh\n")
+    (tmp_path / "repl").chmod(0o755)
+    assert find_backend("repl").command() == [str(tmp_path / "repl")]
+    assert find_backend(f"repl:{tmp_path}").command() == ["lake", "env", str(tmp_path / "repl")]
+    monkeypatch.setenv("MILES_LEAN_REPL", "wrap 'a b' repl")
+    assert find_backend("repl").command() == ["wrap", "a b", "repl"]
+    assert isinstance(find_backend("http://127.0.0.1:9"), HttpBackend)
+    recording = RecordingBackend(ScriptedBackend(), tmp_path / "answers.jsonl")
+    recording.elaborate("fine", deadline=5)
+    recording.close()
+    found = find_backend(f"replay:{tmp_path / 'answers.jsonl'}")
+    assert found.elaborate("fine", deadline=5).outcome == "ok" and found.elaborate("other", deadline=5).outcome == "infra"
+    verdict = LazyJudge(found, 1)("theorem t : True := by sorry", "theorem t : True := trivial", "t", 5.0)
+    assert verdict.infra and "writes no .olean files" in verdict.reason
+    for name in ("replay", "embedded:x", ""):
+        monkeypatch.setenv("MILES_LEAN_BACKEND", "none")
+        with pytest.raises((ValueError, RuntimeError)):
+            find_backend(name)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from miles_lean.backends.discover import find_backend
 from miles_lean.data import Problem, check_statements, decontaminate, sft_rows, solvable, verified, win_rates
 from miles_lean.judge.core import Judge
-from miles_lean.reward.connect import find_backend
 
 
 @pytest.fixture(scope="module")

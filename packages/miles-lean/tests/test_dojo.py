@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from miles_lean.backends.base import Backend
+from miles_lean.backends.discover import find_backend
 from miles_lean.dojo import Dojo, LeanError, ProofFinished, ProofGivenUp, TacticState, Timeout
 from miles_lean.dojo import leandojo as lean_dojo
 from miles_lean.dojo.environment import InitError
 from miles_lean.dojo.state import Goal
 from miles_lean.dojo.traces import read_ast, read_benchmark, read_corpus, tactic_rows
 from miles_lean.recipes.rounds import repairs, solved
-from miles_lean.reward.connect import find_backend
 
 AND = "theorem t (p q : Prop) (h : p ∧ q) : q ∧ p := by sorry"
 

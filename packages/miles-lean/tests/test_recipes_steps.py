@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from miles_lean.backends.discover import find_backend
 from miles_lean.recipes import play, repair, rounds, steps, toy
-from miles_lean.reward.connect import find_backend
 from miles_lean.reward.tactic import tactic
 from miles_lean.statement import Statement
 

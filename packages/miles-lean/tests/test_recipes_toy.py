@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from miles_lean.backends.discover import find_backend
 from miles_lean.recipes import toy
 from miles_lean.recipes.families import FAMILIES, Draws
-from miles_lean.reward.connect import find_backend
 from miles_lean.reward.function import lean
 from miles_lean.statement import Statement
 

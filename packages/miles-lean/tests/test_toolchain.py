@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from miles_lean.backends.toolchain import NoToolchain, ToolchainBackend, toolcha
 from miles_lean.cli import main
 from miles_lean.embedded.elan import assemble
 from miles_lean.honest import honest_proofs
+from miles_lean.reward.connect import audit_function, connect
+from miles_lean.statement import Statement
 
 NAME = "leanprover/lean4:v4.35.0"
 
@@ -153,3 +157,51 @@ def test_the_command_line_takes_a_project(project: Path, tmp_path: Path, capsys:
     assert main(["check", "--json", "--project", str(project), str(tmp_path / "a.lean")]) == 0
     entry = json.loads(capsys.readouterr().out)
     assert entry["outcome"] == "ok" and entry["identity"] == ToolchainBackend(project).capabilities.identity
+
+
+CHECKER = """
+import os, sys
+from pathlib import Path
+from miles_lean.judge.check import Library
+from miles_lean.judge.kernel import KernelError
+from miles_lean.judge.olean import Module
+from miles_lean.judge.replay import replay
+from miles_lean.embedded.wheel import find_wheel
+own, *library = map(Path, os.environ["LEAN_PATH"].split(":"))
+base = Library(find_wheel().library, [folder for folder in library if folder.is_dir()])
+try:
+    replay(Module((own / f"{sys.argv[1]}.olean").read_bytes(), base.terms), base.builder)
+except KernelError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_verdicts_on_a_toolchain_come_from_its_checker(project: Path) -> None:
+    """The reward's whole road: elaborate, compare modules, let a checker program replay; here one with the real kernel."""
+    right, wrong = "theorem t : 2 + 2 = 4 := by sorry", "theorem t : 2 + 2 = 5 := by sorry"
+    forged = "set_option debug.skipKernelTC true in decide +kernel"
+    asked = [(right, "rfl"), (wrong, forged), (wrong, "rfl"), (wrong, "sorry")]
+
+    async def outcomes() -> list[tuple[str, str]]:
+        async with connect(f"toolchain:{project}", workers=1, retries=0) as verifier:
+            found = [await verifier.verify(Statement.parse(statement), proof) for statement, proof in asked]
+            audit = audit_function(verifier)
+            assert audit is not None
+            audits = [await asyncio.to_thread(audit, f"{statement}{proof}", 30.0) for statement, proof in AUDITED]
+            return [*((row.status, row.reason) for row in found), *(("audit", text) for text in audits)]
+
+    checker = ToolchainBackend(project).lean.with_name("leanchecker")
+    with pytest.raises(RuntimeError, match="no checker program found"):
+        asyncio.run(outcomes())
+    checker.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{CHECKER}' \"$@\"\n")
+    checker.chmod(0o755)
+    try:
+        found = asyncio.run(outcomes())
+    finally:
+        checker.unlink()
+    assert [status for status, _ in found[:4]] == ["accepted", "rejected", "rejected", "rejected"], found
+    assert found[1][1].startswith("kernel: ") and found[3][1].startswith("sorry"), found
+    assert found[4] == ("audit", "") and found[5][1].startswith("axiom: "), found
+
+
+AUDITED = (("theorem t : 1 = 1 := ", "rfl"), ("axiom c : False\ntheorem t : 1 = 2 := ", "c.elim"))

@@ -123,7 +123,7 @@ class Dojo:
     def __init__(
         self, entry: Theorem, timeout: float = 600.0, additional_imports: Sequence[str] = (), *, backend: Backend | None = None
     ) -> None:
-        from miles_lean.reward.connect import find_backend
+        from miles_lean.backends.discover import find_backend
 
         self.entry, self.timeout = entry, timeout
         self._own = backend is None

@@ -170,6 +170,17 @@ class Judge:
             return self._verdict(times, started, "accepted", "", "", replayed=result["replayed"], checker="kernel", **extra)
         return self._verdict(times, started, "rejected", result["reason"], result["detail"], **extra)
 
+    def audit(self, source: str, limits: Limits | None = None) -> Verdict:
+        """A file judged against itself, compiled once: its axioms and its proofs. Raises ValueError when it states nothing."""
+        limits, started = limits or self.limits, time.monotonic()
+        try:
+            compiled = self._compile(source, limits)
+        except Infra as error:
+            return self._verdict({}, started, "infra", "infra", str(error))
+        if not compiled.olean:
+            return self._verdict({"compile": compiled.result.seconds}, started, *refusal(compiled.result), compiled.result)
+        return self.judge_modules(compiled.olean, compiled.olean)
+
     def compile(self, source: str, limits: Limits | None = None) -> Compiled:
         """Compile one file in the sandbox. Raises Infra."""
         return self._compile(source, limits or self.limits)

@@ -46,7 +46,7 @@ class OutsideJudge:
     def __init__(self, backend: Backend, *, limits: Limits | None = None, checker: str | None = None) -> None:
         self.backend = backend
         self.limits = limits or Limits()
-        self.checker = find_checker(backend) if checker is None else checker
+        self.checker = checker if checker is not None else find_checker(backend) if backend.capabilities.can_olean else ""
 
     def __enter__(self) -> OutsideJudge:
         return self
@@ -62,6 +62,9 @@ class OutsideJudge:
         """See Judge.verify."""
         rules, limits, started = rules or Rules(), limits or self.limits, time.monotonic()
         times: dict[str, float] = {}
+        if not self.backend.capabilities.can_olean:
+            name = self.backend.capabilities.name
+            return self._verdict(times, started, "infra", "infra", f"backend {name} writes no .olean files to judge")
         if not self.checker:
             return self._verdict(times, started, "infra", "infra", f"no checker program found ({', '.join(CHECKERS)})")
         with tempfile.TemporaryDirectory(prefix="miles-lean-") as folder:
@@ -86,6 +89,10 @@ class OutsideJudge:
                 return self._verdict(times, started, "rejected", "malformed_olean", str(error), compiled)
             status, reason, detail = self._replay(answer, limits, times)
             return self._verdict(times, started, status, reason, detail, compiled, checker=Path(self.checker).name, **extra)
+
+    def audit(self, source: str, limits: Limits | None = None) -> Verdict:
+        """See Judge.audit."""
+        return self.verify(source, source, limits=limits)
 
     def _compile(self, source: str, folder: Path, limits: Limits) -> CompileResult:
         folder.mkdir()
@@ -152,7 +159,7 @@ def judge_for(
     name: str = "auto", *, deadline_s: float = 60.0, workers: int = 1, sandbox: bool = True, fail_closed: bool = False
 ) -> Judge | OutsideJudge:
     """The judge of a backend by name. Raises ValueError for an unknown name, Infra when there is no Lean."""
-    from miles_lean.reward.connect import find_backend
+    from miles_lean.backends.discover import find_backend
 
     limits = Limits(compile_s=deadline_s, check_s=deadline_s)
     try:

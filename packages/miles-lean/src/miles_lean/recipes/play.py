@@ -19,9 +19,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from miles_lean.backends.base import Backend
+from miles_lean.backends.discover import find_backend
 from miles_lean.dojo import Dojo, ProofFinished, TacticState
 from miles_lean.recipes import repair, steps, toy
-from miles_lean.reward.connect import connect, find_backend
+from miles_lean.reward.connect import connect
 from miles_lean.reward.verifier import run as run_async
 from miles_lean.statement import Statement
 

@@ -92,7 +92,7 @@ def proofs(*, size: int, seed: int, split: str) -> list[tuple[str, str, tuple[st
 
 def states(*, size: int = 150, seed: int = 0, split: str = "train") -> Iterator[dict[str, Any]]:
     """Rows {prompt, label, metadata} of the states on the way of `size` proofs."""
-    from miles_lean.reward.connect import find_backend
+    from miles_lean.backends.discover import find_backend
 
     backend = find_backend()
     try:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from miles_lean.backends.base import Backend
+from miles_lean.backends.discover import find_backend
 from miles_lean.reward.cache import VerdictCache
 from miles_lean.reward.verifier import Judged, JudgeFunction, Verifier
 
 if TYPE_CHECKING:
     from miles_lean.judge.core import Judge
+    from miles_lean.judge.outside import OutsideJudge
 
 _CATEGORIES = {
     "lean_error": "lean_error",
@@ -32,16 +34,18 @@ class LazyJudge:
 
     def __init__(self, backend: Backend, workers: int, max_rss: int = 2 << 30) -> None:
         self._backend, self._workers, self._max_rss = backend, workers, max_rss
-        self._judge: Judge | None = None
+        self._judge: Judge | OutsideJudge | None = None
         self._lock = threading.Lock()
 
-    def judge(self) -> Judge:
-        """The judge itself. Raises ValueError when the backend gives nothing to judge with."""
+    def judge(self) -> Judge | OutsideJudge:
+        """The judge itself: with Lean's kernel in process where the backend has it, else with a checker program."""
         from miles_lean.judge.core import Judge
+        from miles_lean.judge.outside import OutsideJudge
 
         with self._lock:
             if self._judge is None:
-                self._judge = Judge(self._backend, workers=self._workers)
+                inside = self._backend.capabilities.can_replay
+                self._judge = Judge(self._backend, workers=self._workers) if inside else OutsideJudge(self._backend)
             return self._judge
 
     def __call__(self, challenge: str, source: str, name: str, deadline: float) -> Judged:
@@ -65,12 +69,9 @@ class LazyJudge:
         """
         from miles_lean.judge.core import Limits
 
-        judge = self.judge()
-        compiled = judge.compile(source, Limits(compile_s=deadline, check_s=deadline, max_rss=self._max_rss))
-        if not compiled.olean:
-            return f"compilation apart from other files ended with {compiled.result.outcome}: {compiled.result.detail}"
+        limits = Limits(compile_s=deadline, check_s=deadline, max_rss=self._max_rss)
         try:
-            verdict = judge.judge_modules(compiled.olean, compiled.olean)
+            verdict = self.judge().audit(source, limits)
         except ValueError:
             return ""  # nothing is stated
         if verdict.status == "infra":
@@ -83,20 +84,6 @@ class LazyJudge:
             judge, self._judge = self._judge, None
         if judge is not None:
             judge.close()
-
-
-def find_backend(name: str = "auto") -> Backend:
-    """The backend called `name`. Raises ValueError listing the known ones."""
-    if name in ("auto", "embedded"):
-        from miles_lean.backends.embedded import EmbeddedBackend
-
-        return EmbeddedBackend()
-    if name == "toolchain":
-        from miles_lean.backends.toolchain import ToolchainBackend  # type: ignore[import-not-found, unused-ignore]
-
-        made: Backend = ToolchainBackend()
-        return made
-    raise ValueError(f"backend {name!r}: known are auto, embedded, toolchain, or the http:// address of a server")
 
 
 def connect(

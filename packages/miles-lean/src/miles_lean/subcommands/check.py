@@ -12,13 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from miles_lean.backends.base import Backend, CompileResult
-from miles_lean.backends.discover import find_backend
+from miles_lean.backends.discover import KNOWN, find_backend
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("files", nargs="+", metavar="FILE", help='a Lean file; "-" reads standard input')
-    parser.add_argument("--backend", help="embedded or toolchain; default: MILES_LEAN_BACKEND, a project's toolchain, embedded")
+    parser.add_argument("--backend", help=f"{KNOWN}; default: MILES_LEAN_BACKEND, a project's toolchain, embedded")
     parser.add_argument("--project", type=Path, help="a folder with a lakefile or lean-toolchain: use its Lean")
     parser.add_argument("--deadline", type=float, default=60.0, help="seconds for each file (default 60)")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each file")

@@ -10,6 +10,8 @@ from miles_lean.doctor import survey
 HELP = {
     "embedded": 'pip install "miles-lean[embedded]" (Linux x86_64, glibc 2.35 or newer; needs nothing else)',
     "toolchain": "install elan, then in a project: lake exe cache get && lake build (needed for Mathlib)",
+    "http": "start a server with `miles-lean serve` (extra server), then use its address as backend",
+    "replay": "record answers with miles_lean.backends.replay.RecordingBackend, then use replay:FILE as backend",
 }
 
 
@@ -34,7 +36,17 @@ def run(options: argparse.Namespace) -> int:
 
 def backends() -> list[tuple[str, str]]:
     """The backends that can run here, each with its state in words: ready, or what is missing and what to do."""
-    return [("embedded", _embedded()), ("toolchain", _toolchain())]
+    states = [("embedded", _embedded()), ("toolchain", _toolchain()), ("repl", _repl())]
+    return [*states, ("http", f"ready; {HELP['http']}"), ("replay", f"ready; {HELP['replay']}")]
+
+
+def _repl() -> str:
+    from miles_lean.backends.discover import repl_command
+
+    try:
+        return f"ready; {' '.join(repl_command(None))}; says what elaborates, proves nothing (no .olean files)"
+    except RuntimeError as error:
+        return f"no: {error}"
 
 
 def _embedded() -> str:

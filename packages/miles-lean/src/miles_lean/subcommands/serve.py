@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import os
 
+from miles_lean.backends.discover import KNOWN
 from miles_lean.server.service import Limits
 
 
@@ -14,7 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     usual = Limits()
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this machine only")
     parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one and prints it")
-    parser.add_argument("--backend", default="auto", help="auto, embedded, toolchain, or the address of another server")
+    parser.add_argument("--backend", default="auto", help=f"auto, {KNOWN}")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="checks at one time")
     parser.add_argument("--queue", type=int, default=usual.queue_size, help="checks that may wait; more are answered 429")
     parser.add_argument("--max-wait", type=float, default=usual.max_wait_s, help="longest wait for a worker, seconds")
