@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -190,5 +191,63 @@ def test_a_path_reaches_the_worker_as_it_was_sent() -> None:
         async with fleet() as f, httpx.AsyncClient(base_url=f.url, timeout=20) as http:
             reply = await http.get("/v1/models/a%20b")  # decoded, it would break the request line
             assert reply.status_code == 404 and "'a b'" in reply.json()["error"]["message"], reply.text
+
+    run(main)
+
+
+def test_a_slow_worker_is_hedged_where_that_is_wanted() -> None:
+    async def main() -> None:
+        for hedge_s, hedges in ((0.0, 0), (0.1, 2)):
+            async with fleet(policy="least-loaded", hedge_s=hedge_s) as f, httpx.AsyncClient(base_url=f.url, timeout=20) as http:
+                slow = f.engines[0]
+                slow.hold()
+                workers = list(f.router.fleet.workers.values())
+                workers[0].num_active = 0
+                workers[1].num_active = 1  # so that the slow one is asked first
+                whole = asyncio.ensure_future(http.post("/generate", json=ASK))
+                done, _ = await asyncio.wait([whole], timeout=1.5)
+                assert bool(done) == (hedge_s > 0)
+                if hedge_s:
+                    assert (await whole).json()["output_ids"] == expected(slow, 6)
+                    streamed = await http.post("/generate", json=ASK | {"stream": True, "stream_incremental": True})
+                    assert streamed.text.count('"output_ids"') == 6 and streamed.text.endswith("data: [DONE]\n\n")
+                    await slow.until(lambda slow=slow: len([r for r in slow.aborted if "health" not in r]) >= 2)
+                assert f.router.fleet.counts["hedges"] == hedges
+                await slow.release()
+                await whole
+                workers[1].num_active -= 1
+                for worker in workers:
+                    assert worker.num_active == 0, "every attempt has been released"
+
+    run(main)
+
+
+def test_after_an_update_nothing_old_is_sampled_anywhere() -> None:
+    async def main() -> None:
+        async with fleet() as f, httpx.AsyncClient(base_url=f.url, timeout=30) as http:
+            stop = asyncio.Event()
+            confirmed, seen = [0], [0]
+
+            async def caller(i: int) -> None:
+                while not stop.is_set():
+                    least = confirmed[0]
+                    body = ASK | {"sampling_params": ASK["sampling_params"] | {"max_new_tokens": 30}, "stream": i % 2 == 0}
+                    reply = await http.post("/generate", json=body)
+                    assert reply.status_code == 200, reply.text
+                    last = json.loads(reply.text.split("data: ")[-2]) if i % 2 == 0 else reply.json()
+                    spans = last["meta_info"]["weight_spans"]
+                    assert [span["version"] for span in spans] == sorted({span["version"] for span in spans})
+                    assert spans[0]["version"] >= least, f"sent under {least}, sampled under {spans[0]['version']}"
+                    seen[0] += 1
+
+            callers = [asyncio.ensure_future(caller(i)) for i in range(8)]
+            for version in range(1, 13):
+                await asyncio.sleep(0.03)
+                reply = await http.post("/update_weights_from_disk", json={"model_path": "good", "weight_version": version})
+                assert reply.json()["success"] and set(reply.json()["workers"].values()) == {None}
+                confirmed[0] = version
+            stop.set()
+            await asyncio.gather(*callers)
+            assert seen[0] > 12
 
     run(main)
