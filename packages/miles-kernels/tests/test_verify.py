@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from miles_kernels.cli import main
-from miles_kernels.verify import attention_axes, blocks, controls, model_axes, row_axes, run
+from miles_kernels.cuda import comm
+from miles_kernels.verify import attention_axes, blocks, controls, decoder_case, extra_cases, model_axes, row_axes, run
 from miles_kernels.verify.backends import Reference, Step, Stock, backend
 from miles_kernels.verify.report import Report
 from miles_kernels.verify.result import MIN_ELEMENTS, Control, Row, Tally
@@ -16,14 +17,42 @@ pytest_plugins = ["miles_kernels.verify.plugin"]
 LENGTHS = [70, 40, 3, 1]
 
 
-@pytest.mark.parametrize("what", ["linear", "router", "attention"])
-def test_our_ops_are_proved_and_reported(what, tmp_path, capsys):
-    assert main(["verify", what, "--dtype", "float32", "--out", str(tmp_path)]) == 0
+@pytest.mark.parametrize(("what", "dtype"), [("all", "bfloat16"), ("linear", "float32"), ("decoder qwen3 fp8", "float32")])
+def test_everything_is_proved_and_reported(what, dtype, tmp_path, capsys):
+    assert main(["verify", what, "--dtype", dtype, "--out", str(tmp_path)]) == 0
     assert "proved in" in capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["passed"] and report["elements"][what] >= MIN_ELEMENTS
+    assert report["passed"] and set(report["elements"]) == set(run.subjects(what))
     assert all(control["unequal"] > 0 for control in report["controls"])
     assert (tmp_path / "report.md").read_text().startswith("# miles-kernels verify: passed")
+
+
+def test_decoder_cases_see_a_cache_that_is_read_wrongly_and_gradients_that_drift(monkeypatch):
+    size = blocks.shape("qwen3", large=False)
+
+    def unequal_axes():
+        rows = decoder_case.verify_decoder(backend("cpu"), size, torch.float32, LENGTHS, "qwen3", 0)
+        return {row.axis for row in rows if row.unequal}
+
+    assert unequal_axes() == set()
+    step, drift = decoder_case._Cache.update, iter(range(1, 1000))
+    monkeypatch.setattr(decoder_case._Cache, "update", lambda *a: tuple(pool * (1 + 2**-20) for pool in step(*a)))
+    assert {6, 7, 8, 9} <= unequal_axes() and 5 not in unequal_axes()
+    monkeypatch.undo()
+    train = decoder_case._train
+
+    def drifting(*args):
+        hidden, logprob, grads = train(*args)
+        return hidden, logprob, [g * (1 + 1e-6 * next(drift)) for g in grads]
+
+    monkeypatch.setattr(decoder_case, "_train", drifting)
+    assert unequal_axes() == {15}
+
+
+def test_row_parallel_shards_see_another_order_of_sums(monkeypatch):
+    assert extra_cases.row_shards("cpu", torch.float32, large=False).unequal == 0
+    monkeypatch.setattr(comm, "partial_sum", lambda a, b, count: (a @ b.t()).float())  # whole ranks instead of logical shards
+    assert extra_cases.row_shards("cpu", torch.float32, large=False).unequal > 0
 
 
 def test_wrong_requests_name_what_there_is(capsys):
