@@ -220,8 +220,14 @@ def main() -> None:
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
     }
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = given.split(",") if given else [str(number) for number in range(options.processes)]
+    if options.device == "cuda" and len(gpus) < options.processes:
+        parser.error(f"{options.processes} processes need as many GPUs, CUDA_VISIBLE_DEVICES = {given!r} names {len(gpus)}")
+    # an engine computes on threads of its own, which start on the first GPU they see: each process sees one
+    own = [{"CUDA_VISIBLE_DEVICES": gpu} if options.device == "cuda" else {} for gpu in gpus]
     commands = [
-        (f"rank{rank}", [sys.executable, *sys.argv], common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        (f"rank{rank}", [sys.executable, *sys.argv], common | {"RANK": str(rank), "LOCAL_RANK": "0"} | own[rank])
         for rank in range(options.processes)
     ]
     with tempfile.TemporaryDirectory() as temporary:
