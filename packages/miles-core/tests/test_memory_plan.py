@@ -9,7 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from miles_core.config.load import load_config
 from miles_core.memory.activations import kept_per_token
+from miles_core.memory.check import require_room
 from miles_core.memory.knobs import remedies
 from miles_core.memory.parameters import count_parameters
 from miles_core.memory.plan import FRAGMENTATION, Job, make_plan
@@ -146,6 +148,16 @@ def test_unknown_names_are_answered_with_near_ones() -> None:
         find_shape("qwen3-9b")
     with pytest.raises(ValueError, match="known: a100-40"):
         find_device("tpu")
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_loads() -> None:
+    config = load_config("quickstart", ["--engine.kv_memory_bytes", str(200 << 30)])
+    shape = find_shape("qwen3-0.6b")
+    with pytest.raises(ValueError, match="(?s)does not fit: .* GiB more than h200 has.*engine.kv_memory_bytes = .*miles plan"):
+        require_room(config, shape, "train", find_device("h200"))
+    require_room(config, shape, "train")  # model.device is the CPU, whose memory is the operating system's business
+    small = load_config("quickstart", ["--trainer.max_tokens_per_microbatch", "4096"])
+    require_room(small, shape, "train", find_device("h200"))
 
 
 def _plan(*arguments: str) -> subprocess.CompletedProcess[str]:

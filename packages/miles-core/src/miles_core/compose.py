@@ -23,6 +23,7 @@ from miles_core.eval.evaluate import Evaluation, Evaluator
 from miles_core.feed import Feed, ReplayFeed, RolloutFeed, SftFeed
 from miles_core.interrupt import StopRequest
 from miles_core.memory import prepare_heap
+from miles_core.memory.check import require_room
 from miles_core.models import LoadedModel, load_model, load_shape, prompt_room, use_threads
 from miles_core.progress import make_progress
 from miles_core.rollout import Scorer
@@ -100,6 +101,8 @@ def _parts(
     config: RunConfig, request: Request, run_dir: RunDir, runner: asyncio.Runner, stack: ExitStack, say: Say
 ) -> dict[str, Any]:
     """Feed, trainer, engine, publisher and evaluator of a run, all in this process."""
+    if config.model.device != "cpu":
+        require_room(config, load_shape(config.model, say)[0], request.mode)
     model = load_model(config, say)
     prepare_heap(sum(weight.nbytes for weight in model.decoder.parameters()))
     text = Text(model.tokenizer, model.decoder.config)

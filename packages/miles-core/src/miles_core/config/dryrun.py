@@ -24,7 +24,8 @@ def explain(config: RunConfig, mode: Literal["train", "sft", "rollout"], say: Ca
     shape, tokenizer = load_shape(config.model, say)
     lines = [f"run {config.run.name}: {config.run.num_steps} steps into {config.run.dir}/{config.run.name}"]
     lines += _sft(config, tokenizer) if mode == "sft" else _policy(config, shape, tokenizer, trains=mode == "train")
-    lines += _layout(config, shape, mode) + _evaluation(config, shape, tokenizer) + _memory(config, shape, mode)
+    lines += _layout(config, shape, mode) + _evaluation(config, shape, tokenizer)
+    lines += _memory(config, shape, mode)
     return "\n".join([*lines, "dry run: nothing was written"])
 
 
@@ -99,10 +100,10 @@ def _evaluation(config: RunConfig, shape: DecoderConfig, tokenizer: Tokenizer) -
     ]
 
 
-def _memory(config: RunConfig, shape: DecoderConfig, mode: Mode, num_processes: int = 1) -> list[str]:
+def _memory(config: RunConfig, shape: DecoderConfig, mode: Mode) -> list[str]:
     """The memory plan in short; `miles plan` has the table."""
     count = count_parameters(shape).total
-    plan = make_plan(job_of_run(config, shape, mode, device_of_run(config), num_processes))
+    plan = make_plan(job_of_run(config, shape, mode, device_of_run(config), config.num_trainers))
     phases = ", ".join(f"{phase.name} {_mib(phase.num_bytes)}" for phase in plan.phases)
     return [
         f"model: {shape.family}, {count / 1e6:.1f} M parameters, {config.model.dtype}",
