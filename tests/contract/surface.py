@@ -23,7 +23,8 @@ SURFACE = {
     "miles_kernels": r"(contract|testing|env|ops\.\w+|nn\.\w+)",
     "miles_spec": r"(verify|draft|metrics|decoding)",
     "miles_rollout": r"(wire|engine|client|text(\.\w+)?|engines\.embedded(\.(factory|config))?)",
-    "miles_core": r"(config(\.(base|schema))?|data|algorithm(\.\w+)?|rollout|sync|trainer\.(base|batch)|checkpoint|loop)",
+    "miles_core": r"(config(\.(base|schema))?|data|algorithm(\.\w+)?|rollout|sync|checkpoint|loop|"
+    r"trainer\.(base|batch|conformance|layout))",
     "miles_lean": r"(lexer|scan|extract|statement|doctor)",
 }
 

@@ -91,9 +91,9 @@ class ProcessLayout:
         return ", ".join(parts)
 
 
-def world_size_of(environment: Mapping[str, str] = os.environ) -> int:
-    """Processes a launcher such as torchrun announces; 1 without one. Raises ValueError when WORLD_SIZE is no number."""
-    text = environment.get("WORLD_SIZE", "1")
+def world_size_of(environment: Mapping[str, str] | None = None) -> int:
+    """Processes a launcher such as torchrun announces in the environment; 1 without one. Raises ValueError for no number."""
+    text = (os.environ if environment is None else environment).get("WORLD_SIZE", "1")
     if not text.isdigit() or int(text) < 1:
         raise ValueError(f"WORLD_SIZE = {text!r} in the environment is no number of processes; start the run with torchrun")
     return int(text)
