@@ -27,43 +27,50 @@ class Experts(nn.Module):
         super().__init__()
         ranks, rank = size_of(group), dist.get_rank(group)
         own = slice(gate_up.shape[0] // ranks * rank, gate_up.shape[0] // ranks * (rank + 1))
-        self.num_experts = gate_up.shape[0]
         self.gate_up = nn.Parameter(gate_up.detach()[own].clone(), requires_grad=gate_up.requires_grad)
         self.down = nn.Parameter(down.detach()[own].clone(), requires_grad=down.requires_grad)
         self.group, self.mode = group, mode
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """`moe_mlp` of x [T, H] with expert ids [T, k] of the whole model and weights [T, k], as [T, H]."""
-        if x.is_cuda:
-            return self._on_cuda(x, ids, weights)
-        dispatch = moe.plan_dispatch(ids, self.num_experts)
-        routes, counts, order = self._agree(torch.tensor(dispatch.counts, device=x.device))
-        rows = permuted(carry_rows(moe.permute(x, dispatch), routes), order)
-        inner = swiglu(grouped_linear(rows, self.gate_up, counts, mode=self.mode))
-        out = grouped_linear(inner, self.down, counts, mode=self.mode)
-        home = carry_rows(permuted(out, torch.argsort(order)), routes.back())
-        return moe.combine(home, weights, dispatch)
+        return spread_moe(x, self.gate_up, self.down, ids, weights, self.group, self.mode)
 
-    def _on_cuda(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        from miles_kernels.cuda import grouped
-        from miles_kernels.cuda import moe as cuda
 
-        dispatch = cuda.plan_dispatch(ids, self.num_experts)
-        routes, counts, order = self._agree(dispatch.groups.offsets.diff().to(torch.int64))
-        rows = permuted(carry_rows(cuda.permute(x, dispatch), routes), order)
-        groups = grouped.Groups.from_counts(counts, len(rows), x.device)
-        inner = cuda._GatedLinear.apply(rows, self.gate_up, groups)
-        out = grouped.grouped_linear(inner, self.down, groups)
-        home = carry_rows(permuted(out, torch.argsort(order)), routes.back())
-        return cuda.combine(home, weights, dispatch)
+def spread_moe(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, group: Group, mode: Mode | None) -> Tensor:
+    """`moe_mlp` where `gate_up` [Eo, 2 I, H] and `down` [Eo, H, I] are this process's experts and `ids` count those of all."""
+    num_experts = gate_up.shape[0] * size_of(group)
+    if x.is_cuda:
+        return _on_cuda(x, gate_up, down, ids, weights, num_experts, group)
+    dispatch = moe.plan_dispatch(ids, num_experts)
+    routes, counts, order = _agree(torch.tensor(dispatch.counts, device=x.device), group)
+    rows = permuted(carry_rows(moe.permute(x, dispatch), routes), order)
+    inner = swiglu(grouped_linear(rows, gate_up, counts, mode=mode))
+    out = grouped_linear(inner, down, counts, mode=mode)
+    home = carry_rows(permuted(out, torch.argsort(order)), routes.back())
+    return moe.combine(home, weights, dispatch)
 
-    def _agree(self, counts_E: Tensor) -> tuple[Routes, list[int], Tensor]:
-        """Routes of the rows, rows per own expert, and the order that sorts what arrives by (expert, source, token)."""
-        ranks = size_of(self.group)
-        arriving = torch.empty_like(counts_E)  # [ranks, Eo]: each source's rows per own expert
-        dist.all_to_all_single(arriving, counts_E.contiguous(), group=self.group)
-        both = torch.stack((counts_E, arriving)).cpu().view(2, ranks, -1)
-        send, receive = both.sum(-1).tolist()
-        expert = torch.arange(both.shape[-1]).repeat(ranks).repeat_interleave(both[1].flatten())
-        order = torch.sort(expert, stable=True).indices.to(counts_E.device)
-        return Routes(send, receive, self.group), both[1].sum(0).tolist(), order
+
+def _on_cuda(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, num_experts: int, group: Group) -> Tensor:
+    from miles_kernels.cuda import grouped
+    from miles_kernels.cuda import moe as cuda
+
+    dispatch = cuda.plan_dispatch(ids, num_experts)
+    routes, counts, order = _agree(dispatch.groups.offsets.diff().to(torch.int64), group)
+    rows = permuted(carry_rows(cuda.permute(x, dispatch), routes), order)
+    groups = grouped.Groups.from_counts(counts, len(rows), x.device)
+    inner = cuda._GatedLinear.apply(rows, gate_up, groups)
+    out = grouped.grouped_linear(inner, down, groups)
+    home = carry_rows(permuted(out, torch.argsort(order)), routes.back())
+    return cuda.combine(home, weights, dispatch)
+
+
+def _agree(counts_E: Tensor, group: Group) -> tuple[Routes, list[int], Tensor]:
+    """Routes of the rows, rows per own expert, and the order that sorts what arrives by (expert, source, token)."""
+    ranks = size_of(group)
+    arriving = torch.empty_like(counts_E)  # [ranks, Eo]: each source's rows per own expert
+    dist.all_to_all_single(arriving, counts_E.contiguous(), group=group)
+    both = torch.stack((counts_E, arriving)).cpu().view(2, ranks, -1)
+    send, receive = both.sum(-1).tolist()
+    expert = torch.arange(both.shape[-1]).repeat(ranks).repeat_interleave(both[1].flatten())
+    order = torch.sort(expert, stable=True).indices.to(counts_E.device)
+    return Routes(send, receive, group), both[1].sum(0).tolist(), order

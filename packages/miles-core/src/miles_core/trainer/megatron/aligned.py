@@ -1,6 +1,6 @@
 """Our ops as megatron-core modules, so that a Megatron model computes the engine's bits.
 
-Legend: t = tokens of this process, h = hidden size, k = experts per token, E = experts of this process, I = their inner size.
+Legend: t = tokens of this process, h = hidden size.
 
 A sum over tensor-parallel shares would have another order than the engine's, so no product is summed over processes here:
 layers that megatron-core cuts along the input are cut along the output instead, and activations are gathered. The forward bits
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from miles_core.trainer.experts import spread_moe
 from miles_core.trainer.megatron.core import MLP, ColumnParallelLinear, MoELayer, mappings
 from miles_kernels.ops.act import swiglu
 from miles_kernels.ops.linear import linear
@@ -88,82 +89,5 @@ class AlignedMoE(MoELayer):  # type: ignore[misc]
         if self.ep_group.size() == 1:
             out = moe_mlp(x, gate_up, down, ids, weights, mode=mode)
         else:
-            out = _travelling(x, gate_up, down, ids, weights, mode, self.ep_group)
+            out = spread_moe(x, gate_up, down, ids, weights, self.ep_group, mode)
         return out.view(hidden_states.shape), None
-
-
-def _travelling(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, mode: Any, group: torch.distributed.ProcessGroup
-) -> Tensor:
-    """`moe_mlp` with `gate_up` [E, 2 I, h] and `down` [E, h, I] of this process; `ids` [t, k] count the experts of all."""
-    size, num_local, slots = group.size(), gate_up.shape[0], ids.shape[1]
-    order = torch.sort(ids.reshape(-1), stable=True).indices
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    counts = torch.bincount(ids.reshape(-1), minlength=size * num_local)
-    arriving = torch.empty_like(counts)
-    torch.distributed.all_to_all_single(arriving, counts, group=group)
-    sends = counts.view(size, num_local).sum(1).tolist()
-    per_source = arriving.view(size, num_local)
-    receives = per_source.sum(1).tolist()
-    rows = mappings.all_to_all(group, _rows(x, place.view(-1, slots)), receives, sends)
-    # arrived by source, then expert; each row is its own "token" of one expert with weight 1: the rows' bits stay their own
-    expert = torch.arange(num_local, device=x.device).repeat(size).repeat_interleave(arriving)[:, None]
-    out = (
-        moe_mlp(rows, gate_up, down, expert, torch.ones_like(expert, dtype=torch.float32), mode=mode)
-        if len(rows)
-        else _none(rows, gate_up, down)
-    )
-    back = mappings.all_to_all(group, out, sends, receives)
-    return _Combine.apply(back, weights, place.view(-1, slots))
-
-
-def _none(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """No row came: nothing to compute, but the experts stay part of the graph."""
-    return rows + 0.0 * (gate_up.sum() + down.sum()).to(rows.dtype)
-
-
-def _rows(x: Tensor, place: Tensor) -> Tensor:
-    return _Permute.apply(x, place)
-
-
-class _Permute(torch.autograd.Function):
-    """x [t, h] to [t k, h]: token i at rows place[i]. Backward adds a token's rows in slot order, in float32."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        out = x.new_empty((place.numel(), x.shape[1]))
-        for slot in range(place.shape[1]):
-            out[place[:, slot]] = x
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (place,) = ctx.saved_tensors
-        out = grad[place[:, 0]].float()
-        for slot in range(1, place.shape[1]):
-            out += grad[place[:, slot]]
-        return out.to(grad.dtype), None
-
-
-class _Combine(torch.autograd.Function):
-    """Sum over slots of weights [t, k] times rows y [t k, h], float32 in slot order, one rounding."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, weights: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(y, weights, place)
-        out = y[place[:, 0]].float() * weights[:, :1]
-        for slot in range(1, place.shape[1]):
-            out += y[place[:, slot]].float() * weights[:, slot : slot + 1]
-        return out.to(y.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        y, weights, place = ctx.saved_tensors
-        wide = grad.float()
-        dy, dw = torch.empty_like(y), torch.empty_like(weights)
-        for slot in range(place.shape[1]):
-            dy[place[:, slot]] = (wide * weights[:, slot : slot + 1]).to(y.dtype)
-            dw[:, slot] = (wide * y[place[:, slot]].float()).sum(-1)
-        return dy, dw, None

@@ -57,7 +57,12 @@ def token_parallel_logprob(
     mine = slice(bounds[rank], bounds[rank + 1])
     hidden = mappings.copy_to_tensor_model_parallel_region(hidden, group=group)  # each process sends back its rows' gradient
     heat = temperature[mine] if isinstance(temperature, Tensor) else temperature
-    out = linear_logprob(hidden[mine].contiguous(), head, targets[mine], heat, mode=mode)
+    own = hidden[mine].contiguous()
+    if len(own):
+        out = linear_logprob(own, head, targets[mine], heat, mode=mode)
+    else:  # fewer rows than processes: nothing to score, but this process' part in the others' backward pass remains
+        nothing = own.float().sum(1) + 0.0 * head[0, 0].float()
+        out = LogprobOutput(nothing, nothing)
     place = torch.arange(mine.start, mine.stop, device=hidden.device)
     joined = spread(torch.stack((out.logprob, out.entropy)), place, hidden.shape[0], group)
     return LogprobOutput(joined[0], joined[1])
