@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from miles_kernels.ops.attention import packed_plan
 from miles_kernels.ops.sample import sample
 from miles_rollout.engines.embedded import EmbeddedConfig, EmbeddedEngine
 from miles_rollout.text import CharTokenizer
+from miles_rollout.weights.stage import make_manifest, stage
 from miles_rollout.wire import GenerateRequest, SamplingParams
 
 TOKENIZER = CharTokenizer("abcdefghijklmnopqrst")
@@ -124,6 +125,12 @@ def by_hand(decoder: Decoder, request: GenerateRequest, index: int) -> tuple[lis
 async def until_idle(engine: EmbeddedEngine) -> None:
     while engine.metrics()["num_running"] or engine.metrics()["num_queued"]:
         await asyncio.sleep(0.001)
+
+
+def staged(tensors: Iterable[tuple[str, torch.Tensor]], device: str = "cpu") -> Any:
+    """Weights as an engine core swaps them in."""
+    pairs = list(tensors)
+    return stage(make_manifest(pairs, version=1, contract_digest=""), pairs, device)
 
 
 def state(seed: int) -> list[tuple[str, torch.Tensor]]:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from engine_cases import staged
 
 from miles_kernels.contract import Contract
 from miles_kernels.nn.checkpoint import random_decoder
@@ -178,7 +179,7 @@ def test_memory_can_be_given_back_and_graphs_are_made_again():
     core.restore(("kv_cache",))
     core.restore(("weights", "cuda_graph"))
     assert not core.has_work
-    core.swap_weights(saved, 1)
+    core.swap_weights(staged(saved.items(), "cuda"), 1)
     spans = all_of()
     assert {name: [c.token_ids for c in found] for name, found in spans.items()} == {
         name: [c.token_ids for c in found] for name, found in whole.items()

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from engine_cases import SHAPE, SMALL, TOKENIZER, ask, batch_of, build, gather, outcome, run, state
+from engine_cases import SHAPE, SMALL, TOKENIZER, ask, batch_of, build, gather, outcome, run, staged, state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -157,7 +157,7 @@ def test_weights_swapped_with_a_token_on_its_way():
     add(core, request)
     for _ in range(10):
         core.step()
-    core.swap_weights({name: tensor.clone() for name, tensor in random_decoder(SHAPE, 9).hf_state()}, 1)
+    core.swap_weights(staged(random_decoder(SHAPE, 9).hf_state()), 1)
     (found,) = finish(core)
     completion = found.completions[0]
     first, second = completion.weight_spans
@@ -176,7 +176,7 @@ def test_a_request_that_ends_during_a_swap_is_delivered():
     add(core, ask("a", max_new_tokens=3))
     for _ in range(3):
         assert not core.step()
-    (ready,) = core.swap_weights(dict(random_decoder(SHAPE, 9).hf_state()), 1)
+    (ready,) = core.swap_weights(staged(random_decoder(SHAPE, 9).hf_state()), 1)
     assert ready.item.completions[0].weight_spans[0].version == 0 and not core.has_work
 
 

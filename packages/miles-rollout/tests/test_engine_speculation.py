@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from engine_cases import SMALL, ask, build, run
+from engine_cases import SMALL, ask, build, run, staged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -128,7 +128,7 @@ def drive(config: EmbeddedConfig, request: GenerateRequest, draft: Any, steps: i
 @torch.inference_mode()
 def test_weights_swapped_in_the_middle_of_a_request():
     """What is sampled afterwards is what plain decoding under the new weights makes of everything before."""
-    new = {name: tensor.clone() for name, tensor in random_decoder(SHAPE, 9).hf_state()}
+    new = staged(random_decoder(SHAPE, 9).hf_state())
     request = GenerateRequest(
         request_id="a", input_ids=(5, 6, 7), sampling=SamplingParams(max_new_tokens=60, ignore_eos=True), sample_ids=(4,)
     )
