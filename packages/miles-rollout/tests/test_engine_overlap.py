@@ -22,7 +22,8 @@ from miles_kernels.nn.checkpoint import random_decoder
 from miles_kernels.nn.config import DecoderConfig
 from miles_kernels.nn.decoder import PackedKV
 from miles_kernels.ops.attention import packed_plan
-from miles_rollout.engines.embedded import EmbeddedConfig, make_manifest
+from miles_rollout.engine import EngineRefusal
+from miles_rollout.engines.embedded import EmbeddedConfig, EmbeddedEngine, make_manifest
 from miles_rollout.engines.embedded.core import EngineCore
 from miles_rollout.engines.embedded.state import Job
 from miles_rollout.engines.embedded.tail import Tail
@@ -356,3 +357,33 @@ def test_routed_experts_are_those_of_the_packed_forward(overlap: bool):
             array = np.frombuffer(found.data, np.uint8).reshape(found.num_tokens, found.num_layers, found.top_k)
             assert np.array_equal(array, expected)
     assert core.metrics()["num_cached_tokens"] > 0 and core.metrics()["num_retractions"] > 0
+
+
+def test_routed_experts_must_be_recorded_to_be_asked_for():
+    request = msgspec.structs.replace(ask("a", max_new_tokens=2), return_routed_experts=True)
+
+    async def main() -> None:
+        async with EmbeddedEngine(random_decoder(MOE, 0), TOKENIZER, SMALL) as engine:
+            with pytest.raises(EngineRefusal, match="start the engine with record_routed_experts=true"):
+                await engine.generate(request)
+        async with build() as engine:
+            assert (await engine.generate(request)).completions[0].routed_experts is None
+
+    run(main())
+
+
+def test_the_cache_is_flushed_only_while_nothing_runs():
+    async def main() -> None:
+        async with build(AHEAD) as engine:
+            prompt = tuple(range(4, 24)) * 2
+            await engine.generate(ask("a", prompt))
+            assert (await engine.generate(ask("b", prompt))).cached_tokens == 32
+            running = asyncio.ensure_future(engine.generate(ask("long", max_new_tokens=600)))
+            while engine.metrics()["num_running"] == 0:
+                await asyncio.sleep(0.001)
+            assert not await engine.flush_cache()
+            await running
+            assert await engine.flush_cache()
+            assert (await engine.generate(ask("c", prompt))).cached_tokens == 0
+
+    run(main())

@@ -22,6 +22,8 @@ from miles_kernels.cuda.comm import SHARDS, row_parallel_linear, world
 from miles_kernels.nn.config import DecoderConfig
 from miles_kernels.nn.decoder import Decoder, DecoderLayer
 
+__all__ = ["RowParallel", "local_config", "shard_decoder", "shard_tensors", "sharded_contract"]
+
 _ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _COLUMNS = ("o_proj", "down_proj")
 

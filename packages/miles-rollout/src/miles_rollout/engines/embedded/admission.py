@@ -17,6 +17,8 @@ class Limits(NamedTuple):
     max_context: int
     page_size: int
     num_pages: int
+    records_experts: bool = True
+    """Whether routed experts can be asked for: they are recorded, or there are none."""
 
 
 def check_request(request: GenerateRequest, limits: Limits) -> None:
@@ -42,6 +44,8 @@ def check_request(request: GenerateRequest, limits: Limits) -> None:
     strange = [sample_id for sample_id in request.sample_ids if not 0 <= sample_id < _MAX_ID]
     if strange:
         wrong.append(f"sample id {strange[0]} must lie in 0..2^63-1")
+    if request.return_routed_experts and not limits.records_experts:
+        wrong.append("routed experts are not recorded here; start the engine with record_routed_experts=true")
     wrong += _sizes(len(request.input_ids), sampling.max_new_tokens, limits)
     if wrong:
         raise EngineRefusal(f"request {request.request_id!r}: " + "; ".join(wrong))

@@ -135,6 +135,13 @@ class EngineCore:
         self._scheduler.retract_all()
         return self._outputs.take_deliveries()
 
+    def flush(self) -> bool:
+        """Forget cached prefixes; False, and nothing done, while any request is unfinished."""
+        if self._jobs:
+            return False
+        self._scheduler.forget_prefixes()
+        return True
+
     def swap_weights(self, staged: Staged, version: int) -> list[Delivery]:
         """Replace all weights by a verified, complete set; returns what became ready under the old ones.
 

@@ -65,7 +65,8 @@ class EmbeddedEngine:
         eos = tuple(sorted({*decoder.config.eos_token_ids, *tokenizer.eos_token_ids})) if eos_token_ids is None else eos_token_ids
         self.config = config
         self.tokenizer = tokenizer
-        self._limits = Limits(decoder.config.vocab_size, max_context, config.page_size, num_pages)
+        records_experts = config.record_routed_experts or decoder.config.num_experts == 0
+        self._limits = Limits(decoder.config.vocab_size, max_context, config.page_size, num_pages, records_experts)
         self._held = {name: (tuple(t.shape), dtype_name(t.dtype)) for name, t in decoder.hf_state()}
         self._digest = decoder.contract.digest
         self._decoder = decoder
@@ -153,6 +154,12 @@ class EmbeddedEngine:
             self._paused = False
 
         await self._command(go_on)
+
+    async def flush_cache(self) -> bool:
+        """Forget cached prefixes; False, and nothing done, while any request is unfinished."""
+        found: list[bool] = []
+        await self._command(lambda core: found.append(core.flush()))
+        return found[0]
 
     async def release_memory(self, tags: Sequence[str]) -> None:
         """Give back what `tags` of MEMORY_TAGS name; requests wait until it is there again.
