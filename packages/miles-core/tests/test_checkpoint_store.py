@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
 
+from miles_core.background import PREFIX, BackgroundSaver, clear_orphans
 from miles_core.checkpoint import COMPLETE, MANIFEST, CheckpointConfig, CheckpointError, CheckpointStore
+from miles_rollout.weights.shm import folder
 
 
 def parts(text: str = "state") -> dict:
@@ -269,3 +272,64 @@ def test_configuration() -> None:
         CheckpointConfig(keep_last=0)
     with pytest.raises(ValueError, match="at least 1"):
         CheckpointStore("x", keep_last=0)
+
+
+def test_the_best_and_every_nth_stay_beside_the_last(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1, keep_every=20, keep_best=True)
+    for step, score in ((5, 0.1), (10, 0.9), (15, 0.3), (20, None), (25, 0.2), (30, 0.9), (35, 0.8)):
+        store.save(step, parts(), score=score)
+    assert store.steps() == [20, 30, 35] and store.best() == 30
+    assert CheckpointStore(tmp_path / "none").best() is None
+
+
+def test_a_checkpoint_written_behind_is_what_was_there_when_it_was_asked_for(store: CheckpointStore) -> None:
+    state, gate = {"text": "then"}, threading.Event()
+    saver = BackgroundSaver(store)
+    real = store.save
+
+    def slow(*args: object, **options: object) -> Path:
+        assert gate.wait(20)
+        return real(*args, **options)  # type: ignore[arg-type]
+
+    store.save = slow  # type: ignore[method-assign]
+    saver.save(10, {"state.json": lambda path: path.write_text(json.dumps(state))}, score=1.5)
+    state["text"] = "now"
+    assert store.latest() is None  # not there before it is whole
+    gate.set()
+    saver.wait()
+    assert json.loads((store.load().part("state.json")).read_text()) == {"text": "then"}
+    assert not list(folder().glob(f"{PREFIX}{os.getpid()}-*"))
+
+
+def test_what_goes_wrong_behind_is_raised_at_the_next_checkpoint(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = BackgroundSaver(store)
+    saver.save(10, parts())
+    saver.wait()
+
+    def full(*_: object, **__: object) -> Path:
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr(store, "save", full)
+    saver.save(20, parts())
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        saver.save(30, parts())
+    assert store.latest() == 10 and not list(folder().glob(f"{PREFIX}{os.getpid()}-*"))
+
+    def broken(path: Path) -> None:
+        raise ValueError("cannot be written")
+
+    with pytest.raises(ValueError, match="cannot be written"):
+        saver.save(40, {"a": broken})
+    assert not list(folder().glob(f"{PREFIX}{os.getpid()}-*"))
+
+
+def test_what_a_killed_process_left_in_memory_is_cleared() -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    orphan, own = folder() / f"{PREFIX}{ended.pid}-abc", folder() / f"{PREFIX}{os.getpid()}-abc"
+    for path in (orphan, own):
+        path.mkdir()
+    try:
+        assert orphan in clear_orphans() and own.is_dir()
+    finally:
+        own.rmdir()

@@ -48,7 +48,14 @@ class CheckpointConfig(Section):
     every: int = Field(default=10, ge=0)
     """Steps between checkpoints; the last step always writes one. 0 writes that one only."""
     keep_last: int = Field(default=2, ge=1)
-    """Complete checkpoints to keep; older ones are deleted after a newer one is whole."""
+    """Newest complete checkpoints to keep; older ones are deleted after a newer one is whole."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Keep for good the checkpoints of steps that this divides."""
+    keep_best: str | None = None
+    """Metric, such as "eval/accuracy", whose highest value so far is kept as well."""
+    asynchronous: bool = False
+    """Write to memory, and from there to the disk while the run goes on. Takes memory for one checkpoint; the disk is awaited
+    before the next one and at the end. The trainer's first process must run on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +83,15 @@ class CheckpointStore:
     Example: CheckpointStore(run_dir).save(10, {"trainer": trainer.save, "data.json": lambda p: p.write_text(state)})
     """
 
-    def __init__(self, run_dir: str | Path, keep_last: int = 2) -> None:
+    def __init__(
+        self, run_dir: str | Path, keep_last: int = 2, *, keep_every: int | None = None, keep_best: bool = False
+    ) -> None:
         if keep_last < 1:
             raise ValueError(f"keep_last={keep_last} must be at least 1")
         self.root = Path(run_dir) / "checkpoints"
         self.keep_last = keep_last
+        self.keep_every = keep_every
+        self.keep_best = keep_best
 
     # ---- reading
 
@@ -95,6 +106,18 @@ class CheckpointStore:
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, None when there is none."""
         return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """Step of the complete checkpoint with the highest score, the newest of equals; None when none has a score."""
+        scores = []
+        for step in self.steps():
+            try:
+                score = json.loads((self.path(step) / MANIFEST).read_text(encoding="utf-8")).get("score")
+            except (OSError, ValueError):
+                continue  # `load` says what is wrong with it
+            if score is not None:
+                scores.append((score, step))
+        return max(scores, default=(None, None))[1]
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of `step` is or would be."""
@@ -137,8 +160,10 @@ class CheckpointStore:
                 found.append(path)
         return found
 
-    def save(self, step: int, parts: Mapping[str, Writer], *, config_digest: str = "") -> Path:
-        """Write a checkpoint of `parts` (name to writer) and delete the ones beyond `keep_last`.
+    def save(
+        self, step: int, parts: Mapping[str, Writer], *, config_digest: str = "", score: float | None = None
+    ) -> Path:
+        """Write a checkpoint of `parts` (name to writer) and delete those that nothing keeps. The highest `score` is the best.
 
         Until it is whole under its final name all earlier ones stay. On any failure its temporary directory is removed
         and the failure goes on; a full disk or another error of the file system becomes a CheckpointError.
@@ -158,7 +183,7 @@ class CheckpointStore:
                 write(temporary / name)
                 if not (temporary / name).exists():
                     raise CheckpointError(f"checkpoint part {name}: its writer wrote nothing at {temporary / name}")
-            _seal(temporary, step, config_digest)
+            _seal(temporary, step, config_digest, score)
             self._swap(temporary, final)
         except BaseException as error:
             self._undo(temporary, final)
@@ -186,9 +211,15 @@ class CheckpointStore:
             old.rename(final)
 
     def _prune(self, newest: int) -> None:
-        """Delete complete checkpoints beyond the last `keep_last`; renamed first, so a half-deleted one is never read."""
-        for step in self.steps()[: -self.keep_last]:
-            if step != newest:
+        """Delete complete checkpoints that nothing keeps; renamed first, so a half-deleted one is never read."""
+        steps = self.steps()
+        kept = {newest, *steps[-self.keep_last :]}
+        if self.keep_every is not None:
+            kept |= {step for step in steps if step % self.keep_every == 0}
+        if self.keep_best and (best := self.best()) is not None:
+            kept.add(best)
+        for step in steps:
+            if step not in kept:
                 doomed = self.root / f"{_TMP}{self.path(step).name}"
                 self.path(step).rename(doomed)
                 shutil.rmtree(doomed)
@@ -241,7 +272,7 @@ def file_hash(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _seal(directory: Path, step: int, config_digest: str) -> None:
+def _seal(directory: Path, step: int, config_digest: str, score: float | None) -> None:
     """Flush every file to the disk, then write the manifest, then COMPLETE."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     for path in files:
@@ -251,6 +282,7 @@ def _seal(directory: Path, step: int, config_digest: str) -> None:
         "step": step,
         "versions": dict(_versions()),
         "config_digest": config_digest,
+        "score": score,
         "files": [
             {"path": path.relative_to(directory).as_posix(), "size_bytes": path.stat().st_size, "xxh3_128": file_hash(path)}
             for path in files

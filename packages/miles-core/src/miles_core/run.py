@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from miles_core.background import BackgroundSaver
 from miles_core.checkpoint import Checkpoint, CheckpointStore
 from miles_core.config.schema import RunConfig
 from miles_core.eval.evaluate import Evaluation, Evaluator
@@ -56,7 +57,11 @@ class Run:
     saved_step: int | None = None
 
     def __post_init__(self) -> None:
-        self.store = CheckpointStore(self.dir.root, self.config.checkpoint.keep_last)
+        keep = self.config.checkpoint
+        best = keep.keep_best is not None
+        self.store = CheckpointStore(self.dir.root, keep.keep_last, keep_every=keep.keep_every, keep_best=best)
+        self.saver = BackgroundSaver(self.store) if keep.asynchronous else None
+        self.last_metrics: dict[str, float] = {}
 
     @property
     def num_steps(self) -> int:
@@ -128,6 +133,7 @@ class Run:
         if self.trainer is not None:
             row["train/weight_version"] = self.step
         self.dir.metrics.append(self.step, row)
+        self.last_metrics = row
         self.progress.step(self.step, row)
 
     def checkpoint(self, *, now: bool = False) -> None:
@@ -145,8 +151,18 @@ class Run:
             state = {"schema": STATE_SCHEMA, "step": self.step, "feed": self.feed.state()}
             path.write_text(json.dumps(state) + "\n", encoding="utf-8")
 
-        self.store.save(self.step, {"trainer": write_trainer, "state.json": write_state})
+        parts = {"trainer": write_trainer, "state.json": write_state}
+        score = self._score()
+        if self.saver is not None:
+            self.saver.save(self.step, parts, score=score)
+        else:
+            self.store.save(self.step, parts, score=score)
         self.saved_step = self.step
+
+    def _score(self) -> float | None:
+        """The metric that `checkpoint.keep_best` names, as of this step; None where it was not measured."""
+        name = self.config.checkpoint.keep_best
+        return None if name is None else self.last_metrics.get(name)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a verified checkpoint; what the run wrote after it is forgotten."""
@@ -165,6 +181,8 @@ class Run:
     def finish(self) -> Outcome:
         """Save where the run stands."""
         self.checkpoint(now=True)
+        if self.saver is not None:
+            self.saver.wait()
         path = None if self.saved_step is None else self.store.path(self.saved_step)
         return Outcome(step=self.step, interrupted=self.stop.requested and self.step < self.num_steps, checkpoint=path)
 

@@ -26,10 +26,10 @@ class WaitGivenUp(RuntimeError):
     """Whoever asked for the wait no longer wants it: the other side has failed and said why."""
 
 
-def expired(what: str, deadline_s: float) -> WaitExpired:
-    """The error of a wait that was in vain; writes the stacks of all threads to the log."""
-    stacks = thread_stacks()
-    logger.error("waited %g s for %s, in vain; all threads:\n%s", deadline_s, what, stacks)
+def expired(what: str, deadline_s: float, stacks: str = "") -> WaitExpired:
+    """The error of a wait that was in vain; writes the stacks of all threads to the log, or those given of other processes."""
+    stacks = stacks or thread_stacks()
+    logger.error("waited %g s for %s, in vain; stacks:\n%s", deadline_s, what, stacks)
     return WaitExpired(what, deadline_s, stacks)
 
 

@@ -12,7 +12,7 @@ from miles_rollout.waits import expired
 POLL_S = 0.2
 
 
-class WorkerDied(RuntimeError):
+class WorkerDied(ChildProcessError):
     """A worker process has ended. The message names it, says how, and shows the end of its log."""
 
 
@@ -72,9 +72,7 @@ class Fleet:
             if len(replies) < len(self.handles) and time.monotonic() > end:
                 names = [handle.name for number, handle in enumerate(self.handles) if number not in replies]
                 stacks = "\n".join(f"{h.name}:\n{h.dump()}" for n, h in enumerate(self.handles) if n not in replies)
-                error = expired(f"{', '.join(names)} to answer {method!r}", limit)
-                error.stacks = stacks
-                raise error
+                raise expired(f"{', '.join(names)} to answer {method!r}", limit, stacks)
         return [replies[number] for number in range(len(self.handles))]
 
     def check(self) -> None:
