@@ -63,7 +63,7 @@ def parse(data: Any, into: type[S], neutral: Neutral, *, where: str = "") -> S:
     prefix = f"{where}." if where else ""
     if not isinstance(data, dict):
         raise RequestError(f"{where or 'body'} is a JSON {_json_name(data)}; an object is needed", param=where or None)
-    known = {field.encode_name for field in msgspec.structs.fields(into)}
+    known = frozenset(into.__struct_encode_fields__)  # `structs.fields` evaluates annotations anew at every call
     kept = {}
     for name, value in data.items():
         if value is None and (name in known or name in neutral):
