@@ -66,15 +66,17 @@ def requests(count: int, seed: int, *, plain: bool = False) -> list[GenerateRequ
 
 
 @torch.inference_mode()
-def serve(decoder: Decoder, config: EmbeddedConfig, asked: list[GenerateRequest], seed: int = 0) -> dict[str, GenerateResult]:
-    """Serve requests that arrive at random times; everything must be given back."""
+def serve(
+    decoder: Decoder, config: EmbeddedConfig, asked: list[GenerateRequest], seed: int = 0, rate: float = 0.5
+) -> dict[str, GenerateResult]:
+    """Serve requests that arrive at random steps, rate / (1 - rate) a step; everything must be given back."""
     rng = random.Random(seed)
     core = EngineCore(decoder, CharTokenizer("abc"), config, num_pages=config.num_pages or 0)
     waiting = [Job(request, i, frozenset((2,))) for i, request in enumerate(asked)]
     rng.shuffle(waiting)
     done: dict[str, GenerateResult] = {}
     while waiting or core.has_work:
-        while waiting and (not core.has_work or rng.random() < 0.3):
+        while waiting and (not core.has_work or rng.random() < rate):
             core.add(waiting.pop())
         for delivery in core.step():
             assert isinstance(delivery.item, GenerateResult), delivery.item
@@ -115,7 +117,7 @@ def test_every_token_has_the_trainers_bits(shape: DecoderConfig, rows: int):
     decoder = make(shape, 3)
     asked = requests(rows * 3 // 2, 9, plain=True)
     config = msgspec.structs.replace(CONFIG, max_running=rows, num_pages=30 * rows, max_batched_tokens=max(512, 2 * rows))
-    found = serve(decoder, config, asked)
+    found = serve(decoder, config, asked, rate=0.95)
     pairs = [(request, completion) for request in asked for completion in found[request.request_id].completions]
     ids = [request.input_ids + completion.token_ids for request, completion in pairs]
     lengths = [len(sequence) for sequence in ids]
