@@ -17,10 +17,9 @@ def make_groups(cut: Cut, device: torch.device) -> None:
     CPU tensors. A process that has not done so is alone, and gets a group of its own: megatron-core always needs one.
     """
     if not dist.is_initialized():
-        raise ValueError(
-            "the megatron backend needs torch.distributed, for one process too: start it with torchrun, or call "
-            'init_process_group("gloo") on a CPU, ("cpu:gloo,cuda:nccl") on GPUs'
-        )
+        transport = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(transport, store=dist.HashStore(), rank=0, world_size=1)
+        parallel_state.destroy_model_parallel()  # groups of an earlier world, if there was one
     wanted = (cut.tp, cut.pp, cut.cp, cut.ep)
     if parallel_state.model_parallel_is_initialized():
         if current_sizes() == wanted:
