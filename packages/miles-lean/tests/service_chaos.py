@@ -2,7 +2,7 @@
 
     python packages/miles-lean/tests/service_chaos.py [REQUESTS]
 
-Every fifth question does harm of its own: it hangs, nests too deep, eats memory, writes 130 MB to an output of its process or
+Every third question does harm of its own: it hangs, nests too deep, eats memory, writes 130 MB to an output of its process or
 to the server's channel, ends its process, forges. Beside it a process of the server is killed (SIGKILL, SIGSEGV, SIGABRT in
 turn) twice a second, and the server's temporary folder, an in-memory one of 2 MiB where the machine lets us mount it, is
 filled to the last byte and file name for a second at a time. Exit code 1 when any verdict is wrong, a hang lives longer than
@@ -83,20 +83,20 @@ def below(root: int) -> list[int]:
 def question(number: int) -> tuple[str, str, str]:
     """(statement, proof, kind). Kind "right" can be proved so, "false" not; any other is harm and must never be accepted."""
     statement = STATEMENT.format(number, number + 2)
-    if number % 5 == 4:
-        kind = list(HARM)[number // 5 % len(HARM)]
+    if number % 3 == 2:
+        kind = list(HARM)[number // 3 % len(HARM)]
         before, proof = HARM[kind]
         return before.format(number) + statement, proof.format(number), kind
-    if number % 3 == 0:
+    if number % 6 == 1:
         return statement, "exact ⟨rfl, h.1⟩", "false"
     return statement, "exact ⟨rfl, h.2⟩", "right"
 
 
-async def killer(server: int, stop: asyncio.Event, killed: Counter[str]) -> None:
-    """Kill one process below the server, twice a second."""
+async def killer(server: int, stop: asyncio.Event, killed: Counter[str], every_s: float) -> None:
+    """Kill one process below the server every so many seconds."""
     kinds = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT)
     while not stop.is_set():
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(every_s)
         if pids := below(server):
             kind = kinds[sum(killed.values()) % 3]
             try:
@@ -133,11 +133,11 @@ async def ask(client: httpx.AsyncClient, number: int, slots: asyncio.Semaphore) 
     return number, answer.json()["results"][0]
 
 
-async def storm(address: str, server: int, count: int, folder: Path | None) -> dict[str, Any]:
+async def storm(address: str, server: int, count: int, folder: Path | None, kill_s: float) -> dict[str, Any]:
     """Ask everything while things break; the report."""
     stop, killed, filled, slots = asyncio.Event(), Counter[str](), Counter[str](), asyncio.Semaphore(16)
     started = time.monotonic()
-    trouble = [asyncio.create_task(killer(server, stop, killed))]
+    trouble = [asyncio.create_task(killer(server, stop, killed, kill_s))]
     if folder is not None:
         trouble.append(asyncio.create_task(filler(folder, stop, filled)))
     async with httpx.AsyncClient(base_url=address, timeout=300) as client:
@@ -173,7 +173,7 @@ def report(rows: list[tuple[int, Any]], killed: Counter[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(count: int, workers: int = 2) -> dict[str, Any]:
+def main(count: int, workers: int = 2, kill_s: float = 0.5) -> dict[str, Any]:
     """Start a server, storm it, stop it; the report with the processes it left behind."""
     serve = [sys.executable, "-c", "from miles_lean.cli import main; raise SystemExit(main())", "serve"]
     serve += ["--port", "0", "--workers", str(workers), "--max-wait", "300", "--max-rss-mib", "768"]
@@ -187,7 +187,7 @@ def main(count: int, workers: int = 2) -> dict[str, Any]:
             assert server.stderr is not None
             address = next(line for line in server.stderr if "serving on" in line).split()[-1]
             inside = Path(f"/proc/{server.pid}/root{folder}") if tight else None
-            found = asyncio.run(storm(address, server.pid, count, inside))
+            found = asyncio.run(storm(address, server.pid, count, inside, kill_s))
             family = below(server.pid)
             server.send_signal(signal.SIGTERM)
             found["exit code"] = server.wait(60)

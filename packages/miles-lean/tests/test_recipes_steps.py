@@ -53,11 +53,12 @@ def test_attempts_fail_with_the_words_that_are_shown() -> None:
 
 
 def test_demonstrated_second_attempts_are_proofs() -> None:
-    from miles_lean.data.pack import verified
-
-    rows = list(repair.demonstrations(size=8, seed=4))
-    assert [row["completion"] for row in verified(rows)] == [row["completion"] for row in rows]
-    assert all(row["completion"] not in row["prompt"].partition(toy.ASK)[2].rpartition("(")[0] for row in rows)
+    backend = find_backend()
+    for row in repair.demonstrations(size=6, seed=4):
+        assert row["completion"] not in row["prompt"].partition(toy.ASK)[2].rpartition("(")[0]
+        source = Statement.parse(row["metadata"]["statement"]).fill(row["completion"])
+        assert backend.elaborate(source, deadline=20.0).outcome == "ok", source
+    backend.close()
 
 
 def test_a_models_own_failures_become_the_same_prompts(tmp_path: Path) -> None:
@@ -129,27 +130,27 @@ def test_whole_theorems_are_proved_tactic_by_tactic() -> None:
         BY_HEART.update({row["prompt"]: row["label"] for row in steps.walk(goal, family, tactics, backend)})
     statements = [toy.statement_of(goal) for goal, _, _ in chosen]
     found = play.by_tactics(statements, known, backend)
-    assert found == ["\n".join(tactics) for _, _, tactics in chosen] and play.judged(statements, found) == 1.0
+    assert found == ["\n".join(tactics) for _, _, tactics in chosen]
+    forged = ("theorem t : 2 + 2 = 5 := by sorry", "set_option debug.skipKernelTC true in decide +kernel")
+    assert play.judged([*statements, forged[0], forged[0]], [*found, forged[1], None]) == 6 / 8
     assert play.by_tactics(statements, known, backend, most=1) == [None] * 6
     for wrong in ("exact h.7", "sorry", "skip", ""):
         assert play.by_tactics(statements, lambda prompts, text=wrong: [text] * len(prompts), backend) == [None] * 6  # type: ignore[misc]
-    forged = "set_option debug.skipKernelTC true in decide +kernel"
-    assert play.judged(["theorem t : 2 + 2 = 5 := by sorry"] * 2, [forged, None]) == 0.0
     backend.close()
 
 
 def test_the_second_turn_sees_what_lean_said() -> None:
     rows = list(toy.theorems(size=8, seed=2, split="eval", families="projection"))
+    wrong = "exact h.9"  # after other words the second turn fails, too
     seen: list[str] = []
 
     def second(prompts: Sequence[str]) -> list[str]:
         seen.extend(prompts)
         return ["simp_all" if "unknown identifier" in prompt else "exact h" for prompt in prompts]
 
-    result = play.by_turns(rows, lambda prompts: ["exact x"] * 7 + ["simp_all"], second)
-    assert result == {"theorems": 8, "first_turn": 1 / 8, "two_turns": 1.0} and len(seen) == 7
-    assert all(prompt.endswith("exact x(unknown identifier x)") for prompt in seen)
-    assert play.by_turns(rows, lambda prompts: ["exact h.9"] * 8, second)["two_turns"] == 0.0
+    result = play.by_turns(rows, lambda prompts: ["exact x"] * 6 + [wrong, "simp_all"], second)
+    assert result == {"theorems": 8, "first_turn": 1 / 8, "two_turns": 7 / 8} and len(seen) == 7
+    assert all(prompt.endswith("exact x(unknown identifier x)") for prompt in seen[:6])
 
 
 @pytest.fixture

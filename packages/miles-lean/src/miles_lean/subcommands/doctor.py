@@ -6,6 +6,7 @@ import argparse
 import json
 
 from miles_lean.doctor import survey
+from miles_lean.sandbox import probe
 
 HELP = {
     "embedded": 'pip install "miles-lean[embedded]" (Linux x86_64, glibc 2.35 or newer; needs nothing else)',
@@ -29,6 +30,8 @@ def run(options: argparse.Namespace) -> int:
         print("\n".join(map(str, found)))
         for name, state in backends():
             print(f"{name + ' backend':<20} {state}")
+        for layer in probe():
+            print(f"{'sandbox: ' + layer.name:<28} {'on' if layer.on else f'off: {layer.detail}'}")
         if not any(installation.works for installation in found):
             print("No Lean here. Extraction works without it; checking a proof does not.")
     return 0 if any(installation.works for installation in found) else 1
