@@ -143,12 +143,13 @@ def _attention(config: DecoderConfig, name: str, hf: str, biases: str) -> Iterat
 
 
 def _mlp(name: str, hf: str, hidden: int, inner: int, bias: bool) -> Iterator[Part]:
-    for leaf, rest, width in (("weight", (hidden,), (inner,)), ("bias", (), ())):
-        if leaf == "bias" and not bias:
-            continue
-        halves = tuple((f"{hf}{half}_proj.{leaf}", (inner, *rest)) for half in ("gate", "up"))
-        yield Part(name=f"{name}linear_fc1.{leaf}", kind="glu", hf=halves, shape=(2 * inner, *rest))
-        yield _copy(f"{name}linear_fc2.{leaf}", f"{hf}down_proj.{leaf}", (hidden, *width))
+    leaves = ("weight", "bias") if bias else ("weight",)
+    for leaf in leaves:
+        shape: Shape = (inner, hidden) if leaf == "weight" else (inner,)
+        halves = tuple((f"{hf}{half}_proj.{leaf}", shape) for half in ("gate", "up"))
+        yield Part(name=f"{name}linear_fc1.{leaf}", kind="glu", hf=halves, shape=(2 * inner, *shape[1:]))
+    for leaf in leaves:
+        yield _copy(f"{name}linear_fc2.{leaf}", f"{hf}down_proj.{leaf}", (hidden, inner) if leaf == "weight" else (hidden,))
 
 
 def join_all(config: DecoderConfig, vocab_rows: int, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[Part, Tensor]]:
