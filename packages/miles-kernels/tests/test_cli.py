@@ -20,6 +20,8 @@ def test_contract_prints_the_digest(capsys):
     assert capsys.readouterr().out.startswith(Contract.reference("bfloat16").digest)
     assert cli.main(["contract", "--json"]) == 0
     assert Contract.from_json(capsys.readouterr().out) == Contract.reference("float32")
+    assert cli.main(["contract", "--precision", "fp8"]) == 0
+    assert "float8 e4m3" in capsys.readouterr().out
 
 
 def test_probe_prints_mode_and_failures(capsys, monkeypatch):
@@ -43,7 +45,7 @@ def test_wrong_arguments_exit_with_2(capsys):
 
 
 def test_a_value_error_is_a_message_and_exit_2(capsys, monkeypatch):
-    def fail(dtype):
+    def fail(dtype, **_):
         raise ValueError("precision is wrong")
 
     monkeypatch.setattr(Contract, "reference", fail)

@@ -43,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
 
     contract = commands.add_parser("contract", help="print the numeric contract of this process and its digest")
     contract.add_argument("--dtype", choices=DTYPES, default="float32")
+    contract.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    contract.add_argument("--precision", choices=("full", "fp8"), default="full", help="fp8: float8 products in the forward")
     contract.add_argument("--json", action="store_true", help="the canonical JSON the digest is made of")
     contract.set_defaults(command=_contract)
 
@@ -83,7 +85,7 @@ def _prepare() -> None:
 def _contract(options: argparse.Namespace) -> int:
     from miles_kernels.contract import Contract
 
-    contract = Contract.reference(options.dtype)
+    contract = Contract.for_device(options.device, options.dtype, options.precision)
     if options.json:
         print(contract.to_json())
         return 0

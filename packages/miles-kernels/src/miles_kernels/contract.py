@@ -51,6 +51,8 @@ def _reference_ops() -> dict[str, OpContract]:
 
 
 PRECISIONS = ("full", "fp8")
+CUDA_KERNELS = "cuda2"
+"""Generation of the kernels for CUDA: raised whenever the decoder's bits change on the same input."""
 
 
 def _fp8(ops: dict[str, OpContract]) -> dict[str, OpContract]:
@@ -92,7 +94,7 @@ class Contract:
     platform: str
     """fingerprint of this machine's bits (`ProbeReport.fingerprint`): another BLAS or CPU may round differently"""
     kernels: str = "torch"
-    """who computes float32 ops other than products: "torch", or "c1-" and the digest of the C kernels' sources"""
+    """who computes ops other than products: "torch", "c1-" and the digest of the C kernels' sources, or `CUDA_KERNELS`"""
     ops: dict[str, OpContract] = field(default_factory=_reference_ops)
     schema: str = SCHEMA
 
@@ -166,7 +168,7 @@ class Contract:
         import triton
 
         platform = f"{torch.cuda.get_device_name(device)};triton {triton.__version__}"
-        contract = cls(dtype=dtype, matmul="native", platform=platform, kernels="cuda1", ops=_cuda_ops())
+        contract = cls(dtype=dtype, matmul="native", platform=platform, kernels=CUDA_KERNELS, ops=_cuda_ops())
         return contract.with_precision(precision)
 
     def with_dtype(self, dtype: str) -> Contract:
@@ -179,7 +181,7 @@ class Contract:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         if precision == self.precision:
             return self
-        plain = _cuda_ops() if self.kernels == "cuda1" else _reference_ops()
+        plain = _cuda_ops() if self.kernels == CUDA_KERNELS else _reference_ops()
         restored = self.ops | {name: plain[name] for name in ("linear", "grouped_linear")}
         return replace(self, ops=_fp8(restored) if precision == "fp8" else restored)
 
