@@ -131,7 +131,8 @@ class ShardedModel(WholeModel):
             if layer.experts is not None:
                 fully_shard(layer.experts, mesh=groups["experts"], mp_policy=policy)
             fully_shard(layer, mesh=groups["shard"], mp_policy=policy)
-        fully_shard(decoder, mesh=groups["shard"], mp_policy=policy, ignored_params=ignored)
+        # FSDP2 would leave the root gathered after a forward, and an export would take the whole norm for this process's part
+        fully_shard(decoder, mesh=groups["shard"], mp_policy=policy, ignored_params=ignored, reshard_after_forward=True)
         for module in decoder.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
