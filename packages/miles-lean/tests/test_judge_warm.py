@@ -43,8 +43,8 @@ def compiled(source: str, monkeypatch: pytest.MonkeyPatch, *, warm: bool) -> Fou
 def test_warm_and_cold_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     draws = random.Random()
     cases = [case for case in all_cases() if not case.name.startswith("machine")]
-    sources = [proof.source for proof in draws.sample(honest_proofs(), 20)]
-    sources += [source for case in draws.sample(cases, 20) for source in (case.attack, case.challenge)]
+    sources = [proof.source for proof in draws.sample(honest_proofs(), 10)]
+    sources += [source for case in draws.sample(cases, 10) for source in (case.attack, case.challenge)]
     outcomes = set()
     for source in (*EDGES, *sources):
         warm, cold = (compiled(source, monkeypatch, warm=way) for way in (True, False))
