@@ -38,6 +38,8 @@ class Sampler:
     def is_plain(self, rows: np.ndarray) -> bool:
         """Whether these rows sample without filters and without ids out of reach."""
         self._arguments_of(rows)
+        if self._has_minimum:  # until the last of them has its min_new_tokens
+            self._has_minimum = bool((self._tables.first_stop[rows] > self._tables.position[rows]).any())
         return self._is_plain and not self._has_minimum
 
     def draw(self, logits: Tensor, rows: np.ndarray, position: np.ndarray) -> SampleOutput:
