@@ -18,6 +18,8 @@ from torch import Tensor
 Group = Any
 """A torch.distributed process group."""
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
+
 
 def size_of(group: Group) -> int:
     """Processes in the group; None is a process alone."""
@@ -52,7 +54,7 @@ def all_reduce_(flat: Tensor, group: Group) -> None:
     padded[: flat.numel()] = flat.reshape(-1)
     own = flat.new_empty(part)
     reduce_scatter(own, padded, group)
-    dist.all_gather_into_tensor(padded, own, group=group)
+    _all_gather(padded, own, group=group)
     flat.copy_(padded[: flat.numel()].view_as(flat))
 
 
@@ -115,7 +117,7 @@ def gather_padded(rows: Tensor, most: int, group: Group) -> Tensor:
     """Everybody's rows [T_r, ...] as [ranks, most, ...]; what lies beyond a rank's own rows is zero."""
     padded = rows if rows.shape[0] == most else torch.cat((rows, rows.new_zeros((most - rows.shape[0], *rows.shape[1:]))))
     out = rows.new_empty((size_of(group) * most, *rows.shape[1:]))
-    dist.all_gather_into_tensor(out, padded.contiguous(), group=group)
+    _all_gather(out, padded.contiguous(), group=group)
     return out.view(size_of(group), most, *rows.shape[1:])
 
 
