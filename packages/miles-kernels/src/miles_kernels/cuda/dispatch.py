@@ -28,8 +28,6 @@ PROBE_SHAPES = ((3072, 1024), (1024, 3072), (2560, 9728), (5120, 2048))
 """(N, K): two that default cuBLAS splits along K for few rows, two that it does not."""
 PROBE_ROWS = (1, 2, 15, 16, 17, 64, 100, 129, 256, 300)
 PROBE_TOTAL = 384
-SISTER_ROWS = 512
-"""Up to this many rows an H100 takes the table of the H200: those products are bound by memory alike. Larger ones are not."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +133,7 @@ def table_of(device_name: str) -> dict[str, dict[int, str]]:
 @functools.lru_cache(maxsize=8192)
 def choose(device_name: str, usable: frozenset[str], m: int, n: int, k: int) -> str:
     """The measured winner for a product, or "lt:" / "triton" where nothing was measured or the winner may not serve."""
-    entry = TABLE.get(device_name, {}).get(f"{n},{k}")
-    if entry is None and m <= SISTER_ROWS:
-        entry = table_of(device_name).get(f"{n},{k}")
+    entry = table_of(device_name).get(f"{n},{k}")
     choice = entry[nearest(m, entry)] if entry else "lt:"
     backend = {"lt": "cublaslt", "de": "deepgemm"}.get(choice[:2], "triton")
     if backend in usable:
