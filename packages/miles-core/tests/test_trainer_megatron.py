@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,21 @@ from torch import Tensor
 
 pytest.importorskip("megatron.core", reason='needs "miles-core[megatron]"')
 
-from miles_core.trainer.conformance import BFLOAT16, CASES, Layout, check, expected, run
+from miles_core.trainer.base import NonFiniteStep, Trainer
+from miles_core.trainer.conformance import BFLOAT16, CASES, Case, Layout, Tolerance, check, expected, run
 from miles_core.trainer.conformance.backends import fsdp, megatron
 from miles_core.trainer.conformance.worker import perform
+from miles_core.trainer.hashing import combined_hash
+from miles_core.trainer.megatron.aligned import AlignedMLP
+from miles_core.trainer.megatron.config import Cut
+from miles_core.trainer.megatron.convert import hf_to_megatron, megatron_to_hf
+from miles_core.trainer.megatron.model import MegatronModel
+from miles_core.trainer.megatron.standins import on_device
+from miles_core.trainer.megatron.stream import Stream, Work
+from miles_kernels.nn.checkpoint import iter_tensors, random_decoder, save_decoder
+from miles_kernels.nn.config import DecoderConfig
+from miles_kernels.nn.decoder import Decoder
+from miles_kernels.ops.attention import packed_plan
 
 MEGATRON = "miles_core.trainer.conformance.backends:megatron"
 PLAIN = {"layers": "plain"}
@@ -24,6 +39,9 @@ def layout(name: str, num_processes: int = 2, megatron: dict[str, Any] | None = 
     return Layout(name, num_processes, options | {"megatron": megatron or {}})
 
 
+PLAN = ["dense dp2", "dense tp2", "gspo cp2", "untied tp2-plain", "moe cp2ep2", "moe ep2-plain", "idle pp2-plain"]
+CHECKPOINTS = [("dense", "pp2", "tp2"), ("moe", "ep2", "pp2")]
+"""(case, layout that saves, layout that loads)"""
 ALONE = layout("alone", 1)
 LAYOUTS = {
     each.name: each
@@ -51,6 +69,169 @@ def one_thread() -> Iterator[None]:
 
 def unequal(a: Tensor, b: Tensor) -> int:
     return int((a.view(torch.int32) != b.view(torch.int32)).sum())
+
+
+@pytest.mark.parametrize("name", ["dense", "untied", "moe", "sft", "gspo", "idle"])
+def test_one_process(name: str) -> None:
+    """The oracle's loss, gradient norm, log-probabilities and update, and the `fsdp` backend's log-probabilities to the bit."""
+    result = perform(megatron, CASES[name], layout("padded", 1, megatron={"vocab_multiple": 16}))
+    assert check(result, expected(result.case), Tolerance()) == []
+    assert unequal(result.logprob, perform(fsdp, CASES[name], Layout("alone")).logprob) == 0
+
+
+@pytest.mark.parametrize("name", ["untied", "moe"])
+def test_plain_layers_have_the_numbers_but_not_the_bits(name: str) -> None:
+    result = perform(megatron, CASES[name], layout("plain", 1, megatron=PLAIN))
+    assert check(result, expected(result.case), Tolerance()) == []
+    assert unequal(result.logprob, perform(fsdp, CASES[name], Layout("alone")).logprob) > 0
+    trainer = megatron(CASES[name].decoder(), CASES[name], {"megatron": PLAIN})
+    assert trainer.contract.digest != CASES[name].decoder().contract.digest  # so that no engine is taken for its equal
+
+
+def test_the_suite_notices_a_wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: a feed-forward layer whose gradient is a tenth too small."""
+    forward = AlignedMLP.forward
+    monkeypatch.setattr(AlignedMLP, "forward", lambda self, x, *a, **k: (_scaled_gradient(forward(self, x)[0]), None))
+    result = perform(megatron, CASES["dense"], ALONE)
+    assert any("gradient norm" in text for text in check(result, expected(result.case), Tolerance()))
+
+
+def _scaled_gradient(x: Tensor) -> Tensor:
+    return x.detach() + 0.9 * (x - x.detach())
+
+
+def saving(decoder: Decoder, case: Case, options: dict[str, Any]) -> Trainer:
+    """A trainer that starts from a checkpoint ("load"), or leaves one behind when it exports ("save")."""
+    save, load = options.pop("save", None), options.pop("load", None)
+    trainer = megatron(decoder, case, options)
+    if load is not None:
+        trainer.load(Path(load))
+    if save is not None:
+        export = trainer.export_weights
+
+        def export_and_save() -> Iterator[tuple[str, Tensor]]:
+            trainer.save(Path(save))
+            return export()
+
+        trainer.export_weights = export_and_save  # type: ignore[method-assign]
+    return trainer
+
+
+def test_two_processes_in_every_layout_and_checkpoints_between_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle; the bits of one process wherever layers are aligned; and a checkpoint of one layout read by another."""
+    plan = [(CASES[name], LAYOUTS[where]) for name, where in map(str.split, PLAN)]
+    for name, where, other in CHECKPOINTS:
+        first, second, place = LAYOUTS[where], LAYOUTS[other], str(tmp_path / where)
+        plan.append((CASES[name], replace(first, options=first.options | {"save": place})))
+        plan.append((CASES[name], replace(second, options=second.options | {"load": place})))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    wrong, results = [], run(f"{Path(__file__).stem}:saving", plan, tmp_path / "runs")
+    alone = {name: perform(megatron, CASES[name], ALONE) for name in {result.case.name for result in results}}
+    for result in results:
+        if "load" not in result.layout.options:
+            wrong += check(result, expected(result.case), Tolerance())
+            if "plain" not in result.layout.name and unequal(result.logprob, alone[result.case.name].logprob):
+                wrong.append(f"{result.case.name} on {result.layout.name}: other bits than with one process")
+    assert wrong == []
+    for name, where, other in CHECKPOINTS:
+        there = next(r for r in results if (r.case.name, r.layout.name) == (name, other) and "load" in r.layout.options)
+        here = perform(saving, CASES[name], layout("alone", 1, load=str(tmp_path / where)))  # saved on two, loaded on one
+        assert here.refusals == there.refusals[:0] == () and not any(there.refusals)
+        assert unequal(here.logprob, there.logprob) == 0
+        assert here.metrics["train/loss"] == pytest.approx(there.metrics["train/loss"], abs=1e-6)
+        assert unequal(here.logprob, alone[name].logprob) > 0  # it did load something
+
+
+def test_a_resumed_process_takes_the_same_next_step(tmp_path: Path) -> None:
+    case = CASES["dense"]
+    trainer, batch = megatron(case.decoder(), case, {}), case.batch()
+    trainer.step(batch)
+    trainer.save(tmp_path / "checkpoint")
+    stats, weights = trainer.step(batch), {name: tensor.clone() for name, tensor in trainer.export_weights()}
+    again = megatron(case.decoder(), case, {})
+    again.load(tmp_path / "checkpoint")
+    assert again.num_updates == 1 and again.step(batch) == stats
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in again.export_weights())
+    kl = replace(case, algorithm=case.algorithm | {"kl_coef": 0.1})
+    with pytest.raises(ValueError, match="reference is"):
+        megatron(kl.decoder(), kl, {}).load(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "megatron" / "metadata.json").unlink()
+    with pytest.raises(ValueError, match="no megatron checkpoint"):
+        again.load(tmp_path / "checkpoint")
+
+
+def test_a_step_that_is_not_finite_changes_nothing() -> None:
+    case = CASES["dense"]
+    decoder = case.decoder()
+    with torch.no_grad():
+        decoder.norm[3] = torch.inf
+    trainer = megatron(decoder, case, {})
+    before = {name: tensor.clone() for name, tensor in trainer.export_weights()}
+    with pytest.raises(NonFiniteStep, match="The weights are unchanged"):
+        trainer.step(case.batch())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.export_weights())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"megatron": {"tp": 3}}, "1 processes are no multiple"),
+        ({"ep": 2}, "trainer.ep = 2 needs a mixture of experts"),
+        ({"replicate": 2}, "only the fsdp backend knows this"),
+    ],
+)
+def test_layouts_that_do_not_fit(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        megatron(CASES["dense"].decoder(), CASES["dense"], options)
+
+
+def test_cut_names_every_size() -> None:
+    with pytest.raises(
+        ValueError, match=r"num_key_value_heads = 2 .* num_hidden_layers = 2 is no multiple of trainer.megatron.pp = 3"
+    ):
+        Cut(tp=4, pp=3).check(CASES["dense"].shape(), 12)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
+def test_conversion_and_transformers_logits(family: str, tmp_path: Path) -> None:
+    """A model directory to Megatron and back: the same bits; and transformers' logits, with a padded vocabulary."""
+    source = {**CASES["dense"].model, **(CASES["moe"].model if family == "qwen3_moe" else {})}
+    config = DecoderConfig(**source | {"family": family, "tie_word_embeddings": family == "llama"})
+    decoder = random_decoder(config, 5)
+    save_decoder(decoder, tmp_path / "hf")
+    ledger = hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", vocab_multiple=64)
+    assert ledger["vocab_rows"] == 64 and len(ledger["hf"]) == len(dict(decoder.hf_state()))
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert combined_hash(iter_tensors(tmp_path / "back")) == combined_hash(iter_tensors(tmp_path / "hf"))
+    with pytest.raises(ValueError, match="not empty"):
+        hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    tokens = torch.randint(0, config.vocab_size, (21,))
+    with torch.no_grad():
+        want = theirs(tokens[None]).logits[0]
+    for layers in ("aligned", "plain"):
+        model = MegatronModel(config, Cut(layers=layers, vocab_multiple=64), decoder.contract, torch.device("cpu"))
+        model.load_hf(iter_tensors(tmp_path / "back"))
+        assert (logits(model, tokens) - want).abs().max() < 1e-4
+    ledger["megatron"]["decoder.final_layernorm.weight"]["xxh3"] = "0" * 16
+    (tmp_path / "megatron" / "ledger.json").write_text(json.dumps(ledger))
+    with pytest.raises(ValueError, match="decoder.final_layernorm.weight"):
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "never")
+
+
+def logits(model: MegatronModel, tokens: Tensor) -> Tensor:
+    """[L, V] of one sequence."""
+    cos, sin = model.rope.rows(torch.arange(len(tokens)))
+    stream = Stream(qkv_format="thd", lengths=(len(tokens),), cos=cos, sin=sin, plan=packed_plan([len(tokens)], [-1])[0])
+    none = torch.zeros(0, dtype=torch.int64)
+    work = Work(micro=None, token_ids=tokens, stream=stream, rows=none, local=none)
+    with torch.no_grad(), on_device(torch.device("cpu")):
+        hidden = model.hidden(model.module, work).squeeze(1)
+    head = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
+    return hidden @ dict(model.export_hf())[head].T
 
 
 @pytest.mark.gpu
