@@ -285,3 +285,12 @@ def test_settings(model: Path) -> None:
         with pytest.raises(ValueError, match="sglang engine"):
             wrong.validate()
     assert read_shapes(model) == {"a": ((2, 2), "F32"), "b": ((2, 2), "F32")}
+
+
+def test_routed_experts_recorded_from_a_real_server() -> None:
+    recorded_reply = "AwAAAAEAAAADAAAABwAAAAAAAAAFAAAABwAAAAYAAAACAAAAAQAAAAYAAAAEAAAAAgAAAAEAAAAEAAAABgAAAAEAAAAEAAAABwAAAAQ"
+    recorded_reply += "AAAABAAAABAAAAAcAAAAEAAAA"  # 4 prompt and 3 completion tokens, 2 layers, 2 of 8 experts
+    found = replies.experts(recorded_reply, 4 + 3 - 1, 2, 2)
+    assert list(memoryview(found.data).cast("i"))[:16] == [3, 1, 3, 7, 0, 5, 7, 6, 2, 1, 6, 4, 2, 1, 4, 6]
+    with pytest.raises(ValueError, match="96 bytes"):
+        replies.experts(recorded_reply, 5, 2, 2)

@@ -25,6 +25,8 @@ from miles_rollout.text import CharTokenizer
 from miles_rollout.upstream import Upstream
 
 TOKEN = "fuzz-secret"
+BATCH = 1000
+"""Cases of one run of schemathesis; many runs with seeds of their own make up the rest."""
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,ignored_auth"
 
 
@@ -113,10 +115,19 @@ if __name__ == "__main__":
     parser.add_argument("--report", default="")
     given = parser.parse_args()
     started = time.perf_counter()
-    served, findings, text = asyncio.run(fuzz(given.cases, given.seed))
-    if given.report:
-        Path(given.report).write_text(text)
-    summary = re.findall(r"^.*(?:generated|Test cases|Operations).*$", text, flags=re.MULTILINE)
-    print("\n".join([*summary, *findings]))
-    print(f"{served} requests served in {time.perf_counter() - started:.0f} s, {len(findings)} findings")
-    raise SystemExit(bool(findings))
+    generated, served, all_findings = 0, 0, []
+    while generated < given.cases:
+        now, findings, text = asyncio.run(fuzz(min(BATCH, given.cases - generated), given.seed))
+        counted = re.search(r"(\d+) generated", text)
+        generated += int(counted.group(1)) if counted else BATCH
+        served += now
+        all_findings += findings
+        given.seed += 1
+        if given.report:
+            with Path(given.report).open("a") as file:
+                file.write(text)
+        elapsed_s = time.perf_counter() - started
+        print(f"{generated} cases, {served} requests in {elapsed_s:.0f} s, {len(all_findings)} findings", flush=True)
+        if findings:
+            print("\n".join(findings), flush=True)
+    raise SystemExit(bool(all_findings))

@@ -65,7 +65,7 @@ async def abort(target: Target) -> None:
     """An abort ends a running request with reason "abort"; an unknown id is no error."""
     response = await target.send("POST", "/abort_request", {"rid": "nobody"})
     demand(response.status_code == 200, f"/abort_request of an unknown id: HTTP {response.status_code}")
-    limit = target.context_length - 248
+    limit = max(target.context_length - 248, target.context_length // 2)
     body = {"rid": "victim2", "text": target.options.texts[0], "stream": True}
     sampling = GREEDY | {"max_new_tokens": limit}
     last: Generated | None = None
