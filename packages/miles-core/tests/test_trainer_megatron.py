@@ -20,6 +20,7 @@ from miles_core.trainer.conformance import BFLOAT16, CASES, Case, Layout, Tolera
 from miles_core.trainer.conformance.backends import fsdp, megatron
 from miles_core.trainer.conformance.worker import perform
 from miles_core.trainer.hashing import combined_hash
+from miles_core.trainer.megatron import attention as megatron_attention
 from miles_core.trainer.megatron.aligned import AlignedMLP
 from miles_core.trainer.megatron.config import Cut
 from miles_core.trainer.megatron.convert import hf_to_megatron, megatron_to_hf
@@ -29,7 +30,9 @@ from miles_core.trainer.megatron.stream import Stream, Work
 from miles_kernels.nn.checkpoint import iter_tensors, random_decoder, save_decoder
 from miles_kernels.nn.config import DecoderConfig
 from miles_kernels.nn.decoder import Decoder
-from miles_kernels.ops.attention import packed_plan
+from miles_kernels.ops.attention import attention, packed_plan
+from miles_kernels.ops.norm import rms_norm
+from miles_kernels.ops.rope import apply_rope
 
 MEGATRON = "miles_core.trainer.conformance.backends:megatron"
 PLAIN = {"layers": "plain"}
@@ -39,9 +42,10 @@ def layout(name: str, num_processes: int = 2, megatron: dict[str, Any] | None = 
     return Layout(name, num_processes, options | {"megatron": megatron or {}})
 
 
-PLAN = ["dense dp2", "dense tp2", "gspo cp2", "untied tp2-plain", "moe cp2ep2", "moe ep2-plain", "idle pp2-plain"]
+PLAN = ["dense dp2", "dense tp2-fused", "gspo cp2-fused", "untied tp2-plain", "moe cp2ep2", "moe ep2-plain", "idle pp2-plain"]
 CHECKPOINTS = [("dense", "pp2", "tp2"), ("moe", "ep2", "pp2")]
 """(case, layout that saves, layout that loads)"""
+FUSED = megatron_attention.fused_op
 ALONE = layout("alone", 1)
 LAYOUTS = {
     each.name: each
@@ -50,6 +54,8 @@ LAYOUTS = {
         layout("tp2", megatron={"tp": 2, "vocab_multiple": 8}),
         layout("pp2", megatron={"pp": 2}),
         layout("cp2", cp=2),
+        layout("cp2-fused", cp=2, fused=True),
+        layout("tp2-fused", megatron={"tp": 2}, fused=True),
         layout("ep2", ep=2),
         layout("cp2ep2", cp=2, ep=2),
         layout("tp2-plain", megatron={"tp": 2, "vocab_multiple": 8, **PLAIN}),
@@ -101,7 +107,8 @@ def _scaled_gradient(x: Tensor) -> Tensor:
 
 
 def saving(decoder: Decoder, case: Case, options: dict[str, Any]) -> Trainer:
-    """A trainer that starts from a checkpoint ("load"), or leaves one behind when it exports ("save")."""
+    """A trainer that starts from a checkpoint ("load"), leaves one behind when it exports ("save"), or takes a GPU's way."""
+    megatron_attention.fused_op = (lambda x: fused_on_cpu) if options.pop("fused", False) else FUSED
     save, load = options.pop("save", None), options.pop("load", None)
     trainer = megatron(decoder, case, options)
     if load is not None:
@@ -140,6 +147,26 @@ def test_two_processes_in_every_layout_and_checkpoints_between_them(tmp_path: Pa
         assert unequal(here.logprob, there.logprob) == 0
         assert here.metrics["train/loss"] == pytest.approx(there.metrics["train/loss"], abs=1e-6)
         assert unequal(here.logprob, alone[name].logprob) > 0  # it did load something
+
+
+def fused_on_cpu(qkv: Tensor, norms: Tensor | None, cos: Tensor, sin: Tensor, plan: Any, sizes: Any) -> Tensor:
+    """The interface of `miles_kernels.cuda.qkv.attention_of` out of the CPU's ops, in the decoder's order."""
+    heads, kv_heads, scale, window, eps = sizes
+    parts = qkv.view(len(qkv), heads + 2 * kv_heads, -1)
+    qk, v = parts.split((heads + kv_heads, kv_heads), dim=1)
+    if norms is not None:
+        qk = rms_norm(qk, norms.index_select(0, torch.tensor([0] * heads + [1] * kv_heads)), eps)
+    q, k = apply_rope(qk, cos, sin).split((heads, kv_heads), dim=1)
+    return attention(q, k.transpose(0, 1), v.transpose(0, 1), plan, scale=scale, window=window)
+
+
+@pytest.mark.parametrize("name", ["dense", "untied"])
+def test_the_way_of_a_gpu_in_one_process(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Order of heads, norms and rotation on the fused way, and their gradients."""
+    monkeypatch.setattr(megatron_attention, "fused_op", lambda x: fused_on_cpu)
+    result = perform(megatron, CASES[name], ALONE)
+    assert check(result, expected(result.case), Tolerance()) == []
+    assert unequal(result.logprob, perform(fsdp, CASES[name], Layout("alone")).logprob) == 0
 
 
 def test_a_resumed_process_takes_the_same_next_step(tmp_path: Path) -> None:

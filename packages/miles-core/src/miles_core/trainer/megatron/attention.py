@@ -23,11 +23,39 @@ class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """hidden_states [t, 1, hidden] -> (output [t, 1, hidden], bias or None)."""
         stream: Stream = kwargs["packed_seq_params"]
-        q, k, v = (x.squeeze(1) for x in self.get_query_key_value_tensors(hidden_states, None))
-        rotate = apply_rope if self.config.miles.aligned else _plain_rope
-        q, k = rotate(q.contiguous(), stream.cos, stream.sin), rotate(k.contiguous(), stream.cos, stream.sin)
-        out = self.core_attention(q, k, v, None, attn_mask_type=None, attention_bias=None, packed_seq_params=stream)
+        aligned = self.config.miles.aligned
+        if aligned and fused_op(hidden_states) is not None:
+            out = self._fused(hidden_states, stream)
+        else:
+            q, k, v = (x.squeeze(1) for x in self.get_query_key_value_tensors(hidden_states, None))
+            rotate, cos, sin = apply_rope if aligned else _plain_rope, stream.cos[stream.own], stream.sin[stream.own]
+            q, k = rotate(q.contiguous(), cos, sin), rotate(k.contiguous(), cos, sin)
+            out = self.core_attention(q, k, v, None, attn_mask_type=None, attention_bias=None, packed_seq_params=stream)
         return self.linear_proj(out.reshape(out.shape[0], 1, -1))
+
+    def _fused(self, hidden_states: Tensor, stream: Stream) -> Tensor:
+        """[t, H, D] by the decoder's own op on CUDA, which norms, rotates and attends at once: head norms in two kernels would
+        sum in another order."""
+        model, core = self.config.miles.model, self.core_attention
+        share = core.cp_group.size()
+        mixed = self.linear_qkv(hidden_states)[0].squeeze(1)
+        grouped = mixed.view(mixed.shape[0], self.num_query_groups_per_partition, -1, model.head_dim)
+        q = grouped[:, :, :-2].reshape(mixed.shape[0], -1, model.head_dim)
+        q, k, v = (core.trade(x, share) for x in (q, grouped[:, :, -2], grouped[:, :, -1]))
+        norms = torch.stack((self.q_layernorm.weight, self.k_layernorm.weight)) if model.qk_norm else None
+        sizes = (q.shape[1], k.shape[1], core.scale, core.window, model.rms_norm_eps)
+        qkv = torch.cat((q, k, v), 1).flatten(1)
+        out = fused_op(qkv)(qkv, norms, stream.cos, stream.sin, stream.plan, sizes)
+        return core.trade_back(out, share)
+
+
+def fused_op(x: Tensor) -> Any:
+    """What `Decoder` calls from the q, k, v product to the output of attention where it has such an op, else None."""
+    if not x.is_cuda:
+        return None
+    from miles_kernels.cuda.qkv import Heads, attention_of
+
+    return lambda qkv, norms, cos, sin, plan, sizes: attention_of(qkv, norms, cos, sin, plan, Heads(*sizes))
 
 
 class PackedAttention(nn.Module):
@@ -43,7 +71,7 @@ class PackedAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, packed_seq_params: Stream, **kwargs: Any) -> Tensor:
         """q [t, H, D], k and v [t, Hkv, D] -> [t, H, D]."""
         share = self.cp_group.size()
-        q, k, v = (self._trade(x, share) for x in (q, k, v))
+        q, k, v = (self.trade(x, share) for x in (q, k, v))
         if self.config.miles.aligned:
             pools = k.transpose(0, 1), v.transpose(0, 1)
             mode = self.config.miles.contract.matmul
@@ -52,7 +80,7 @@ class PackedAttention(nn.Module):
             out = torch.cat(
                 [self._sdpa(*parts) for parts in zip(*(x.split(packed_seq_params.lengths) for x in (q, k, v)), strict=True)]
             )
-        return self._trade_back(out, share)
+        return self.trade_back(out, share)
 
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One sequence: q [L, H, D] -> [L, H, D]."""
@@ -64,16 +92,16 @@ class PackedAttention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=self.scale, enable_gqa=True)
         return out[0].transpose(0, 1)
 
-    def _trade(self, x: Tensor, share: int) -> Tensor:
+    def trade(self, x: Tensor, share: int) -> Tensor:
         """Give away tokens of other processes' heads, get all tokens of own heads: [t, heads, D] -> [T, heads / C, D]."""
         if share == 1:
             return x.contiguous()
         tokens, heads, dim = x.shape
-        out = x.view(tokens, share, heads // share, dim).transpose(0, 1).reshape(share * tokens, heads // share, dim)
+        out = x.reshape(tokens, share, heads // share, dim).transpose(0, 1).reshape(share * tokens, heads // share, dim)
         return mappings.all_to_all(self.cp_group, out)
 
-    def _trade_back(self, x: Tensor, share: int) -> Tensor:
-        """The inverse of `_trade`: [T, heads / C, D] -> [t, heads, D]."""
+    def trade_back(self, x: Tensor, share: int) -> Tensor:
+        """The inverse of `trade`: [T, heads / C, D] -> [t, heads, D]."""
         if share == 1:
             return x
         tokens, heads, dim = x.shape[0] // share, x.shape[1], x.shape[2]

@@ -9,7 +9,7 @@ Ulysses, arXiv 2309.14509), so it always sees whole sequences and its bits canno
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -28,8 +28,10 @@ class Stream(PackedSeqParams):
     lengths: tuple[int, ...] = ()
     """Tokens of each sequence of the whole stream, padding last."""
     cos: Tensor | None = None
-    """[t, 1, D] float32."""
+    """[T, 1, D] float32, of the whole stream."""
     sin: Tensor | None = None
+    own: slice = field(default_factory=lambda: slice(None))
+    """The rows of the stream that this process holds."""
     plan: Any = None
     """Over the whole stream: an `AttentionPlan`, on CUDA a `KVBatch`."""
 
@@ -62,11 +64,11 @@ def lay_out(micro: Microbatch | None, rope: RopeTable, device: torch.device, ran
     own = slice(rank * share, (rank + 1) * share)
     source = torch.zeros(0, dtype=torch.int64) if micro is None else micro.source_index.cpu() - own.start
     local = ((source >= 0) & (source < share)).nonzero().flatten()
-    cos, sin = rope.rows(positions[own].to(rope.device))
+    cos, sin = rope.rows(positions.to(rope.device))
     return Work(
         micro=None if micro is None else _on(micro, device),
         token_ids=tokens[own].to(device),
-        stream=Stream(qkv_format="thd", lengths=lengths, cos=cos, sin=sin, plan=_plan(lengths, device)),
+        stream=Stream(qkv_format="thd", lengths=lengths, cos=cos, sin=sin, own=own, plan=_plan(lengths, device)),
         rows=source[local].to(device),
         local=local.to(device),
     )
