@@ -227,16 +227,14 @@ def count_slots(ids, counts, total, E, BLOCK: tl.constexpr, EXPERTS: tl.constexp
 
 
 @triton.jit
-def gather_rows(x, index, out, R, H, divide, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """out[r] = x[index[r] // divide] for r < R; `ROWS` rows per program."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    keep = rows < R
-    source = (tl.load(index + rows, mask=keep, other=0) // divide).to(tl.int64)
-    for start in range(0, H, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        mask = keep[:, None] & (cols < H)[None, :]
-        part = tl.load(x + source[:, None] * H + cols[None, :], mask=mask, eviction_policy="evict_last")
-        tl.store(out + rows.to(tl.int64)[:, None] * H + cols[None, :], part, mask=mask, eviction_policy="evict_first")
+def spread_rows(x, place, out, H, K_SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[place[t, s]] = x[t] for every slot s: a row is read once and written `K_SLOTS` times."""
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(x + token * H + cols, mask=cols < H, other=0.0)
+    for slot in tl.static_range(K_SLOTS):
+        target = tl.load(place + token * K_SLOTS + slot).to(tl.int64)
+        tl.store(out + target * H + cols, row, mask=cols < H)
 
 
 @triton.jit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,12 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(x: int) -> int:
     """The smallest power of two that is at least x."""
     return 1 << max(0, x - 1).bit_length()
+
+
+@functools.cache
+def starts_early(device: int) -> bool:
+    """Whether a kernel can be launched while its predecessor runs and wait for it itself (programmatic dependent launch)."""
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def direct(*tensors: Tensor) -> bool:

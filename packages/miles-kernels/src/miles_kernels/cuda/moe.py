@@ -88,13 +88,12 @@ def moe_mlp(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tens
 def _gather(x: Tensor, dispatch: Dispatch) -> Tensor:
     from miles_kernels.cuda import grouped_kernels
 
-    rows, hidden = dispatch.order.shape[0], x.shape[1]
-    out = x.new_empty((rows, hidden))
-    if rows:
-        block = min(1024, _width(hidden))
-        height = 4 if rows >= 4096 else 1
-        grouped_kernels.gather_rows[(-(-rows // height),)](
-            x.contiguous(), dispatch.order, out, rows, hidden, dispatch.place.shape[1], ROWS=height, BLOCK=block, num_warps=4
+    (tokens, slots), hidden = dispatch.place.shape, x.shape[1]
+    out = x.new_empty((tokens * slots, hidden))
+    if tokens:
+        block = min(2048, _width(hidden))
+        grouped_kernels.spread_rows[(tokens, -(-hidden // block))](
+            x.contiguous(), dispatch.place, out, hidden, K_SLOTS=slots, BLOCK=block, num_warps=4
         )
     return out
 
@@ -106,7 +105,7 @@ def _combine(y: Tensor, weights: Tensor | None, dispatch: Dispatch) -> Tensor:
     hidden = y.shape[1]
     out = y.new_empty((tokens, hidden))
     if tokens:
-        block = min(1024, _width(hidden))
+        block = min(2048 if tokens >= 1024 else 1024, _width(hidden))
         grouped_kernels.combine_rows[(tokens, -(-hidden // block))](
             y,
             weights.contiguous() if weights is not None else y,

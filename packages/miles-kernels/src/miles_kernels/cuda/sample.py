@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from miles_kernels.cuda.launch import next_power_of_2
+from miles_kernels.cuda.launch import next_power_of_2, starts_early
 from miles_kernels.cuda.logprob import BLOCK
 
 
@@ -28,12 +27,6 @@ class Launch(NamedTuple):
     draw_warps: int = 16
     early: bool = True
     """whether the second kernel may start before the first has ended (Hopper and later)"""
-
-
-@functools.cache
-def starts_early(device: int) -> bool:
-    """Whether kernels of the device can wait for their predecessor themselves."""
-    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def draw(

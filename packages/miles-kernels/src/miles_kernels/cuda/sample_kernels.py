@@ -102,7 +102,7 @@ def block_sums(
     for step in tl.static_range(STEPS):
         first = (tl.program_id(0) * STEPS + step) * BLOCKS
         if (first + BLOCKS) * WIDTH <= V:
-            z = tl.load(base + (first * WIDTH + lane)).to(tl.float32)
+            z = tl.load(base + (first * WIDTH + lane), eviction_policy="evict_first").to(tl.float32)
         else:
             z = tl.load(base + (first * WIDTH + lane), mask=first * WIDTH + lane < V, other=float("-inf")).to(tl.float32)
         top = tl.reduce(tl.reduce(z, 1, larger), 1, larger)
