@@ -186,7 +186,7 @@ def main(count: int, workers: int = 2, kill_s: float = 0.5) -> dict[str, Any]:
         with subprocess.Popen(serve, stderr=subprocess.PIPE, text=True, env=environment) as server:
             assert server.stderr is not None
             address = next(line for line in server.stderr if "serving on" in line).split()[-1]
-            inside = Path(f"/proc/{server.pid}/root{folder}") if tight else None
+            inside = Path("/proc", str(server.pid), "root", folder.lstrip("/")) if tight else None
             found = asyncio.run(storm(address, server.pid, count, inside, kill_s))
             family = below(server.pid)
             server.send_signal(signal.SIGTERM)
