@@ -59,7 +59,7 @@ def repl_command(project: Path | None) -> list[str]:
         return shlex.split(chosen)
     if (repl := shutil.which("repl")) is None:
         raise RuntimeError(
-            "no Lean REPL found (MILES_LEAN_REPL, or repl on PATH): clone leanprover-community/repl at the project's Lean version, "
-            "run lake build there, and set MILES_LEAN_REPL to its .lake/build/bin/repl"
+            "no Lean REPL found (MILES_LEAN_REPL, or repl on PATH): clone leanprover-community/repl at the project's Lean "
+            "version, run lake build there, and set MILES_LEAN_REPL to its .lake/build/bin/repl"
         )
     return [repl] if project is None else ["lake", "env", repl]

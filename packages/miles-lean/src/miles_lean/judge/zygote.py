@@ -1,8 +1,8 @@
 """The process that others are forked from: `python -m miles_lean.judge.zygote FD`, started by `pool`.
 
 A zygote loads Lean once. A *compiling* one has imported the library (`warm`) and forks a sandboxed child for each source; a
-*checking* one has replayed the library's declarations and forks a child for each pair of modules. A zygote never looks at anything of a submission
-itself, and nothing of one job is left when the next begins.
+*checking* one has replayed the library's declarations and forks a child for each pair of modules. A zygote never looks at
+anything of a submission itself, and nothing of one job is left when the next begins.
 """
 
 from __future__ import annotations
