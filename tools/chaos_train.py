@@ -79,7 +79,8 @@ def everything(run: Path) -> dict[str, str]:
     for file in sorted((run / "samples").iterdir()):
         found[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found["metrics"] = json.dumps([{k: v for k, v in row.items() if not k.startswith("perf/") and k != "time"} for row in rows])
+    kept = [{key: float(value) for key, value in row.items() if not key.startswith("perf/") and key != "time"} for row in rows]
+    found["metrics"] = json.dumps(kept)
     last = sorted((run / "checkpoints").glob("step_*"))[-1]
     for file in sorted(last.rglob("*.safetensors")):
         with safe_open(file, "pt") as handle:
@@ -93,7 +94,7 @@ def one(number: int, folder: Path, recipe: Path, args: argparse.Namespace, whole
     draw = random.Random(args.seed * 1000 + number)
     name, log = f"run{number}", folder / f"run{number}.log"
     driver = launch(folder, command(recipe, name, args, resume=False), log)
-    moment = draw.uniform(0.1, 1.0) * whole_s
+    moment = draw.uniform(0.1, 0.9) * whole_s
     end = time.monotonic() + moment
     while time.monotonic() < end and driver.poll() is None:
         time.sleep(0.02)
