@@ -55,10 +55,12 @@ INSTALLS = (
         skip=r"\.(engines|server|router|weights)\b",
         forbidden=(*TORCH_FREE, "miles_kernels", "starlette"),
     ),
-    Install("miles-rollout", "miles-rollout", ("server",), skip=r"\.(engines|weights)\b", forbidden=(*TORCH_FREE, "miles_kernels")),
+    Install(
+        "miles-rollout", "miles-rollout", ("server",), skip=r"\.(engines|weights)\b", forbidden=(*TORCH_FREE, "miles_kernels")
+    ),
     Install("miles-kernels", "miles-kernels", skip=r"_kernels$|\.verify\.plugin$"),
     Install("miles-spec", "miles-spec"),
-    Install("miles-core", "miles"),
+    Install("miles-core", "miles", skip=r"\.trainer\.megatron\.(?!config$)"),
 )
 
 _IMPORT_ALL = """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -210,6 +212,13 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
 def test_layouts_that_do_not_fit(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         megatron(CASES["dense"].decoder(), CASES["dense"], options)
+
+
+def test_without_megatron_core_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron", None)
+    monkeypatch.delitem(sys.modules, "miles_core.trainer.megatron.core")
+    with pytest.raises(ImportError, match=r'trainer.backend = "megatron" needs megatron-core .* "miles-core\[megatron\]"'):
+        importlib.import_module("miles_core.trainer.megatron.core")
 
 
 def test_cut_names_every_size() -> None:

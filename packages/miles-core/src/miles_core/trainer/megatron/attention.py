@@ -24,6 +24,7 @@ class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
         """hidden_states [t, 1, hidden] -> (output [t, 1, hidden], bias or None)."""
         stream: Stream = kwargs["packed_seq_params"]
         aligned = self.config.miles.aligned
+        assert stream.cos is not None and stream.sin is not None
         if aligned and fused_op(hidden_states) is not None:
             out = self._fused(hidden_states, stream)
         else:
