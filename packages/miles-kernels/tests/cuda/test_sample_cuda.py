@@ -50,12 +50,28 @@ def test_a_row_depends_on_neither_batch_nor_launch():
     for part in (slice(9, 10), slice(0, 7), slice(100, 300)):
         alone = draw(logits[part], seed=2, temperature=0.8, **{name: x[part] for name, x in at.items()})
         assert count_unequal(alone.token, whole.token[part]) == 0 and count_unequal(alone.logprob, whole.logprob[part]) == 0
-    for launch in (Launch(8, 1, 2), Launch(32, 1, 4), Launch(64, 2, 8)):
+    for launch in (Launch(8, 1, 2), Launch(32, 1, 4), Launch(64, 2, 8), Launch(draw_warps=4), Launch(early=False)):
         other = draw(logits, seed=2, temperature=0.8, launch=launch, **at)
         assert count_unequal(other.token, whole.token) == 0 and count_unequal(other.logprob, whole.logprob) == 0
     heat, seed = torch.full((300,), 0.8, device="cuda"), torch.full((300,), 2, device="cuda")
     other = draw(logits, seed=seed, temperature=heat, **at)  # numbers and tensors are the same request
     assert count_unequal(other.token, whole.token) == 0 and count_unequal(other.logprob, whole.logprob) == 0
+
+
+def test_a_graph_draws_from_new_logits():
+    """The second kernel starts before the first has ended and must still wait for its sums."""
+    from miles_kernels.bench.timing import capture
+    from miles_kernels.cuda.sample import Drawn, Launch, draw
+
+    logits, at = torch.randn(64, 151_936, device="cuda"), keys(64)
+    drawn: list[Drawn] = []
+    graph = capture([lambda: drawn.append(draw(logits, seed=1, temperature=0.8, **at))])
+    for _ in range(10):
+        logits.normal_()
+        at["position"].add_(1)
+        graph.replay()
+        want = draw(logits, seed=1, temperature=0.8, launch=Launch(early=False), **at)
+        assert count_unequal(drawn[-1].token, want.token) == 0 and count_unequal(drawn[-1].logprob, want.logprob) == 0
 
 
 def test_greedy_ties_and_broken_rows():
