@@ -37,8 +37,8 @@ def test_somebody_elses_trainer_learns(tmp_path: Path) -> None:
         engine, _, load = load_embedded(str(model), config, dtype="float32", threads=1)
         server = ServerConfig(admin_token="secret", weight_roots=(str(tmp_path),))
         async with serving(engine, tokenizer, server, load_weights=load) as url:
-            options = {"steps": 5, "group": 32, "wanted": 9, "lr": 2e-2, "token": "secret"}
+            options = {"steps": 4, "group": 32, "wanted": 9, "lr": 2e-2, "token": "secret"}
             return await example.train(str(model), url, tmp_path, **options)
 
     rewards = asyncio.run(asyncio.wait_for(main(), 120))
-    assert len(rewards) == 5 and rewards[-1] > rewards[0] + 0.1, rewards
+    assert len(rewards) == 4 and rewards[-1] > rewards[0] + 0.1, rewards

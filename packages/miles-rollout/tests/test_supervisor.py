@@ -208,6 +208,6 @@ def test_chaos() -> None:
     chaos = importlib.util.module_from_spec(spec)
     sys.modules["chaos"] = chaos
     spec.loader.exec_module(chaos)
-    report = asyncio.run(asyncio.wait_for(chaos.play(12.0, 2, 4, 3), 240))
+    report = asyncio.run(asyncio.wait_for(chaos.play(9.0, 2, 4, 3), 240))
     assert report["problems"] == [], report
     assert report["control_found"] == 1 and report["outcomes"]["ok"] > 20 and report["events"]["update done"] >= 1, report

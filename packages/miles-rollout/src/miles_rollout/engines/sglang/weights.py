@@ -84,7 +84,7 @@ def put_on_disk(
 
     Raises ValueError as `Engine.update_weights` does.
     """
-    weights = require("miles_rollout.engines.embedded.weights", extra="embedded", purpose="a weight update from tensors")
+    weights = require("miles_rollout.weights.stage", extra="embedded", purpose="a weight update from tensors")
     save_file = require("safetensors.torch", extra="sglang", purpose="a weight update from tensors").save_file
     names = {theirs: ours for ours, theirs in DTYPES.items()}
     known = {name: (shape, names.get(dtype, dtype)) for name, (shape, dtype) in held.items()}
@@ -93,7 +93,7 @@ def put_on_disk(
     place = root or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir())
     directory = Path(tempfile.mkdtemp(prefix="miles-weights-", dir=place))
     try:
-        save_file(staged, directory / "model.safetensors", metadata={"format": "pt"})
+        save_file({name: staged[name] for name in staged}, directory / "model.safetensors", metadata={"format": "pt"})
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
