@@ -27,6 +27,9 @@ from miles_rollout.engines.embedded.weights import Staged, swap
 from miles_rollout.text import Tokenizer
 from miles_spec.draft import Draft
 
+_FEW = 4
+"""Rows from which a step's tokens are taken in by vector operations."""
+
 
 class EngineCore:
     """Continuous batching over one decoder. Call everything under `torch.inference_mode()`.
@@ -246,6 +249,8 @@ class EngineCore:
     def _take_in(self, flight: Flight, tokens: Tokens) -> None:
         """One token for each row; rows that have changed hands since are left out."""
         tail, rows = self._tables.tail, flight.rows
+        if len(rows) <= _FEW:
+            return self._take_in_few(flight, tokens)
         current = tail.serial[rows] == flight.serials
         fit = current & (tokens.token_ids >= 0)
         if not fit.all():
@@ -260,6 +265,24 @@ class EngineCore:
             seq = tail.owners[rows[i]]
             if seq is not None:  # its request may have failed a moment ago
                 self._look_at(seq, Token(int(tokens.token_ids[i]), float(tokens.logprobs[i]), float(tokens.sampled_logprobs[i])))
+
+    def _take_in_few(self, flight: Flight, tokens: Tokens) -> None:
+        """The same for a few rows, where Python's own numbers are faster than vectors of them."""
+        tail = self._tables.tail
+        values = zip(flight.rows.tolist(), flight.serials.tolist(), *(part.tolist() for part in tokens), strict=True)
+        for row, serial, *drawn in values:
+            seq = tail.owners[row]
+            if seq is None or tail.serial[row] != serial:
+                continue
+            token = Token(*drawn)
+            if token.token_id < 0:
+                self._fail_for_nan(row)
+                continue
+            if not self._ahead:
+                self._tables.last_token[row] = token.token_id
+            self._num_generated += 1
+            tail.append(seq, drawn)
+            self._look_at(seq, token)
 
     def _take_in_blocks(self, flight: Flight, tokens: Tokens) -> None:
         """Several tokens for a row: what the drafts agree with, in order, until a stop rule holds."""

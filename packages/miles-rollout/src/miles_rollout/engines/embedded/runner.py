@@ -39,8 +39,6 @@ class _Step(NamedTuple):
     """int64 [T]: the table row of each"""
     last: np.ndarray | None
     """int64 [N]: tokens whose logits are wanted, all when None"""
-    most: int
-    """the largest position"""
 
 
 class Runner:
@@ -199,11 +197,11 @@ class Runner:
         token_ids, position_ids, slot_ids = parts
         if self._last is not None and not tokens_known and batch.drafts is None and len(batch.rows):
             torch.index_select(self._last, 0, upload(batch.rows, self._device), out=token_ids[: len(batch.rows)])
-        return _Step(token_ids, position_ids, slot_ids, rows, last, int(positions.max()))
+        return _Step(token_ids, position_ids, slot_ids, rows, last)
 
     def _plan(self, batch: Batch, step: _Step) -> AttentionPlan:
         """The attention plan of a pass, for the decoder's own forward."""
-        count, keys = batch.num_decode_tokens, step.most + 1
+        count, keys = batch.num_decode_tokens, int(step.positions.max()) + 1
         rows = step.token_rows[:count]  # every draft token is a decode row of its own
         if not batch.chunks:
             return decode_plan(self._table(rows, keys), step.positions + 1)

@@ -7,7 +7,7 @@ A `Sequence` reads its row only when somebody asks for its output, which is when
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -87,6 +87,15 @@ class Tail:
             parts = [column[row, start:stop].tolist() for column in self._columns]
             for values, part in zip(seq.recorded, parts, strict=True):
                 values += part
+
+    def append(self, seq: Sequence, drawn: list[Any]) -> None:
+        """Note one token of one sequence: id, log-probability and sampled one."""
+        row = seq.row
+        self.pull(seq)
+        for values, value in zip(seq.recorded, drawn, strict=True):
+            values.append(value)
+        self.count[row] += 1
+        self._pulled[row] += 1
 
     def record(self, rows: np.ndarray, tokens: Tokens) -> np.ndarray:
         """Note one token of each of distinct rows [S]; returns which of the S end or are watched."""
