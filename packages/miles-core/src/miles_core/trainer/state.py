@@ -18,29 +18,44 @@ from miles_core.trainer.optim import AdamW
 from miles_core.trainer.tensorfile import read_tensors, save_tensors
 from miles_core.trainer.weights import Owned
 from miles_kernels.nn.checkpoint import INDEX, SINGLE, iter_tensors
+from miles_kernels.nn.config import DecoderConfig
 
 MAX_FILE_BYTES = 256 * 2**20
 
 
 def write_state(directory: Path, model: WholeModel, optimizer: AdamW, facts: dict[str, Any], *, writer: bool) -> None:
     """Write a trainer's state; collective, and only the process that is the `writer` touches the disk."""
-    folder = directory / "model"
-    if writer:
-        folder.mkdir(parents=True, exist_ok=True)
     weights = [(piece.name, piece.numel * model.dtype.itemsize) for piece in model.slices]
-    placed = _write(folder, "model", weights, model.export(), writer)
+    write_model(directory / "model", model.decoder.config, model.dtype, weights, model.export(), writer=writer)
     states = owned_state(model, optimizer)
     sizes = [(name, owned.bounds[-1][1] * 4) for name, owned in states.items()]
     whole = ((name, owned.read(0, owned.shape, torch.float32)) for name, owned in states.items())
     _write(directory, "optimizer", sizes, whole, writer)
     if writer:
-        if len(set(placed.values())) > 1:
-            index = {"metadata": {"total_size": sum(size for _, size in weights)}, "weight_map": placed}
-            _write_json(folder / INDEX, index)
-        else:
-            assert set(placed.values()) == {SINGLE}
-        _write_json(folder / "config.json", model.decoder.config.to_hf(dtype=str(model.dtype).removeprefix("torch.")))
         _write_json(directory / "trainer.json", facts)
+
+
+def write_model(
+    folder: Path,
+    config: DecoderConfig,
+    dtype: torch.dtype,
+    sizes: list[tuple[str, int]],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    writer: bool,
+) -> None:
+    """Write a model directory of (HF name, tensor) pairs that come in the order of `sizes` (HF name, bytes); collective."""
+    if writer:
+        folder.mkdir(parents=True, exist_ok=True)
+    placed = _write(folder, "model", sizes, tensors, writer)
+    if not writer:
+        return
+    if len(set(placed.values())) > 1:
+        index = {"metadata": {"total_size": sum(size for _, size in sizes)}, "weight_map": placed}
+        _write_json(folder / INDEX, index)
+    else:
+        assert set(placed.values()) == {SINGLE}
+    _write_json(folder / "config.json", config.to_hf(dtype=str(dtype).removeprefix("torch.")))
 
 
 def read_state(directory: Path, model: WholeModel, optimizer: AdamW) -> None:

@@ -298,7 +298,8 @@ class MegatronTrainer:
     # ---- state
 
     def save(self, directory: Path) -> None:
-        """Write `megatron/`, a torch_dist checkpoint of weights and optimizer that any layout can load, and `trainer.json`."""
+        """Write `megatron/`, a torch_dist checkpoint of weights and optimizer that any layout can load, the model directory
+        `model/`, and `trainer.json`."""
         from miles_core.trainer.megatron.checkpoint import save
 
         save(self, directory)

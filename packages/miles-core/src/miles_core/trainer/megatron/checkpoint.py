@@ -7,6 +7,7 @@ state is in model space ("fully_reshardable"), so it follows. `trainer.json` hol
 from __future__ import annotations
 
 import json
+import math
 import queue
 import warnings
 from collections.abc import Iterator
@@ -17,10 +18,12 @@ from unittest import mock
 
 import torch.distributed as dist
 
+from miles_core.convert.megatron import parts
 from miles_core.trainer.hashing import combined_hash
 from miles_core.trainer.megatron import core
 from miles_core.trainer.megatron.model import MegatronModel
 from miles_core.trainer.megatron.standins import on_device
+from miles_core.trainer.state import write_model
 
 if TYPE_CHECKING:
     from miles_core.trainer.megatron.backend import MegatronTrainer
@@ -98,8 +101,12 @@ def load_model(model: MegatronModel, folder: Path, more: dict[str, Any] | None =
 
 
 def save(trainer: MegatronTrainer, directory: Path) -> None:
-    """Write `megatron/` and `trainer.json`; the latter last, by the first process."""
+    """Write `megatron/`, the model directory `model/` (for `miles export` and eval), and `trainer.json` last."""
     save_model(trainer.model, directory / FOLDER, _optimizer_state(trainer, loading=False))
+    model, dtype = trainer.model, trainer.model.contract.torch_dtype
+    named = [item for part in parts(model.config, model.vocab_rows) for item in part.hf]
+    sizes = [(name, math.prod(shape) * dtype.itemsize) for name, shape in named]
+    write_model(directory / "model", model.config, dtype, sizes, trainer.export_weights(), writer=dist.get_rank() == 0)
     facts = _facts(trainer) | {"num_updates": trainer.num_updates}
     if dist.get_rank() == 0:
         (directory / "trainer.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ CUDA name that megatron-core's optimizer expects. Nothing outlives the context.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,11 +23,16 @@ _CPU = torch.device("cpu")
 
 @contextmanager
 def on_device(device: torch.device) -> Iterator[None]:
-    """Run calls into megatron-core on `device`. Re-entrant."""
-    if device.type != "cpu":
-        yield
-        return
+    """Run calls into megatron-core on `device`, without the warnings about its own calls of torch. Re-entrant."""
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", category=FutureWarning)  # torch names it will rename
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="megatron")
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        warnings.filterwarnings("ignore", message="full scope is deprecated")
+        if device.type != "cpu":
+            yield
+            return
         stack.enter_context(_CudaMeansCpu())
         for name, value in _replacements().items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
