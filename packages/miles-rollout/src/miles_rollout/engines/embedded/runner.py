@@ -86,10 +86,11 @@ class Runner:
         Returns what `forward` does, with the flight of the decode rows and the finished chunks. `tokens_known`: the host has
         the tokens drawn last, in the tables; otherwise those on the device are meant.
         """
-        rows, tables = batch.rows, self._tables
-        wants_logprobs = any(chunk.seq.job.prompt_logprobs is not None for chunk in batch.chunks)
-        if self.graphs is None or batch.is_empty or batch.drafts is not None or wants_logprobs:
+        if self.graphs is None or batch.is_empty or batch.drafts is not None:
             return None
+        if any(chunk.seq.job.prompt_logprobs is not None for chunk in batch.chunks):
+            return None
+        rows, tables = batch.rows, self._tables
         tokens = tables.last_token[rows] if tokens_known else None
         made = self.graphs.mixed(batch, tokens) if batch.chunks else self.graphs.decode(rows, tokens)
         if made is None:
