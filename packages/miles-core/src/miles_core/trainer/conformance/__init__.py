@@ -4,6 +4,8 @@ A backend is named by a factory, "package.module:function", that every process c
 torch.distributed is initialised, and that returns a `Trainer`. `decoder` holds the whole model on the case's device; `options`
 is what the layout says ({"cp": 2}); `case` brings algorithm, optimizer and sizes. Nothing of Miles' own backends is assumed.
 
+`python -m miles_core.trainer.conformance FACTORY --processes 2 --options JSON` runs it from a shell.
+
 Example:
     from miles_core.trainer.conformance import CASES, Layout, Tolerance, check, expected, run
 
