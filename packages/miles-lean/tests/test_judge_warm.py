@@ -53,6 +53,16 @@ def test_warm_and_cold_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcomes == {"ok", "rejected"}
 
 
+def test_deep_recursion_crashes_as_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Lean thread's stack is as small as the command line's; on a bigger one such a source fills memory for seconds."""
+    (source,) = (case.attack for case in all_cases() if case.name == "machine-crash-stack")
+    ends = []
+    for bare in (core.is_bare, lambda _: False):
+        monkeypatch.setattr(core, "is_bare", bare)
+        ends.append(shared_judge().compile(source).result)
+    assert [end.outcome for end in ends] == ["crash", "crash"] and ends[0].seconds < 5 * ends[1].seconds + 1.0, ends
+
+
 def test_the_comparison_sees_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = "theorem t : 2 + 2 = 4 := rfl", "theorem t : 2 + 2 = 4 := Nat.add_comm 2 2"
     assert compiled(one, monkeypatch, warm=True) != compiled(other, monkeypatch, warm=False)

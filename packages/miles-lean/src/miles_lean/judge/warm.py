@@ -14,6 +14,9 @@ from miles_lean.judge.names import Name
 from miles_lean.judge.objects import NIL, POINTER, NoKernel, Objects, bind
 
 _BYTE = ctypes.c_uint8
+_STACK = "_ZN4lean7lthread21set_thread_stack_sizeEm"
+_STACK_SIZE = 8 << 20
+"""Bytes of a Lean thread's stack, as `lean -s8192`: a deep recursion shall crash soon, not after hundreds of megabytes."""
 _REPORT = "l___private_Lean_Language_Basic_0__Lean_Language_reportMessages"
 _ENTRIES = {
     "lean_initialize": (),
@@ -23,6 +26,7 @@ _ENTRIES = {
     "lean_shell_options_mk": (POINTER,),
     "l_Lean_importModules": (POINTER, POINTER, ctypes.c_uint32, POINTER, _BYTE, _BYTE, _BYTE, POINTER),
     "l_Lean_Environment_setMainModule": (POINTER, POINTER),
+    _STACK: (ctypes.c_size_t,),
     "lean_init_task_manager_using": (ctypes.c_uint,),
     "l_Lean_Parser_mkInputContext___redArg": (POINTER, POINTER, _BYTE, POINTER),
     "l_Lean_Parser_parseHeader": (POINTER,),
@@ -86,6 +90,7 @@ class WarmLean:
         In a child process, once; the caller ends the process. A source that breaks Lean may end it earlier.
         """
         lib, objects = self._lib, self.objects
+        getattr(lib, _STACK)(_STACK_SIZE)
         lib.lean_init_task_manager_using(1)
         context, _, parser, messages = self._parse_header(source, file_name)
         if not self._reported(messages):
