@@ -16,7 +16,7 @@ def bench(
     requests: Annotated[int, typer.Option(help="Requests in all.")] = 256,
     prompt_tokens: Annotated[int, typer.Option(help="Random token ids per prompt.")] = 32,
     new_tokens: Annotated[int, typer.Option(help="Tokens per completion.")] = 64,
-    vocab_size: Annotated[int, typer.Option(help="Prompt ids are drawn below this. [default: asked of the server, else 256]")] = 0,
+    vocab_size: Annotated[int, typer.Option(help="Prompt ids are drawn below this. [default: asked of the server]")] = 0,
     stream: Annotated[bool, typer.Option(help="Stream, and time the first token and the gaps.")] = False,
     seed: Annotated[int, typer.Option(help="Of prompts and sampling.")] = 0,
     timeout_s: Annotated[float, typer.Option(help="Deadline of each request.")] = 600.0,

@@ -21,7 +21,7 @@ def route(
     host: Host = "127.0.0.1",
     port: Port = 30000,
     spawn: Annotated[int, typer.Option(help="Start this many servers of --model and restart those that die or hang.")] = 0,
-    model: Annotated[str | None, typer.Option(help="With --spawn: the model; options after -- go to `miles-rollout serve`.")] = None,
+    model: Annotated[str | None, typer.Option(help="With --spawn: the model; options after -- are those of `serve`.")] = None,
     spawn_port: Annotated[int, typer.Option(help="With --spawn: port of the first server; 0 takes free ones.")] = 0,
     admin_token: AdminToken = None,
     worker_token: Annotated[
@@ -87,7 +87,7 @@ def _split(words: list[str], extra: list[str]) -> tuple[list[str], list[str]]:
 
 
 async def _route(
-    urls: list[str], config: Any, sock: Any, spawn: int, model: str, options: list[str], spawn_port: int, hung_s: float, level: str
+    urls: list[str], config: Any, sock: Any, spawn: int, model: str, options: list[str], first: int, hung_s: float, level: str
 ) -> None:
     from miles_rollout.child import free_port
     from miles_rollout.router import create_router
@@ -100,7 +100,7 @@ async def _route(
         line = [sys.executable, "-m", "miles_rollout.cli", "serve", model, "--port", str(port), "--log-level", level]
         return [*line, "--drain-s", str(config.drain_s), *options]
 
-    ports = [spawn_port + i if spawn_port else free_port() for i in range(spawn)]
+    ports = [first + i if first else free_port() for i in range(spawn)]
     env = os.environ | {"MILES_ROLLOUT_ADMIN_TOKEN": config.worker_token or ""}
     supervisor = Supervisor(app.state.service.fleet, command, ports, env=env, hung_s=hung_s, grace_s=config.drain_s + 5)
     supervisor.start()
