@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from typing import Any
 
 import msgspec
@@ -296,8 +297,13 @@ def test_weight_update_changes_results_and_drops_the_prefix_cache():
     run(other.close())
 
 
-def test_running_requests_go_on_under_the_new_weights():
+def test_running_requests_go_on_under_the_new_weights(monkeypatch):
     engine = build(msgspec.structs.replace(SMALL, num_pages=200))
+    core = engine._core
+    assert core is not None
+    step = core.step
+    # on a busy machine the engine would otherwise be done before this thread has read five tokens
+    monkeypatch.setattr(core, "step", lambda: (time.sleep(0.001), step())[1])
     new = state(1)
     manifest = make_manifest(new, version=1, contract_digest=engine.info().contract_digest)
 
