@@ -1,6 +1,6 @@
 """A worker in a process of its own: `python -m miles_core.cluster.process SOCKET_FD LIFELINE_FD`.
 
-Calls and replies are msgpack records behind a four-byte length, on a socket that only the driver has the other end of. The
+Calls and replies are msgpack records behind an eight-byte length, on a socket that only the driver has the other end of. The
 process ends when the driver does: the kernel kills it with its parent on Linux, and elsewhere the lifeline pipe says so.
 """
 
