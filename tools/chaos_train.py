@@ -52,7 +52,7 @@ every = 1
 
 def command(recipe: Path, name: str, args: argparse.Namespace, *, resume: bool) -> list[str]:
     """The run's command line."""
-    words = [sys.executable, "-m", "miles_core.cli", "train", str(recipe), "--name", name, "--cluster.deadline_s", "110"]
+    words = [sys.executable, "-m", "miles_core.cli", "train", str(recipe), "--name", name, "--cluster.deadline_s", "300"]
     words += ["--cluster.num_trainers", str(args.trainers), "--cluster.num_engines", str(args.engines)]
     return [*words, "--resume"] if resume else words
 

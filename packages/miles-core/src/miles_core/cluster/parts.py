@@ -100,7 +100,9 @@ class ClusterEngine:
             urls=tuple(answer.url for answer in answers), names=tuple(handle.name for handle in fleet.handles), token=token,
             shared_host=shared_host, shared_gpu=shared_gpu,
         )  # fmt: skip
-        self._clients = [RolloutClient(url, token, timeout_s=timeout_s, retries=0) for url in self.peers.urls]
+        # A whole batch connects at once, to a server that may have little of the processor just then.
+        connect_s = min(60.0, timeout_s)
+        self._clients = [RolloutClient(url, token, timeout_s=timeout_s, connect_s=connect_s) for url in self.peers.urls]
         self._turn = itertools.count()
         self._where: dict[str, RolloutClient] = {}
         self._watch = threading.Lock()
