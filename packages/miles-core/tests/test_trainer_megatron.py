@@ -226,6 +226,9 @@ def test_cut_names_every_size() -> None:
         ValueError, match=r"num_key_value_heads = 2 .* num_hidden_layers = 2 is no multiple of trainer.megatron.pp = 3"
     ):
         Cut(tp=4, pp=3).check(CASES["dense"].shape(), 12)
+    assert Cut(tp=2, ep=2).words(4) == (
+        "megatron-core with aligned layers: 2 tensor parallel, 2 data parallel; experts over 2 processes"
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])

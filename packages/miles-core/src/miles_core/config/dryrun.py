@@ -15,6 +15,7 @@ from miles_core.memory.show import verdict
 from miles_core.models import load_shape, prompt_room
 from miles_core.rollout import Scorer, load_filters
 from miles_core.trainer.layout import ProcessLayout
+from miles_core.trainer.megatron.config import Cut
 from miles_kernels.nn.config import DecoderConfig
 from miles_rollout.text import Tokenizer
 
@@ -30,8 +31,12 @@ def explain(config: RunConfig, mode: Literal["train", "sft", "rollout"], say: Ca
 
 
 def _layout(config: RunConfig, shape: DecoderConfig, mode: str) -> list[str]:
-    if mode == "rollout" or config.trainer.backend != "fsdp":
+    if mode == "rollout":
         return []
+    if config.trainer.backend == "megatron":
+        cut = Cut.of(config.trainer.megatron, config.trainer.cp, config.trainer.ep)
+        cut.check(shape, config.num_trainers)
+        return [f"trainer: {cut.words(config.num_trainers)}"]
     layout = ProcessLayout.of(config.trainer, config.num_trainers, shape.num_experts)
     held = "float32 copies" if config.trainer.master == "float32" else "bfloat16 alone, rounded by chance"
     update = f"; updated in {held}, gradients summed in float32" if config.model.dtype == "bfloat16" else ""
