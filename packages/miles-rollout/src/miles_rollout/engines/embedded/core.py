@@ -281,7 +281,7 @@ class EngineCore:
             if not self._ahead:
                 self._tables.last_token[row] = token.token_id
             self._num_generated += 1
-            tail.append(seq, drawn)
+            tail.append(seq, *token)
             self._look_at(seq, token)
 
     def _take_in_blocks(self, flight: Flight, tokens: Tokens) -> None:

@@ -7,7 +7,7 @@ A `Sequence` reads its row only when somebody asks for its output, which is when
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -88,12 +88,14 @@ class Tail:
             for values, part in zip(seq.recorded, parts, strict=True):
                 values += part
 
-    def append(self, seq: Sequence, drawn: list[Any]) -> None:
-        """Note one token of one sequence: id, log-probability and sampled one."""
+    def append(self, seq: Sequence, token_id: int, logprob: float, sampled_logprob: float) -> None:
+        """Note one token of one sequence."""
         row = seq.row
         self.pull(seq)
-        for values, value in zip(seq.recorded, drawn, strict=True):
-            values.append(value)
+        token_ids, logprobs, sampled_logprobs = seq.recorded
+        token_ids.append(token_id)
+        logprobs.append(logprob)
+        sampled_logprobs.append(sampled_logprob)
         self.count[row] += 1
         self._pulled[row] += 1
 
