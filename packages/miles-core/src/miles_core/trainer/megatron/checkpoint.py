@@ -106,7 +106,7 @@ def save(trainer: MegatronTrainer, directory: Path) -> None:
     model, dtype = trainer.model, trainer.model.contract.torch_dtype
     named = [item for part in parts(model.config, model.vocab_rows) for item in part.hf]
     sizes = [(name, math.prod(shape) * dtype.itemsize) for name, shape in named]
-    write_model(directory / "model", model.config, dtype, sizes, trainer.export_weights(), writer=dist.get_rank() == 0)
+    write_model(directory / "model", model.config, dtype, sizes, model.export_hf(), writer=dist.get_rank() == 0)
     facts = _facts(trainer) | {"num_updates": trainer.num_updates}
     if dist.get_rank() == 0:
         (directory / "trainer.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
