@@ -150,6 +150,7 @@ class RayPlacement:
                 options |= {
                     "num_cpus": max(1, len(self._bundles())), "include_dashboard": False,
                     "object_store_memory": OBJECT_STORE_BYTES,
+                    "_system_config": {"worker_niceness": 0},  # 15 by default: workers would yield to everything else here
                 }  # fmt: skip
             self._ray.init(address=address or "local", **options)
 
