@@ -162,7 +162,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_loads() -> None:
 
 def _plan(*arguments: str) -> subprocess.CompletedProcess[str]:
     code = "import sys; from miles_core.cli.app import main\ntry:\n main(sys.argv[1:])\nfinally:\n print('torch' in sys.modules)"
-    return subprocess.run([sys.executable, "-c", code, "plan", *arguments], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code, "plan", *arguments], capture_output=True, text=True, timeout=120)
 
 
 def test_the_command_on_a_laptop() -> None:
