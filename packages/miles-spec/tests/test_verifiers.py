@@ -11,6 +11,7 @@ from torch import Tensor
 from miles_kernels.ops.sample import sample
 from miles_spec.decoding import Sampling, decode
 from miles_spec.drafted import Drafted
+from miles_spec.rejection import rejection_verify
 from miles_spec.simulate import synthetic_target
 from miles_spec.verifiers import VERIFIERS, greedy_tree_verify, gumbel_tree_verify, verifier
 from miles_spec.verify import gumbel_verify
@@ -111,6 +112,8 @@ def test_verifiers_by_name() -> None:
     where = {"seed": torch.zeros_like(ids), "sample_id": ids, "position": torch.zeros_like(ids)}
     drafted, logits = Drafted.chain(torch.zeros(500, 1, dtype=torch.int64)), torch.zeros(500, 2, 4)
     assert 0.15 < float(verifier("rejection")(drafted, logits, **where).num_accepted.float().mean()) < 0.35
+    with pytest.raises(ValueError, match="allow_lossy=True"):
+        rejection_verify(drafted, logits, accept_total=0.9, **where)
     lossy = verifier("rejection", accept_single=0.25, allow_lossy=True)
     assert float(lossy(drafted, logits, **where).num_accepted.float().mean()) == 1.0
     with pytest.raises(ValueError, match="lossless at temperature 0 only"):

@@ -156,6 +156,7 @@ def rejection_verify(
     min_p: Tensor | float = 0.0,
     accept_single: float = 1.0,
     accept_total: float = 1.0,
+    allow_lossy: bool = False,
 ) -> Verified:
     """Verify drafts against logits [B, N + 1, V] fp32: row 0 after the context, row n + 1 after node n.
 
@@ -163,8 +164,10 @@ def rejection_verify(
     what the nodes were really drawn from, after the draft's own temperature and filters. With `accept_single` < 1 a token at
     least that likely is always accepted, with `accept_total` < 1 acceptance is divided by it: neither is
     the target's distribution.
-    Raises ValueError for wrong shapes and for a node that its own distribution cannot give.
+    Raises ValueError for thresholds below 1 without `allow_lossy`, for wrong shapes, and for a node that its own distribution
+    cannot give.
     """
+    check_thresholds(accept_single, accept_total, allow_lossy)
     drafted.check_target(target_logits)
     if drafted.probs is not None:
         drawn_with = drafted.probs.gather(2, drafted.tokens.clamp(min=0)[..., None])[..., 0]
@@ -181,6 +184,17 @@ def rejection_verify(
     p_rows = target_probs(flat, per_row(temperature), per_row(top_k), per_row(top_p), per_row(min_p)).view(batch, rows, vocab)
     path, last = walk(drafted, p_rows, KeyedChance(seed, sample_id, position), accept_single, accept_total)
     return _verified(drafted, target_logits, p_rows, path, last, temperature)
+
+
+def check_thresholds(accept_single: float, accept_total: float, allow_lossy: bool) -> None:
+    """Raise ValueError for thresholds outside (0, 1], and for lossy ones that were not allowed."""
+    if not (0.0 < accept_single <= 1.0 and 0.0 < accept_total <= 1.0):
+        raise ValueError(f"accept_single={accept_single} and accept_total={accept_total} must lie in (0, 1]")
+    if not allow_lossy and (accept_single < 1.0 or accept_total < 1.0):
+        raise ValueError(
+            f"accept_single={accept_single}, accept_total={accept_total} change the sampled distribution, which breaks on-policy "
+            "training; leave both at 1, or pass allow_lossy=True"
+        )
 
 
 def _verified(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from miles_kernels.ops.sample import sample
 from miles_spec.drafted import Drafted, Verified
-from miles_spec.rejection import rejection_verify
+from miles_spec.rejection import check_thresholds, rejection_verify
 
 
 class Verifier(Protocol):
@@ -126,15 +126,9 @@ def verifier(name: str, *, accept_single: float = 1.0, accept_total: float = 1.0
     """
     if name not in VERIFIERS:
         raise ValueError(f"no verifier {name!r}; there are: {', '.join(VERIFIERS)}")
-    if not (0.0 < accept_single <= 1.0 and 0.0 < accept_total <= 1.0):
-        raise ValueError(f"accept_single={accept_single} and accept_total={accept_total} must lie in (0, 1]")
+    check_thresholds(accept_single, accept_total, allow_lossy)
     if accept_single == accept_total == 1.0:
         return VERIFIERS[name]
     if name != "rejection":
         raise ValueError(f"{name} verification has no thresholds; only 'rejection' has accept_single and accept_total")
-    if not allow_lossy:
-        raise ValueError(
-            f"accept_single={accept_single}, accept_total={accept_total} change the sampled distribution, which breaks on-policy "
-            "training; leave both at 1, or pass allow_lossy=True"
-        )
-    return functools.partial(rejection_verify, accept_single=accept_single, accept_total=accept_total)
+    return functools.partial(rejection_verify, accept_single=accept_single, accept_total=accept_total, allow_lossy=True)
