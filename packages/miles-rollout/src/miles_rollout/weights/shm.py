@@ -6,12 +6,14 @@ Not `multiprocessing.shared_memory`: that starts a tracker process and unlinks w
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
 import re
 import secrets
 import struct
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor
 
 _NAME = re.compile(r"miles-[0-9a-f]{24}")
 HEADER_BYTES = 4096
+_STALE_S = 60.0
+"""Age from which a file is taken to have been locked by its maker, if that still lives."""
 
 
 def folder() -> Path:
@@ -33,18 +37,22 @@ class SharedMemory:
     Example: with SharedMemory.create(1 << 20) as memory: memory.set_counter(0, 1)
     """
 
-    def __init__(self, name: str, mapped: mmap.mmap) -> None:
+    def __init__(self, name: str, mapped: mmap.mmap, lock: int | None = None) -> None:
         self.name = name
         self._map = mapped
+        self._lock = lock
+        """The maker's descriptor, locked until the name is gone: a name whose lock is free is nobody's any more."""
         self._unlinked = False
 
     @classmethod
     def create(cls, data_bytes: int) -> SharedMemory:
         """A new file of zeros, readable by this user only. Raises ValueError when the folder has no room for it."""
+        sweep()
         name = f"miles-{secrets.token_hex(12)}"
         path = folder() / name
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
             size = HEADER_BYTES + data_bytes
             try:
                 if hasattr(os, "posix_fallocate"):
@@ -56,9 +64,10 @@ class SharedMemory:
                 raise ValueError(
                     f"{folder()} has no room for {size / 2**20:.0f} MiB ({error.strerror}); lower sync.bucket_bytes"
                 ) from None
-            return cls(name, mmap.mmap(handle, size))
-        finally:
+            return cls(name, mmap.mmap(handle, size), handle)
+        except BaseException:
             os.close(handle)
+            raise
 
     @classmethod
     def open(cls, name: str, data_bytes: int) -> SharedMemory:
@@ -101,9 +110,30 @@ class SharedMemory:
             self._unlinked = True
             with contextlib.suppress(FileNotFoundError):
                 (folder() / self.name).unlink()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def __enter__(self) -> SharedMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.unlink()
+
+
+def sweep(older_than_s: float = _STALE_S) -> list[str]:
+    """Remove files of this user whose makers died without removing them (`kill -9`); returns their names."""
+    gone = []
+    for path in folder().glob("miles-*"):
+        with contextlib.suppress(OSError):  # removed meanwhile, or somebody else's
+            facts = path.stat()
+            if not _NAME.fullmatch(path.name) or facts.st_uid != os.getuid() or time.time() - facts.st_mtime < older_than_s:
+                continue
+            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+                gone.append(path.name)
+            finally:
+                os.close(handle)
+    return gone
