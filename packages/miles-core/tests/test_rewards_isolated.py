@@ -216,3 +216,14 @@ def test_kill_9_of_the_parent_leaves_no_hanging_worker(rewards: Path, tmp_path: 
         ended = threading.Event()
         threading.Thread(target=lambda: (parent.stdout.read(), ended.set()), daemon=True).start()
         assert ended.wait(20)  # end of file: nobody holds the worker's stdout any more
+
+
+def test_a_process_that_the_pool_forgot_is_ended_too(rewards: Path, no_new_children: None) -> None:
+    with Scorer(RewardConfig(name=f"{rewards}/sync.py:score", timeout_s=5.0, options={"scale": 2.0})) as scorer:
+        (score,) = asyncio.run(scorer.score(items("yes")))
+        assert score.value == 2.0
+        runner = scorer._runner
+        assert isinstance(runner, runners.PoolRunner)
+        forgotten = runner._processes.Process(target=time.sleep, args=(60,))
+        forgotten.start()
+    assert not forgotten.is_alive()

@@ -48,7 +48,8 @@ def test_tactics_lead_where_lean_says(backend: Backend, goals: str) -> None:
             assert isinstance(result, LeanError) and said in result.error, (tactic, result)
         assert isinstance(dojo.run_tac(start, "sorry"), ProofGivenUp)
         dojo.timeout_s, started = 1.0, time.monotonic()
-        assert isinstance(dojo.run_tac(start, "repeat (have k := h)"), Timeout) and time.monotonic() - started < 1.6
+        assert isinstance(dojo.run_tac(start, "repeat (have k := h)"), Timeout)
+        assert time.monotonic() - started < 4.0, "ended soon after its second, also on a busy machine"
         dojo.timeout_s = 10.0
         assert isinstance(dojo.run_tac(start, "exact ⟨h.2, h.1⟩"), ProofFinished)
 

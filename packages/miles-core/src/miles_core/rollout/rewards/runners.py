@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, Protocol
 
 from miles_core.rollout.rewards import worker
@@ -15,6 +15,7 @@ from miles_core.rollout.rewards.calling import Convention, RewardError, RewardIn
 
 _START_LIMIT_S = 120.0
 _CANCEL_LIMIT_S = 1.0
+_KILL_LIMIT_S = 10.0
 
 
 class Runner(Protocol):
@@ -46,6 +47,26 @@ class InlineRunner:
         """Nothing to end."""
 
 
+class _Spawning(SpawnContext):
+    """Starts processes afresh (a fork would copy torch's locked thread pools) and remembers them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[SpawnProcess] = []
+
+    def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]
+        """A process that `end` will know."""
+        self.started.append(SpawnProcess(*args, **kwargs))
+        return self.started[-1]
+
+    def end(self) -> None:
+        """Kill whatever still lives: a pool that stops while it replaces a worker leaves the new one behind."""
+        for process in self.started:
+            if process.is_alive():
+                process.kill()
+                process.join(_KILL_LIMIT_S)
+
+
 class PoolRunner:
     """For sync functions of all kinds: spawned processes, killed when a call takes too long.
 
@@ -58,6 +79,7 @@ class PoolRunner:
         self._target, self._convention, self._options = target, convention, options
         self._workers, self._timeout_s = workers, timeout_s
         self._pool: Any = None
+        self._processes = _Spawning()
         self._ready: Any = None
 
     async def run(self, items: Sequence[RewardInput]) -> list[Score]:
@@ -85,9 +107,9 @@ class PoolRunner:
         if self._pool is None:
             from pebble import ProcessPool
 
-            context = multiprocessing.get_context("spawn")  # a fork would copy torch's locked thread pools
             arguments = (self._target, os.getpid())
-            self._pool = ProcessPool(self._workers, initializer=worker.prepare, initargs=arguments, context=context)
+            self._processes = _Spawning()
+            self._pool = ProcessPool(self._workers, initializer=worker.prepare, initargs=arguments, context=self._processes)
             self._ready = self._pool.schedule(worker.ping)
         if self._ready.done():
             return self._pool
@@ -108,6 +130,7 @@ class PoolRunner:
             self._ready.cancel()
             pool.stop()
             pool.join()
+            self._processes.end()
 
 
 class LoopRunner:
