@@ -5,6 +5,7 @@ With one rank the folder's model is sharded onto this process alone. On a GPU ho
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -84,9 +85,12 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     result = {"completions": completions, "unequal": unequal, "digest": decoder.contract.digest}
     (folder / f"{ranks}-{rank}.json").write_bytes(msgspec.json.encode(result))
     if ranks > 1:
+        dist.barrier()
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    sys.stdout.flush()
+    os._exit(0)  # the results are written; gloo's threads have been seen to abort a process that was only ending
