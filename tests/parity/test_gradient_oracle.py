@@ -365,6 +365,7 @@ def test_three_processes(samples: list[Sample], tmp_path: Path) -> None:
     write_samples(tmp_path / "grpo.jsonl", samples)
     launch(tmp_path, 3, "grpo")
     check_processes(tmp_path, 3, "grpo", samples)
+    assert not list(tmp_path.glob("*/refusal.txt"))
 
 
 if __name__ == "__main__":

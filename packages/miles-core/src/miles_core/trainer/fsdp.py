@@ -16,21 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
 from miles_core.algorithm.config import AlgorithmConfig
 from miles_core.algorithm.loss import LOSSES, LossInputs
-from miles_core.trainer.base import NonFiniteStep, StepStats
+from miles_core.trainer.base import StepStats
 from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
-from miles_core.trainer.hashing import combined_hash, tensor_hash
+from miles_core.trainer.hashing import combined_hash
 from miles_core.trainer.layout import ProcessLayout
 from miles_core.trainer.model import WholeModel
 from miles_core.trainer.optim import AdamW
 from miles_core.trainer.packing import Microbatch, microbatches, require_fit, shard
 from miles_core.trainer.parallel import DataParallel
 from miles_core.trainer.state import read_state, write_state
+from miles_core.trainer.update import Update, batch_digest, non_finite, summary
 from miles_kernels.contract import Contract
 from miles_kernels.nn.decoder import Decoder
 
@@ -38,16 +38,9 @@ SCHEMA = 1
 
 
 @dataclass(kw_only=True)
-class _Update:
-    """What one optimizer update did; filled in as it proceeds."""
-
-    loss: float = 0.0
-    grad_norm: float = 0.0
-    lr: float = 0.0
-    skipped: bool = False
-    num_microbatches: int = 0
-    num_forward_tokens: int = 0
-    sums: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+class _Update(Update):
+    parts: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    """The statistics of the micro-batches; added up at the end, so that none waits for the device."""
 
 
 class FsdpTrainer:
@@ -148,7 +141,7 @@ class FsdpTrainer:
         seen_N = torch.zeros(batch.num_tokens)
         updates = [self._update(batch, blocks, old_N, seen_N) for blocks in parts]
         start_N = self.parallel.merge(seen_N) if old_N is None else old_N
-        return _summary(batch, updates, start_N)
+        return summary(batch, updates, start_N)
 
     def _update(self, batch: TrainBatch, blocks: Sequence[int], old_N: Tensor | None, seen_N: Tensor) -> _Update:
         """Accumulate over the micro-batches of `blocks`, then one optimizer update. Sets `seen_N` where it has been."""
@@ -204,7 +197,7 @@ class FsdpTrainer:
             return torch.zeros(())
         seen_N[micro.token_index] = logprob.cpu()  # here, because it waits for the device
         for name, value in output.stats.items():
-            result.sums[name].append(value.cpu())
+            result.parts[name].append(value.cpu())
         return output.loss.detach().cpu()
 
     @property
@@ -235,15 +228,16 @@ class FsdpTrainer:
 
     def _share_sums(self, loss: Tensor, result: _Update) -> None:
         """Sum loss, statistics and counts over processes. A process without micro-batches does not know the names."""
+        result.sums.update({name: float(torch.stack(values).double().sum()) for name, values in result.parts.items()})
         if self.parallel.size == 1:
             return
         names = self.parallel.union(sorted(result.sums))
         counts = [result.num_microbatches, result.num_forward_tokens]
-        totals = [float(torch.stack(result.sums[name]).double().sum()) if name in result.sums else 0.0 for name in names]
+        totals = [result.sums.get(name, 0.0) for name in names]
         shared = torch.tensor([float(loss), *totals, *counts], dtype=torch.float64)
         self.parallel.sum_(shared)
         loss.copy_(shared[0])
-        result.sums = {name: [value] for name, value in zip(names, shared[1:-2], strict=True)}
+        result.sums = dict(zip(names, shared[1:-2].tolist(), strict=True))
         result.num_microbatches, result.num_forward_tokens = int(shared[-2]), int(shared[-1])
 
     def _refuse(self, result: _Update, gradients: Sequence[Tensor]) -> None:
@@ -254,21 +248,13 @@ class FsdpTrainer:
         found = [name for name, grad in zip(self.optimizer.names, gradients, strict=True) if not bool(grad.isfinite().all())]
         bad = [name for name in self.optimizer.names if name in self.parallel.union(found)]
         self.optimizer.clear()
-        where = f"gradients of {', '.join(bad[:4])}{f' and {len(bad) - 4} more' if len(bad) > 4 else ''}" if bad else "the loss"
-        raise NonFiniteStep(
-            f"update {self.num_updates + 1}: loss {result.loss}, gradient norm {result.grad_norm}; not finite: {where}. "
-            "The weights are unchanged. Lower optimizer.lr, look at the samples of this step, "
-            'or set trainer.on_nonfinite = "skip" to go on without such updates'
-        )
+        raise non_finite(self.num_updates + 1, result, bad)
 
     def _admit(self, batch: TrainBatch) -> None:
         """Refuse, in all processes alike, a batch that does not fit or that they do not share."""
         require_fit(batch, self.config.max_tokens_per_microbatch, self.layout.cp)
         if self.parallel.size > 1:
-            digest = xxhash.xxh3_64(repr(batch.blocks).encode())
-            for tensor in (batch.token_ids, batch.trained, batch.temperature, batch.advantage, batch.rollout_logprobs):
-                digest.update(b"-" if tensor is None else tensor_hash(tensor).encode())
-            self.parallel.require_equal(digest.intdigest() >> 1, "batch")
+            self.parallel.require_equal(batch_digest(batch), "batch")
 
     # ---- state
 
@@ -313,29 +299,3 @@ class FsdpTrainer:
             "contract": self.contract.digest,
             "reference": self._reference_hash,
         }
-
-
-def _summary(batch: TrainBatch, updates: Sequence[_Update], start_N: Tensor) -> StepStats:
-    sums: dict[str, float] = defaultdict(float)
-    for update in updates:
-        for name, values in update.sums.items():
-            sums[name] += float(torch.stack(values).double().sum())
-    unequal, max_abs = None, None
-    if batch.rollout_logprobs is not None:
-        unequal = int((start_N.view(torch.int32) != batch.rollout_logprobs.view(torch.int32)).sum())
-        max_abs = float((start_N - batch.rollout_logprobs).abs().max())
-    done = [update for update in updates if not update.skipped]
-    return StepStats(
-        loss=sum(update.loss for update in updates) / len(updates),
-        grad_norm=sum(update.grad_norm for update in updates) / len(updates),
-        lr=done[-1].lr if done else 0.0,
-        num_tokens=batch.num_tokens,
-        num_sequences=batch.num_sequences,
-        num_updates=len(done),
-        num_skipped_updates=len(updates) - len(done),
-        num_microbatches=sum(update.num_microbatches for update in updates),
-        num_forward_tokens=sum(update.num_forward_tokens for update in updates),
-        tokens_unequal=unequal,
-        mismatch_max_abs=max_abs,
-        means={name: value / batch.num_tokens for name, value in sums.items()},
-    )

@@ -10,24 +10,20 @@ loss; every process of a replica ends a step with the same numbers, and every pr
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import xxhash
 from torch import Tensor
 
 from miles_core.algorithm.config import AlgorithmConfig
 from miles_core.algorithm.loss import LOSSES, LossInputs
-from miles_core.trainer.base import NonFiniteStep, StepStats
+from miles_core.trainer.base import StepStats
 from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
-from miles_core.trainer.hashing import tensor_hash
 from miles_core.trainer.megatron import core
 from miles_core.trainer.megatron.config import Cut
 from miles_core.trainer.megatron.layout import make_groups
@@ -38,22 +34,10 @@ from miles_core.trainer.megatron.standins import on_device
 from miles_core.trainer.megatron.stream import Work, lay_out
 from miles_core.trainer.packing import Microbatch, cut, pack, require_fit, shard
 from miles_core.trainer.parallel import DataParallel
+from miles_core.trainer.update import Update, batch_digest, non_finite, summary
 from miles_kernels.contract import Contract
 from miles_kernels.nn.decoder import Decoder
 from miles_kernels.ops.logprob import LogprobOutput
-
-
-@dataclass(kw_only=True)
-class _Update:
-    """What one optimizer update did; filled in as it proceeds."""
-
-    loss: float = 0.0
-    grad_norm: float = 0.0
-    lr: float = 0.0
-    skipped: bool = False
-    num_microbatches: int = 0
-    num_forward_tokens: int = 0
-    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class MegatronTrainer:
@@ -129,13 +113,13 @@ class MegatronTrainer:
         ref_N = self._forward_all(self.reference, batch) if policy and self.reference is not None else None
         seen_N = torch.zeros(batch.num_tokens)
         updates = [self._update(batch, numbers, old_N, ref_N, seen_N) for numbers in blocks]
-        return _summary(batch, updates, self._merge(seen_N) if old_N is None else old_N)
+        return summary(batch, updates, self._merge(seen_N) if old_N is None else old_N)
 
     def _update(
         self, batch: TrainBatch, blocks: Sequence[int], old_N: Tensor | None, ref_N: Tensor | None, seen_N: Tensor
-    ) -> _Update:
+    ) -> Update:
         self.optimizer.clear()
-        result = _Update()
+        result = Update()
         works = self._works(batch, blocks)
         result.num_microbatches = sum(work.micro is not None for work in works)
         result.num_forward_tokens = sum(work.micro.num_tokens for work in works if work.micro is not None)
@@ -159,7 +143,7 @@ class MegatronTrainer:
         old_N: Tensor | None,
         ref_N: Tensor | None,
         seen_N: Tensor,
-        result: _Update,
+        result: Update,
         micro: Microbatch,
         out: LogprobOutput,
     ) -> Tensor:
@@ -262,7 +246,7 @@ class MegatronTrainer:
             dist.broadcast(value, dist.get_global_rank(self.pp_group, self.cut.pp - 1), group=self.pp_group)
         return value
 
-    def _share(self, result: _Update) -> None:
+    def _share(self, result: Update) -> None:
         """Loss, statistics and counts of all replicas, from their last stages, in every process."""
         names = self.world.union(sorted(result.sums))
         counts = [result.num_microbatches, result.num_forward_tokens]
@@ -272,28 +256,20 @@ class MegatronTrainer:
         result.loss, result.sums = values[0], dict(zip(names, values[1:-2], strict=True))
         result.num_microbatches, result.num_forward_tokens = int(values[-2]), int(values[-1])
 
-    def _refuse(self, result: _Update) -> None:
+    def _refuse(self, result: Update) -> None:
         """Raise or mark as skipped, by configuration; in neither case are the weights touched."""
         result.skipped = True
         if self.config.on_nonfinite == "skip":
             return
         bad = self.world.union(self.optimizer.bad_gradients())
         self.optimizer.clear()
-        where = f"gradients of {', '.join(bad[:4])}{f' and {len(bad) - 4} more' if len(bad) > 4 else ''}" if bad else "the loss"
-        raise NonFiniteStep(
-            f"update {self.num_updates + 1}: loss {result.loss}, gradient norm {result.grad_norm}; not finite: {where}. "
-            "The weights are unchanged. Lower optimizer.lr, look at the samples of this step, "
-            'or set trainer.on_nonfinite = "skip" to go on without such updates'
-        )
+        raise non_finite(self.num_updates + 1, result, bad)
 
     def _admit(self, batch: TrainBatch) -> None:
         """Refuse, in all processes alike, a batch that does not fit or that they do not share."""
         require_fit(batch, self.config.max_tokens_per_microbatch * self.cut.cp)
         if self.world.size > 1:
-            digest = xxhash.xxh3_64(repr(batch.blocks).encode())
-            for tensor in (batch.token_ids, batch.trained, batch.temperature, batch.advantage, batch.rollout_logprobs):
-                digest.update(b"-" if tensor is None else tensor_hash(tensor).encode())
-            self.world.require_equal(digest.intdigest() >> 1, "batch")
+            self.world.require_equal(batch_digest(batch), "batch")
 
     # ---- state
 
@@ -321,29 +297,3 @@ def _refuse_foreign(config: TrainerConfig) -> None:
     wrong = [f"trainer.{name} = {given[name]}" for name in given if given[name] != unset[name]]
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: only the fsdp backend knows this; megatron's sizes are in trainer.megatron")
-
-
-def _summary(batch: TrainBatch, updates: Sequence[_Update], start_N: Tensor) -> StepStats:
-    sums: dict[str, float] = defaultdict(float)
-    for update in updates:
-        for name, value in update.sums.items():
-            sums[name] += value
-    unequal, max_abs = None, None
-    if batch.rollout_logprobs is not None:
-        unequal = int((start_N.view(torch.int32) != batch.rollout_logprobs.view(torch.int32)).sum())
-        max_abs = float((start_N - batch.rollout_logprobs).abs().max())
-    done = [update for update in updates if not update.skipped]
-    return StepStats(
-        loss=sum(update.loss for update in updates) / len(updates),
-        grad_norm=sum(update.grad_norm for update in updates) / len(updates),
-        lr=done[-1].lr if done else 0.0,
-        num_tokens=batch.num_tokens,
-        num_sequences=batch.num_sequences,
-        num_updates=len(done),
-        num_skipped_updates=len(updates) - len(done),
-        num_microbatches=sum(update.num_microbatches for update in updates),
-        num_forward_tokens=sum(update.num_forward_tokens for update in updates),
-        tokens_unequal=unequal,
-        mismatch_max_abs=max_abs,
-        means={name: value / batch.num_tokens for name, value in sums.items()},
-    )
