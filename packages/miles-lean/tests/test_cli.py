@@ -81,3 +81,11 @@ def test_extract_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.Captu
     assert "closed.lean: the statement ends with 'simp'" in capsys.readouterr().err
     assert main(["extract", str(empty)]) == 0
     assert "cut off" in capsys.readouterr().err
+
+
+def test_a_missing_file_is_named_with_the_help_to_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    there = tmp_path / "there.lean"
+    there.write_text("theorem t : True := trivial")
+    assert main(["judge", str(there), str(tmp_path / "gone.lean")]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'gone.lean'}: no such file" in said and "miles-lean judge --help" in said

@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(command.run(options))
     except (OSError, ValueError) as error:
-        print(f"miles-lean: {error}", file=sys.stderr)
+        missing = isinstance(error, FileNotFoundError) and error.filename
+        said = f"{error.filename}: no such file; see miles-lean {given[0]} --help" if missing else error  # type: ignore[union-attr]
+        print(f"miles-lean: {said}", file=sys.stderr)
         return 2
 
 
