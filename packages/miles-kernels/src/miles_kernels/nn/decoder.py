@@ -263,7 +263,7 @@ class Decoder(nn.Module):
         """(HF name, view of the weight) of every tensor of a checkpoint; writing to a view writes to the decoder."""
         yield "model.embed_tokens.weight", self.embed_tokens.detach()
         for index, layer in enumerate(self.layers):
-            for name, view in _hf_layer(layer):
+            for name, view in layer_state(layer):
                 yield f"model.layers.{index}.{name}", view
         yield "model.norm.weight", self.norm.detach()
         if self.lm_head is not None:
@@ -323,7 +323,7 @@ def _parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape))
 
 
-def _hf_layer(layer: DecoderLayer) -> Iterator[tuple[str, Tensor]]:
+def layer_state(layer: DecoderLayer) -> Iterator[tuple[str, Tensor]]:
     """One layer's tensors under their names in a checkpoint, as views of the fused parameters."""
     config = layer.config
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim

@@ -1,0 +1,200 @@
+"""Draft models: unrolled states are those of a loop that recycles one token at a time; checkpoints by name, wrong ones refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from miles_kernels.nn.checkpoint import random_decoder
+from miles_kernels.nn.config import DecoderConfig
+from miles_kernels.ops.attention import decode_plan
+from miles_spec.models import DraftModel, Eagle3Config, Eagle3Draft, MtpConfig, MtpDraft, UnrollPlan
+
+POLICY = DecoderConfig(
+    family="qwen3", vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, initializer_range=0.3,
+)  # fmt: skip
+MOE = dataclasses.replace(POLICY, family="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+WINDOW = dataclasses.replace(POLICY, sliding_window=3, layer_types=("sliding_attention",) * 4)
+IDS = (1, 4, 5, 9, 17, 30, 31, 39)
+LENGTHS = [5, 1, 9]
+
+
+class PoolKV:
+    """Keys and values of a draft's layers in one pool each; `plan` and `slots` are set before every pass."""
+
+    def __init__(self, config: DecoderConfig, size: int) -> None:
+        shape = (config.num_key_value_heads, size, config.head_dim)
+        self.pools = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_hidden_layers)]
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        for pool, new in zip(self.pools[layer], (k, v), strict=True):
+            pool[:, self.slots] = new.transpose(0, 1)
+        return self.pools[layer]
+
+    def target(self, layer: int) -> None:
+        return None
+
+    def at(self, positions: list[int]) -> PoolKV:
+        self.slots = torch.tensor(positions)
+        rows = torch.arange(64).expand(len(positions), -1)
+        self.plan = decode_plan(rows, self.slots + 1)
+        return self
+
+
+def draft(name: str) -> DraftModel:
+    match name:
+        case "mtp":
+            return MtpDraft.random(MtpConfig.of(POLICY), 3)
+        case "moe":
+            return MtpDraft.random(MtpConfig.of(MOE), 3)
+        case "window":
+            return MtpDraft.random(MtpConfig.of(WINDOW), 3)
+        case "distinct":
+            return MtpDraft.random(MtpConfig.of(POLICY, num_layers=3, layout="mimo"), 3)
+        case _:
+            return Eagle3Draft.random(Eagle3Config.of(POLICY, draft_vocab_size=len(IDS)), 3, draft_ids=IDS)
+
+
+def recycled(model: DraftModel, features: Tensor, tokens: Tensor, index: int, depth: int, embed: Tensor) -> list[Tensor]:
+    """States of all depths at one index of one sequence, as decoding makes them: a cache, one token at a time."""
+    kv = PoolKV(model.config.block, 64)
+    state = model.project(features[: index + 1])
+    places = list(range(index + 1))
+    out = []
+    for k in range(depth):
+        if model.config.recycled and k:
+            state, places = state[-1:], [index + k]
+        inputs = tokens[torch.tensor([(p + k + 1 if not model.config.recycled else p + 1) for p in places])]
+        made = model.step(state, inputs, torch.tensor(places), kv.at(places), embed=embed, depth=k + 1)
+        out.append(made.hidden[-1])
+        state = made.carried
+    return out
+
+
+@pytest.mark.parametrize("name", ["mtp", "moe", "window", "distinct", "eagle3"])
+def test_unrolled_states_are_the_recycled_ones(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    model, depth = draft(name), 3
+    embed = torch.randn(40, 32, generator=generator)
+    features = torch.randn(sum(LENGTHS), model.config.num_features, generator=generator)
+    # every sequence goes on behind its last slot, so that each slot has a token at each depth
+    sequences = [torch.randint(0, 40, (length + depth,), generator=generator) for length in LENGTHS]
+    inputs = torch.stack(
+        [torch.cat([s[k : k + n] for s, n in zip(sequences, LENGTHS, strict=True)]) for k in range(1, depth + 1)]
+    )
+    with torch.no_grad():
+        states = model.unroll(features, inputs, UnrollPlan.of(LENGTHS), depth, embed=embed)
+        start, worst, control = 0, 0.0, 0.0
+        for tokens, length in zip(sequences, LENGTHS, strict=True):
+            for index in range(length):
+                expected = recycled(model, features[start : start + length], tokens, index, depth, embed)
+                for k in range(depth):
+                    worst = max(worst, float((states[k][start + index] - expected[k]).abs().max()))
+                    control = max(control, float((states[k][start] - expected[k]).abs().max()))
+            start += length
+    assert worst < 1e-5
+    assert control > 1e-2, "states of another slot differ, so the comparison can fail"
+
+
+@pytest.mark.parametrize("name", ["mtp", "distinct", "eagle3"])
+def test_gradients_stay_in_the_draft_unless_told(name: str) -> None:
+    model = draft(name)
+    embed, features = torch.randn(40, 32).requires_grad_(), torch.randn(15, model.config.num_features).requires_grad_()
+    inputs, plan = torch.randint(0, 40, (2, 15)), UnrollPlan.of(LENGTHS)
+    sum(h.square().sum() for h in model.unroll(features, inputs, plan, 2, embed=embed)).backward()
+    assert embed.grad is None and features.grad is None
+    used = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert any("qkv_proj" in n for n in used) and any("final_norm" in n or "join" in n for n in used)
+    sum(h.square().sum() for h in model.unroll(features, inputs, plan, 2, embed=embed, train_shared=True)).backward()
+    assert embed.grad is not None and features.grad is not None
+    only_second = model.unroll(features, inputs, plan, 2, embed=embed, train_shared=True)[1]
+    features.grad = None
+    only_second.square().sum().backward()
+    assert features.grad is not None and float(features.grad.abs().sum()) > 0, "depth 2 reaches depth 1"
+
+
+@pytest.mark.parametrize("layout", ["deepseek", "glm", "mimo", "qwen3_next"])
+def test_checkpoints_by_name(layout: str) -> None:
+    source = MtpDraft.random(MtpConfig.of(POLICY, layout=layout), 1)
+    state = {name: tensor.clone() for name, tensor in source.named_state()}
+    target = MtpDraft.random(MtpConfig.of(POLICY, layout=layout), 2)
+    target.load_named(state.items())
+    for (name, a), b in zip(source.named_parameters(), target.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    for name in state:
+        with pytest.raises(ValueError, match=f"missing {name}"):
+            target.load_named((n, t) for n, t in state.items() if n != name)
+        with pytest.raises(ValueError, match=f"misshaped {name}"):
+            target.load_named((n, t[..., :1] if n == name else t) for n, t in state.items())
+    with pytest.raises(ValueError, match=r"unexpected model\.layers\.9\.eh"):
+        target.load_named([*state.items(), ("model.layers.9.eh", torch.zeros(1))])
+
+
+def test_names_of_the_families() -> None:
+    names = {
+        layout: {n for n, _ in MtpDraft(MtpConfig.of(POLICY, layout=layout)).named_state()} for layout in ("deepseek", "mimo")
+    }
+    assert {"model.layers.4.eh_proj.weight", "model.layers.4.shared_head.norm.weight"} <= names["deepseek"]
+    assert {"model.mtp_layers.0.input_proj.weight", "model.mtp_layers.0.self_attn.q_proj.weight"} <= names["mimo"]
+    third = MtpDraft(MtpConfig.of(POLICY, layout="glm", num_layers=3))
+    assert "model.layers.6.hnorm.weight" in dict(third.named_state())
+
+
+def test_mimo_joins_the_other_way_round() -> None:
+    deepseek, mimo = (MtpDraft.random(MtpConfig.of(POLICY, layout=layout), 1) for layout in ("deepseek", "mimo"))
+    stored = dict(mimo.named_state())["model.mtp_layers.0.input_proj.weight"]
+    straight = dict(deepseek.named_state())["model.layers.4.eh_proj.weight"]
+    assert torch.equal(stored[:, :32], straight[:, 32:]) and not torch.equal(stored, straight)
+
+
+def test_a_copy_of_the_policys_head_must_be_its_head() -> None:
+    model = MtpDraft.random(MtpConfig.of(POLICY), 1)
+    head = torch.randn(40, 32)
+    state = [*model.named_state(), ("model.layers.4.shared_head.head.weight", head)]
+    model.load_named(state, shared={"lm_head": head})
+    with pytest.raises(ValueError, match="differs from the policy's lm_head"):
+        model.load_named(state, shared={"lm_head": head + 1})
+
+
+def test_eagle3_checkpoint_and_vocabulary() -> None:
+    source = draft("eagle3")
+    state = {name: tensor.clone() for name, tensor in source.named_state()}
+    assert {"fc.weight", "midlayer.hidden_norm.weight", "midlayer.self_attn.q_proj.weight", "d2t", "t2d"} <= set(state)
+    assert state["midlayer.self_attn.q_proj.weight"].shape == (32, 64)
+    assert (state["d2t"] + torch.arange(8)).tolist() == list(IDS) and state["t2d"].sum() == 8
+    target = Eagle3Draft(Eagle3Config.of(POLICY, draft_vocab_size=8))
+    target.load_named(state.items())
+    assert target.draft_ids.tolist() == list(IDS)
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+    state["t2d"] = state["t2d"].roll(1)
+    with pytest.raises(ValueError, match="t2d marks other tokens"):
+        target.load_named(state.items())
+
+
+def test_from_trunk_starts_with_the_policys_weights() -> None:
+    policy = random_decoder(POLICY, 0)
+    mtp = MtpDraft.from_trunk(policy)
+    assert torch.equal(mtp.block(0).qkv_proj, policy.layers[3].qkv_proj)
+    hidden = torch.randn(6, 32)
+    states = mtp.unroll(hidden, torch.randint(0, 40, (1, 6)), UnrollPlan.of([6]), 1, embed=policy.embed_tokens)
+    assert states[0].isfinite().all()
+    eagle = Eagle3Draft.from_trunk(policy, Eagle3Config.of(POLICY, draft_vocab_size=8), draft_ids=IDS)
+    assert torch.equal(eagle.lm_head, policy.head[list(IDS)])
+    with pytest.raises(ValueError, match="last layer has"):
+        MtpDraft.from_trunk(policy, MtpConfig.of(MOE))
+
+
+def test_wrong_configs_and_inputs_are_refused() -> None:
+    with pytest.raises(ValueError, match="one layer, not 2"):
+        MtpConfig.of(POLICY, num_layers=2, layout="qwen3_next")
+    with pytest.raises(ValueError, match="draft_vocab_size=41"):
+        Eagle3Config.of(POLICY, draft_vocab_size=41)
+    model, plan = draft("distinct"), UnrollPlan.of(LENGTHS)
+    with pytest.raises(ValueError, match=r"depth 4 must lie in 1\.\.3"):
+        model.unroll(torch.zeros(15, 32), torch.zeros(4, 15, dtype=torch.int64), plan, 4, embed=torch.zeros(40, 32))
+    with pytest.raises(ValueError, match="this draft reads"):
+        model.unroll(torch.zeros(15, 31), torch.zeros(4, 15, dtype=torch.int64), plan, 3, embed=torch.zeros(40, 32))
