@@ -179,7 +179,7 @@ class DraftModel(nn.Module):
     def step(
         self, state: Tensor, token_ids: Tensor, positions: Tensor, kv: KVStore, *, embed: Tensor, depth: int = 1
     ) -> DraftState:
-        """One depth of serving over the draft's own cache: `state` [T, H] of `project` or carried, tokens and positions [T] int64.
+        """One depth of serving over the draft's own cache: `state` [T, H] of `project` or carried; tokens, positions [T] int64.
 
         `kv` holds layers 0 .. num_hidden_layers - 1 and has its plan; a token's position is that of its key there.
         Runs without gradient.

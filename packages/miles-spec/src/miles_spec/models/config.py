@@ -42,9 +42,7 @@ class MtpConfig:
         if self.trunk_layers < 1:
             wrong.append(f"trunk_layers={self.trunk_layers} must be at least 1")
         if self.layout == "qwen3_next" and self.block.num_hidden_layers > 1:
-            wrong.append(
-                f"layout 'qwen3_next' has one layer, not {self.block.num_hidden_layers}: its fc and norms have no number"
-            )
+            wrong.append(f"layout 'qwen3_next' has one layer, not {self.block.num_hidden_layers}: its norms have no number")
         if wrong:
             raise ValueError("MTP config: " + "; ".join(wrong))
 

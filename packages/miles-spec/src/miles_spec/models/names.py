@@ -4,7 +4,7 @@
 |---|---|---|---|---|
 | deepseek, glm | model.layers.{N + k}. | eh_proj | embedding, hidden | enorm, hnorm, shared_head.norm |
 | mimo | model.mtp_layers.{k}. | input_proj | hidden, embedding | token_layernorm, hidden_layernorm, final_layernorm |
-| qwen3_next | mtp. (block: mtp.layers.0.) | fc | embedding, hidden | pre_fc_norm_embedding, pre_fc_norm_hidden, norm; stored minus 1 |
+| qwen3_next | mtp. (block: mtp.layers.0.) | fc | embedding, hidden | pre_fc_norm_embedding, pre_fc_norm_hidden, norm; minus 1 |
 | EAGLE-3 | midlayer. | fc (of the features) | | hidden_norm, input_layernorm; norm; lm_head, d2t, t2d |
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint. `stored` reads it out of the model, `take` writes it in; `wrong` says what is wrong with one."""
+    """One tensor of a checkpoint. `stored` reads it out of the model, `take` writes it in, `wrong` says what is amiss."""
 
     stored: Callable[[], Tensor]
     take: Callable[[Tensor], None] | None

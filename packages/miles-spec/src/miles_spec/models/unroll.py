@@ -2,8 +2,8 @@
 
 Legend: R = slots of the stream, H = query heads, Hkv = key/value heads, D = head size, S = sequences, L = longest of them.
 
-At depth k a slot i sees the depth-1 keys of its sequence up to i, and of the depths 2 .. k the key of slot i alone: a branch never
-sees the drafts of another ("training-time test" of EAGLE-3, 2503.01840). Distinct layers see the keys of their own depth up to i.
+At depth k a slot i sees the depth-1 keys of its sequence up to i, and of the depths 2 .. k the key of slot i alone: a branch
+never sees the drafts of another ("training-time test" of EAGLE-3, 2503.01840). Distinct layers see the keys of their own depth up to i.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def unrolled_attention(
     if q.shape[0] != plan.positions.numel() or trunk[0].shape[0] != q.shape[0] or q.shape[1] % trunk[0].shape[1]:
         raise ValueError(f"q {list(q.shape)} and keys {list(trunk[0].shape)} do not fit a plan of {plan.positions.numel()} slots")
     keep = len(branches)
+    trunk_window: int | None
     if window is not None and keep >= window:
         branches, trunk_window = branches[-window:], 0
     else:
