@@ -1,4 +1,4 @@
-"""Draft models: unrolled states are those of a loop that recycles one token at a time; checkpoints by name, wrong ones refused."""
+"""Draft models: unrolled states are those of a loop that recycles token by token; checkpoints by name, wrong ones refused."""
 
 from __future__ import annotations
 

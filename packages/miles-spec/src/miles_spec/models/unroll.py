@@ -3,7 +3,8 @@
 Legend: R = slots of the stream, H = query heads, Hkv = key/value heads, D = head size, S = sequences, L = longest of them.
 
 At depth k a slot i sees the depth-1 keys of its sequence up to i, and of the depths 2 .. k the key of slot i alone: a branch
-never sees the drafts of another ("training-time test" of EAGLE-3, 2503.01840). Distinct layers see the keys of their own depth up to i.
+never sees the drafts of another ("training-time test" of EAGLE-3, 2503.01840). Distinct layers see the keys of
+their own depth up to i.
 """
 
 from __future__ import annotations
