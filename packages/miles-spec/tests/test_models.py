@@ -10,7 +10,9 @@ from torch import Tensor
 
 from miles_kernels.nn.checkpoint import random_decoder
 from miles_kernels.nn.config import DecoderConfig
-from miles_kernels.ops.attention import decode_plan
+from miles_kernels.nn.decoder import PackedKV
+from miles_kernels.ops.attention import decode_plan, packed_plan
+from miles_kernels.ops.norm import rms_norm
 from miles_spec.models import DraftModel, Eagle3Config, Eagle3Draft, MtpConfig, MtpDraft, UnrollPlan
 
 POLICY = DecoderConfig(
@@ -198,3 +200,17 @@ def test_wrong_configs_and_inputs_are_refused() -> None:
         model.unroll(torch.zeros(15, 32), torch.zeros(4, 15, dtype=torch.int64), plan, 4, embed=torch.zeros(40, 32))
     with pytest.raises(ValueError, match="this draft reads"):
         model.unroll(torch.zeros(15, 31), torch.zeros(4, 15, dtype=torch.int64), plan, 3, embed=torch.zeros(40, 32))
+
+
+def test_taps_are_the_residual_stream_and_change_nothing() -> None:
+    policy = random_decoder(POLICY, 0)
+    plan, positions = packed_plan([7])
+    ids = torch.randint(0, 40, (7,))
+    with torch.no_grad():
+        hidden = policy(ids, positions, PackedKV(plan))
+        taps: dict[int, Tensor | None] = {0: None, 2: None, 4: None}
+        assert torch.equal(policy(ids, positions, PackedKV(plan), taps=taps), hidden)
+        assert taps[0] is not None and taps[2] is not None and taps[4] is not None
+        assert torch.equal(taps[0], policy.embed_tokens[ids])
+        assert torch.equal(rms_norm(taps[4], policy.norm, POLICY.rms_norm_eps), hidden)
+        assert not torch.equal(taps[2], taps[4])

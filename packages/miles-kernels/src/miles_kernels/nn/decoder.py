@@ -215,17 +215,30 @@ class Decoder(nn.Module):
         """Output projection [V, hidden]: its own, or the embedding when tied."""
         return self.embed_tokens if self.lm_head is None else self.lm_head
 
-    def forward(self, token_ids: Tensor, positions: Tensor, kv: KVStore, *, routed: dict[int, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        kv: KVStore,
+        *,
+        routed: dict[int, Tensor] | None = None,
+        taps: dict[int, Tensor | None] | None = None,
+    ) -> Tensor:
         """Hidden states [T, hidden] after the final norm, for int64 `token_ids` [T] at absolute `positions` [T].
 
-        With `routed`, the expert ids [T, k] each token was sent to are stored under the layer's index.
+        With `routed`, the expert ids [T, k] each token was sent to are stored under the layer's index. With `taps`, the residual
+        stream [T, hidden] before every layer that is a key is stored there; the number of layers means after the last.
         """
         x, delta = embedding(token_ids, self.embed_tokens), None
         cos, sin = self._rope.rows(positions)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            if taps is not None and index in taps:
+                taps[index] = x if delta is None else x + delta
             inputs = (x, delta, cos, sin, kv, routed)
             x, delta = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
+        if taps is not None and len(self.layers) in taps:
+            taps[len(self.layers)] = x + delta
         return add_rms_norm(delta, x, self.norm, self.config.rms_norm_eps)[0]
 
     def rope_tables(self, last: int) -> tuple[Tensor, Tensor]:
