@@ -20,6 +20,8 @@ from torch import Tensor
 
 from miles_core.algorithm.config import AlgorithmConfig
 from miles_core.algorithm.loss import LOSSES, LossInputs
+from miles_core.memory.config import MemoryConfig
+from miles_core.memory.trainer import TRAINER_TAGS, TrainerMemory, make_home
 from miles_core.trainer.base import StepStats
 from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
@@ -64,6 +66,7 @@ class FsdpTrainer:
         total_updates: int | None = None,
         reference: Decoder | None = None,
         parallel: DataParallel | None = None,
+        memory: MemoryConfig | None = None,
     ) -> None:
         self.algorithm = algorithm
         self.config = config
@@ -80,7 +83,16 @@ class FsdpTrainer:
         self.model = self._cut(decoder)
         self.reference_model = None if frozen is None else self._cut(frozen)
         stochastic = config.master == "stochastic"
-        self.optimizer = AdamW(self.model.optimized(), optimizer, total_updates, stochastic=stochastic)
+        memory = memory or MemoryConfig()
+        home = None if memory.optimizer == "device" else make_home(memory, self.model.device)
+        self.optimizer = AdamW(self.model.optimized(), optimizer, total_updates, stochastic=stochastic, home=home)
+        self.memory = TrainerMemory(self.optimizer, self._weights, self._frozen, self.model.device, memory)
+
+    def _weights(self) -> list[Tensor]:
+        return [owned.local for owned in self.model.weights().values()]
+
+    def _frozen(self) -> list[Tensor]:
+        return [] if self.reference_model is None else [owned.local for owned in self.reference_model.weights().values()]
 
     def _cut(self, decoder: Decoder) -> WholeModel:
         """The model of a decoder: whole in one process, cut over several."""
@@ -118,13 +130,23 @@ class FsdpTrainer:
 
         With several processes each of them has to walk to the end: a tensor is put together when its turn comes.
         """
+        self.memory.onload(["weights"])
         return self.model.export()
+
+    def offload(self, tags: Sequence[str] = TRAINER_TAGS) -> None:
+        """Move what `tags` name off the device; see `TrainerMemory`. Whatever needs it brings it back first. Idempotent."""
+        self.memory.offload(tags)
+
+    def onload(self, tags: Sequence[str] = TRAINER_TAGS) -> None:
+        """Bring it back."""
+        self.memory.onload(tags)
 
     # ---- one step
 
     def forward_logprobs(self, batch: TrainBatch) -> Tensor:
         """log p [N] fp32 of every trained token, in batch order, without gradient."""
         self._admit(batch)
+        self.memory.onload(["weights"])
         return self._forward_all(self.model, batch)
 
     def step(self, batch: TrainBatch) -> StepStats:
@@ -135,6 +157,7 @@ class FsdpTrainer:
         record is compared with. Raises NonFiniteStep if so configured; the refused update has changed nothing.
         """
         self._admit(batch)
+        self.memory.wake()
         policy = batch.kind == "policy"
         parts = batch.split(self.config.updates_per_step if policy else 1)
         old_N = self._forward_all(self.model, batch) if len(parts) > 1 else None
@@ -263,6 +286,7 @@ class FsdpTrainer:
 
         Collective: the first process writes, the others send their parts, a tensor at a time.
         """
+        self.memory.wake()
         facts = self._facts() | {"num_updates": self.num_updates}
         write_state(directory, self.model, self.optimizer, facts, writer=self.parallel.rank == 0)
         self.parallel.barrier("the checkpoint is written")
@@ -289,6 +313,7 @@ class FsdpTrainer:
                 "the run goes on, but not with the bits it would have had there",
                 stacklevel=2,
             )
+        self.memory.wake()
         read_state(directory, self.model, self.optimizer)
         self.optimizer.num_updates = int(stated["num_updates"])
 

@@ -1,0 +1,131 @@
+"""Host memory for what leaves the device: page-locked, in stretches of exactly the size asked for, given back when closed.
+
+torch's own pinned allocator rounds every block up to a power of two and keeps it, so a model of 92 GiB of state could take twice
+that of the host. Here the pages come from the operating system, are touched by all cores, and are then registered with CUDA.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TOUCH_BYTES = 256 << 20
+_DISKLESS = {"tmpfs", "ramfs", "overlay-tmpfs"}
+
+
+class HostSlabs:
+    """Hands out uint8 tensors of host memory. With `pinned` they are page-locked, so that copies run at the bus's speed.
+
+    Raises torch.OutOfMemoryError, with the sizes, when the host has no room or CUDA cannot lock the pages.
+    Example: HostSlabs(pinned=True).take(1 << 30)
+    """
+
+    def __init__(self, *, pinned: bool) -> None:
+        self.pinned = pinned
+        self._held: list[tuple[mmap.mmap, Tensor]] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """All that has been handed out."""
+        return sum(tensor.numel() for _, tensor in self._held)
+
+    def take(self, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes], contents zero."""
+        if num_bytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        room = available_host_bytes()
+        if room is not None and num_bytes > room:
+            raise torch.OutOfMemoryError(f"host: {num_bytes / 2**30:.2f} GiB wanted, {room / 2**30:.2f} GiB are available")
+        try:
+            pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise torch.OutOfMemoryError(f"host: {num_bytes / 2**30:.2f} GiB refused by the system ({error})") from None
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        tensor = torch.frombuffer(pages, dtype=torch.uint8)
+        if self.pinned:
+            _touch(tensor)
+            _register(tensor)
+        self._held.append((pages, tensor))
+        return tensor
+
+    def close(self) -> None:
+        """Give everything back to the system; no tensor handed out may be used afterwards. Idempotent."""
+        for _, tensor in self._held:
+            if self.pinned:
+                torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+        self._held.clear()  # the mappings go when the last view of them does
+
+
+def available_host_bytes() -> int | None:
+    """What this machine, or the control group this process lives in, can still give; None where it is not known."""
+    room = None
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                room = int(line.split()[1]) * 1024
+    except OSError:
+        return None
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+        cache = _stat("/sys/fs/cgroup/memory.stat", "inactive_file")
+    except (OSError, ValueError):
+        return room
+    if limit != "max":
+        left = int(limit) - used + cache
+        room = left if room is None else min(room, left)
+    return room
+
+
+def require_disk(directory: Path) -> None:
+    """Raise ValueError when `directory` lies in memory: what is moved there would stay where it is."""
+    directory.mkdir(parents=True, exist_ok=True)
+    kind = _filesystem(directory.resolve())
+    if kind in _DISKLESS:
+        raise ValueError(
+            f"memory.directory = {str(directory)!r} is on {kind}, which is memory itself; name a folder on a disk, "
+            'or use "host" instead of "disk"'
+        )
+
+
+def _filesystem(path: Path) -> str:
+    best, kind = "", ""
+    try:
+        lines = Path("/proc/mounts").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        _, point, name, *_ = line.split()
+        inside = str(path) == point or str(path).startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, name
+    return kind
+
+
+def _stat(file: str, name: str) -> int:
+    for line in Path(file).read_text(encoding="ascii").splitlines():
+        key, value = line.split()
+        if key == name:
+            return int(value)
+    return 0
+
+
+def _touch(tensor: Tensor) -> None:
+    """Have every page made now, by several cores: registering would make them one after the other."""
+    parts = tensor.split(_TOUCH_BYTES)
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda part: part[::4096].zero_(), parts))
+
+
+def _register(tensor: Tensor) -> None:
+    runtime: Any = torch.cuda.cudart()
+    status = runtime.cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0)
+    if int(status) != 0:
+        raise torch.OutOfMemoryError(f"host: {tensor.numel() / 2**30:.2f} GiB cannot be page-locked (CUDA error {int(status)})")

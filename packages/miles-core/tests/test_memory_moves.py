@@ -1,0 +1,263 @@
+"""Moving state off the device and back: the same tensors, the same bits, the same steps, wherever the state lies."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from miles_core.algorithm.config import AlgorithmConfig
+from miles_core.memory import slabs
+from miles_core.memory.config import MemoryConfig
+from miles_core.memory.homes import PAD, StateHome
+from miles_core.memory.regions import Mover, Region
+from miles_core.memory.trainer import TRAINER_TAGS
+from miles_core.trainer.batch import TrainBatch
+from miles_core.trainer.config import OptimizerConfig, TrainerConfig
+from miles_core.trainer.fsdp import FsdpTrainer
+from miles_core.trainer.testing import random_samples
+from miles_kernels.nn.checkpoint import random_decoder
+from miles_kernels.nn.config import DecoderConfig
+
+CPU = torch.device("cpu")
+TINY = DecoderConfig(
+    family="qwen3",
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    initializer_range=0.2,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def disk_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test folders may lie in memory; that this is noticed has a test of its own."""
+    monkeypatch.setattr(slabs, "_DISKLESS", set())
+
+
+def build(memory: MemoryConfig | None = None, dtype: torch.dtype = torch.bfloat16, **config: object) -> FsdpTrainer:
+    decoder = random_decoder(TINY, 3, dtype=dtype)
+    optimizer = OptimizerConfig(lr=1e-3, weight_decay=0.01)
+    algorithm = AlgorithmConfig(kl_coef=0.01)
+    return FsdpTrainer(decoder, algorithm, TrainerConfig(**config), optimizer, memory=memory)
+
+
+def batches(count: int, seed: int) -> list[TrainBatch]:
+    return [TrainBatch.from_groups(random_samples(seed + i, num_groups=4), AlgorithmConfig()) for i in range(count)]
+
+
+def everything(trainer: FsdpTrainer) -> list[Tensor]:
+    trainer.memory.wake()
+    state = trainer.optimizer.state()
+    return [t.clone() for _, t in trainer.export_weights()] + [state[name].clone() for name in sorted(state)]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("master", ["float32", "stochastic"])
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_where_the_optimizer_lives_changes_no_bit(
+    where: str, master: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StateHome.__init__, "__kwdefaults__", {"directory": None, "piece_bytes": 4 * PAD})
+    seed = random.randrange(2**20)
+    plain = build(None, dtype, master=master)
+    moved = build(MemoryConfig(optimizer=where, directory=str(tmp_path)), dtype, master=master)
+    assert moved.optimizer.home is not None and len(moved.optimizer.home.columns) == (
+        3 if dtype == torch.bfloat16 and master == "float32" else 2
+    )
+    for batch in batches(3, seed):
+        assert plain.step(batch).loss == moved.step(batch).loss
+    assert same(everything(plain), everything(moved))
+    moved.optimizer.exp_avg[3].view(-1)[5] += 1  # the comparison can fail
+    assert not same(everything(plain), everything(moved))
+
+
+def test_rehousing_in_the_middle_changes_no_bit() -> None:
+    plain, moved = build(), build()
+    for number, batch in enumerate(batches(3, 5)):
+        if number == 1:
+            moved.memory.rehouse()
+        plain.step(batch)
+        moved.step(batch)
+    assert same(everything(plain), everything(moved))
+
+
+@pytest.mark.parametrize("optimizer", ["device", "host"])
+@pytest.mark.parametrize("to", ["host", "disk"])
+def test_a_trainer_that_sleeps_takes_the_same_steps(to: str, optimizer: str, tmp_path: Path) -> None:
+    seed = random.randrange(2**20)
+    memory = MemoryConfig(sleep_to=to, optimizer=optimizer, directory=str(tmp_path))
+    plain, sleeper = build(), build(memory)
+    for batch in batches(3, seed):
+        sleeper.memory.sleep()
+        sleeper.offload()  # a second time does nothing
+        assert set(sleeper.memory.mover.away) == set(TRAINER_TAGS)
+        assert all(p.untyped_storage().nbytes() == 0 for p in sleeper.decoder.parameters())
+        assert plain.step(batch).loss == sleeper.step(batch).loss
+    sleeper.memory.sleep()
+    assert same(everything(plain), everything(sleeper))
+    assert not list(tmp_path.glob("*.region"))
+
+
+def test_a_subset_may_leave_and_export_brings_back_what_it_needs() -> None:
+    trainer = build()
+    trainer.step(batches(1, 1)[0])
+    before = [t.clone() for _, t in trainer.export_weights()]
+    trainer.offload(["weights", "masters", "moments"])
+    assert same(before, [t.clone() for _, t in trainer.export_weights()])
+    assert set(trainer.memory.mover.away) == {"moments"}
+    with pytest.raises(ValueError, match="unknown memory tag 'weigths'"):
+        trainer.offload(["weigths"])
+
+
+def test_saving_while_asleep_saves_everything(tmp_path: Path) -> None:
+    trainer, other = build(), build()
+    trainer.step(batches(1, 2)[0])
+    expected = everything(trainer)
+    trainer.memory.sleep()
+    trainer.save(tmp_path / "a")
+    other.memory.sleep()
+    other.load(tmp_path / "a")
+    assert same(expected, everything(other))
+
+
+def test_float32_weights_are_the_only_copy_and_cannot_be_dropped() -> None:
+    trainer = build(dtype=torch.float32)
+    with pytest.raises(ValueError, match="only copy"):
+        trainer.memory.mover.offload("weights", "drop")
+    trainer.memory.sleep()
+    assert trainer.memory.mover.away["weights"] == "host"
+
+
+def mover(tensors: list[Tensor], directory: Path | None = None) -> Mover:
+    return Mover([Region(tag="a", tensors=lambda: tensors)], CPU, directory=directory)
+
+
+def drawn() -> list[Tensor]:
+    whole = torch.randn(1000)
+    return [whole[:300].view(30, 10), whole[300:], torch.randn(7).bfloat16(), torch.randint(0, 9, (11, 3)), torch.empty(0)]
+
+
+@pytest.mark.parametrize("target", ["host", "disk"])
+def test_shared_storages_of_any_dtype_return_as_they_were(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("miles_core.memory.regions.BUCKET_BYTES", 1 << 10)
+    tensors = drawn()
+    copies = [t.clone() for t in tensors]
+    moves = mover(tensors, tmp_path)
+    for _ in range(3):
+        assert moves.offload("a", target).num_bytes == 4000 + 14 + 11 * 3 * 8
+        assert moves.offload("a", target).num_bytes == 0
+        assert moves.onload("a").target == "device"
+        assert same(copies, tensors)
+    moves.close()
+
+
+def test_damage_on_the_host_is_noticed() -> None:
+    tensors = drawn()
+    moves = mover(tensors)
+    moves.offload("a")
+    moves._away["a"].host[1][3] ^= 1
+    with pytest.raises(RuntimeError, match='"a": 1 of 3 stretches'):
+        moves.onload("a")
+
+
+def test_damage_on_disk_is_noticed(tmp_path: Path) -> None:
+    moves = mover(drawn(), tmp_path)
+    moves.offload("a", "disk")
+    (file,) = tmp_path.glob("*.region")
+    data = bytearray(file.read_bytes())
+    data[77] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(RuntimeError, match="another checksum"):
+        moves.onload("a")
+    moves = mover(drawn(), tmp_path)
+    moves.offload("a", "disk")
+    for file in tmp_path.glob("*.region"):
+        file.write_bytes(b"short")
+    with pytest.raises(RuntimeError, match="shorter"):
+        moves.onload("a")
+
+
+def test_a_folder_in_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slabs, "_DISKLESS", {"tmpfs"})
+    monkeypatch.setattr(slabs, "_filesystem", lambda path: "tmpfs")
+    with pytest.raises(ValueError, match="is on tmpfs, which is memory itself"):
+        mover(drawn(), tmp_path).offload("a", "disk")
+    with pytest.raises(ValueError, match="needs memory.directory"):
+        mover(drawn()).offload("a", "disk")
+    with pytest.raises(ValueError, match="needs memory.directory"):
+        MemoryConfig(optimizer="disk")
+
+
+def test_no_room_on_the_host_is_an_allocation_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = drawn()
+    copies = [t.clone() for t in tensors]
+    moves = mover(tensors)
+    monkeypatch.setattr(slabs, "available_host_bytes", lambda: 100)
+    with pytest.raises(torch.OutOfMemoryError, match="host: "):
+        moves.offload("a")
+    assert same(copies, tensors) and not moves.away
+
+
+def failing(after: int) -> Callable[..., None]:
+    calls = iter(range(1000))
+
+    def grow(storage: torch.UntypedStorage, size: int) -> None:
+        if next(calls) == after:
+            raise torch.OutOfMemoryError("no room")
+        storage.resize_(size)
+
+    return grow
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_failed_return_leaves_the_region_away(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = drawn()
+    copies = [t.clone() for t in tensors]
+    moves = mover(tensors)
+    moves.offload("a")
+    with monkeypatch.context() as patch:
+        patch.setattr("miles_core.memory.regions._grow", failing(after))
+        with pytest.raises(torch.OutOfMemoryError):
+            moves.onload("a")
+    assert moves.away == {"a": "host"} and all(t.untyped_storage().nbytes() == 0 for t in tensors)
+    moves.onload("a")
+    assert same(copies, tensors)
+
+
+def test_home_streams_every_element_once() -> None:
+    counts = [3, PAD, 5 * PAD + 7, 1]
+    home = StateHome(counts, columns=2, device=CPU, piece_bytes=8 * PAD)
+    seen = [0] * len(counts)
+
+    def update(columns: list[Tensor], start: int, stop: int) -> None:
+        for i, first, last in home.parts(start, stop):
+            seen[i] += last - first
+            columns[1][home.offsets[i] - start + first : home.offsets[i] - start + last] += i + 1
+
+    home.stream(update)
+    assert seen == counts
+    for i, view in enumerate(home.views(1)):
+        assert view.shape == (counts[i],) and bool((view == i + 1).all())
+    assert float(home.columns[0].abs().sum()) == 0
+    home.close()
