@@ -56,7 +56,7 @@ def unpack_batch(data: bytes) -> TrainBatch:
 
 def pack_stats(stats: StepStats) -> bytes:
     """What a step reports, as bytes."""
-    return msgspec.msgpack.encode({**msgspec.to_builtins(stats), "means": dict(stats.means)})
+    return msgspec.msgpack.encode({**msgspec.to_builtins(stats), "means": dict(stats.means), "extra": dict(stats.extra)})
 
 
 def unpack_stats(data: bytes) -> StepStats:

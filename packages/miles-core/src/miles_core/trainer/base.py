@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from miles_core.trainer.batch import TrainBatch
+from miles_core.trainer.packing import Microbatch
 from miles_kernels.contract import Contract
 
 
@@ -46,6 +47,8 @@ class StepStats:
     """Largest absolute difference of the two."""
     means: Mapping[str, float] = field(default_factory=dict)
     """Means over trained tokens: logprob, entropy, ratio, clip fractions, policy_kl, ref_kl ..."""
+    extra: Mapping[str, float] = field(default_factory=dict)
+    """Metrics under their full names, of what was done beside the update."""
 
     def metrics(self) -> dict[str, float]:
         """Flat names for the metrics file: "train/..." and "mismatch/..."."""
@@ -61,10 +64,26 @@ class StepStats:
             "train/num_forward_tokens": self.num_forward_tokens,
         }
         flat.update({f"train/{name}": value for name, value in self.means.items()})
+        flat.update(self.extra)
         if self.tokens_unequal is not None and self.mismatch_max_abs is not None:
             flat["mismatch/tokens_unequal"] = self.tokens_unequal
             flat["mismatch/max_abs"] = self.mismatch_max_abs
         return flat
+
+
+class TrainObserver(Protocol):
+    """Looks on while a trainer works, without gradient and without a say in the update."""
+
+    def forward(self, micro: Microbatch, hidden: Tensor, taps: Mapping[int, Tensor]) -> None:
+        """A training forward pass: what the head reads [T, H] of the rows of `micro` that this process computed, detached.
+
+        `taps`: residual streams [T, H] before the layers that were asked for.
+        """
+        ...
+
+    def before_update(self) -> None:
+        """All forward and backward passes of an update are done; the weights are still those they were made with."""
+        ...
 
 
 @runtime_checkable

@@ -64,6 +64,8 @@ class TrainBatch:
     """[N] fp32 as recorded by the engine, None for sft."""
     num_dropped: int = 0
     """Samples left out because they hold nothing to train on."""
+    sample_ids: tuple[int, ...] | None = None
+    """[S] keys of the samples' noise, None for sft."""
 
     @property
     def num_sequences(self) -> int:
@@ -107,6 +109,7 @@ class TrainBatch:
             rollout_logprobs=recorded[layout.trained],
             temperature=torch.tensor([sample.temperature or 1.0 for sample in chosen], dtype=torch.float32),
             num_dropped=len(samples) - len(chosen),
+            sample_ids=tuple(sample.sample_id for sample in chosen),
             **layout.fields(),
         )
 

@@ -22,7 +22,7 @@ from miles_core.algorithm.config import AlgorithmConfig
 from miles_core.algorithm.loss import LOSSES, LossInputs
 from miles_core.memory.config import MemoryConfig
 from miles_core.memory.trainer import TRAINER_TAGS, TrainerMemory, make_home
-from miles_core.trainer.base import StepStats
+from miles_core.trainer.base import StepStats, TrainObserver
 from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.hashing import combined_hash
@@ -87,6 +87,14 @@ class FsdpTrainer:
         home = None if memory.optimizer == "device" else make_home(memory, self.model.device)
         self.optimizer = AdamW(self.model.optimized(), optimizer, total_updates, stochastic=stochastic, home=home)
         self.memory = TrainerMemory(self.optimizer, self._weights, self._frozen, self.model.device, memory)
+        self._observer: TrainObserver | None = None
+
+    def observe(self, observer: TrainObserver, layers: Sequence[int] = ()) -> None:
+        """Let `observer` look on from now on, also at the residual stream before `layers`, in one process only."""
+        if layers and self.parallel.size > 1:
+            raise ValueError("a trainer of several processes shows what the head reads, not the layers before it")
+        self._observer = observer
+        self.model.watcher, self.model.tapped = observer.forward, tuple(layers)
 
     def _weights(self) -> list[Tensor]:
         return [owned.local for owned in self.model.weights().values()]
@@ -176,6 +184,8 @@ class FsdpTrainer:
             if self._speaks and not micro.idle:
                 result.num_microbatches += 1
                 result.num_forward_tokens += sum(micro.lengths)
+        if self._observer is not None:
+            self._observer.before_update()
         gradients = self.optimizer.gradients()
         self.model.reduce(gradients)
         loss = torch.stack(losses).double().sum()

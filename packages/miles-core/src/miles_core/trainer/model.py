@@ -5,7 +5,7 @@ Legend: M = trained tokens of a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,10 @@ class WholeModel:
         self.device: torch.device = decoder.embed_tokens.device
         self.slices = hf_slices(decoder)
         self.context = (0, 1)
+        self.watcher: Callable[[Microbatch, Tensor, Mapping[int, Tensor]], None] | None = None
+        """Told of the states of every forward pass that has a gradient."""
+        self.tapped: tuple[int, ...] = ()
+        """Layers whose incoming residual stream the watcher is shown, too."""
 
     def weights(self) -> dict[str, Owned]:
         """Every parameter by its name in the decoder, as this process holds it."""
@@ -39,8 +43,14 @@ class WholeModel:
 
     def __call__(self, micro: Microbatch) -> LogprobOutput:
         """log p and entropy of the M trained tokens of a micro-batch."""
-        hidden = self.decoder(micro.token_ids, micro.positions, PackedKV(micro.plan))
+        taps: dict[int, Tensor | None] = dict.fromkeys(self.tapped)
+        hidden = self.decoder(micro.token_ids, micro.positions, PackedKV(micro.plan), taps=taps or None)
+        self._show(micro, hidden, taps)
         return self.decoder.logprob(hidden.index_select(0, micro.source_index), micro.targets, micro.temperature)
+
+    def _show(self, micro: Microbatch, hidden: Tensor, taps: Mapping[int, Tensor | None]) -> None:
+        if self.watcher is not None and not micro.idle and torch.is_grad_enabled():
+            self.watcher(micro, hidden.detach(), {layer: x.detach() for layer, x in taps.items() if x is not None})
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """(HF name, tensor) of every weight; views, valid until the next step."""
@@ -55,5 +65,5 @@ class WholeModel:
         """Sum the accumulated gradients over what has not been summed in the backward pass; nothing here."""
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Euclidean norm of the whole gradient, 0-dim float64 on the CPU."""
-        return torch.stack([sum_of_squares(gradient) for gradient in gradients]).sum().sqrt()
+        """Euclidean norm of the whole gradient, 0-dim float64."""
+        return sum_of_squares(gradients).sqrt()

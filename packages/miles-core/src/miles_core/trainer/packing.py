@@ -45,6 +45,8 @@ class Microbatch:
     """Tokens of each segment of the stream; they sum to T."""
     parents: tuple[int, ...]
     """The earlier segment each one continues, or -1."""
+    leaves: tuple[int, ...] = ()
+    """[R] the segment each sequence ends in: its rows are all of that one and of those it continues."""
     part: ContextPart | None = None
     """Under context parallelism: which rows of the stream, and which of the trained tokens, are this process's own."""
     idle: bool = False
@@ -102,6 +104,7 @@ def pack(batch: TrainBatch, pieces: Sequence[Sequence[int]], weight_S: Tensor) -
     length: list[int] = []
     parent: list[int] = []
     members: list[int] = []
+    leaves: list[int] = []
     prompt_row, own_row, split = [], [], []
     rows = 0
     for piece in pieces:
@@ -126,6 +129,7 @@ def pack(batch: TrainBatch, pieces: Sequence[Sequence[int]], weight_S: Tensor) -
                 length.append(own)
                 parent.append(root if shared else -1)
                 rows += own
+            leaves.append(len(length) - 1 if own else root)
     plan, positions = packed_plan(length, parent)
     gather = _ranges(source, length)
     token_index = _ranges(_offsets(batch)[members].tolist(), [batch.num_trained[s] for s in members])
@@ -139,6 +143,7 @@ def pack(batch: TrainBatch, pieces: Sequence[Sequence[int]], weight_S: Tensor) -
     return Microbatch(
         lengths=tuple(length),
         parents=tuple(parent),
+        leaves=tuple(leaves),
         token_ids=batch.token_ids[gather],
         positions=positions,
         plan=plan,

@@ -200,6 +200,7 @@ class ShardedModel(WholeModel):
         part = micro.part
         kv = PackedKV(micro.plan) if part is None else ContextKV(micro.plan, part, self.context_group)
         hidden = self.decoder(micro.token_ids, micro.positions, kv)
+        self._show(micro, hidden, {})
         source, targets, heat = micro.source_index, micro.targets, micro.temperature
         if part is not None:
             targets = targets[part.own] if len(part.own) else targets.new_zeros(1)
@@ -228,7 +229,7 @@ class ShardedModel(WholeModel):
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Squares of each process's stretches, added in the order of ranks: the same bits everywhere."""
-        own = torch.stack([sum_of_squares(gradient) for gradient in gradients]).sum().view(1)
+        own = sum_of_squares(gradients).view(1)
         return gather_padded(own, 1, self.replica).cpu().sum().sqrt()
 
 
