@@ -29,7 +29,7 @@ from miles_core.trainer.hashing import combined_hash
 from miles_core.trainer.layout import ProcessLayout
 from miles_core.trainer.model import WholeModel
 from miles_core.trainer.optim import AdamW
-from miles_core.trainer.packing import Microbatch, microbatches, require_fit, shard
+from miles_core.trainer.packing import Microbatch, microbatches, require_fit, shard, to_device
 from miles_core.trainer.parallel import DataParallel
 from miles_core.trainer.state import read_state, write_state
 from miles_core.trainer.update import Update, batch_digest, non_finite, summary
@@ -42,7 +42,9 @@ SCHEMA = 1
 @dataclass(kw_only=True)
 class _Update(Update):
     parts: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    """The statistics of the micro-batches; added up at the end, so that none waits for the device."""
+    """The loss ("") and the statistics of the micro-batches: read together at the end, so that none waits for the device."""
+    seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Which of the N trained tokens a micro-batch held, and their log-probabilities, still on the device."""
 
 
 class FsdpTrainer:
@@ -178,9 +180,8 @@ class FsdpTrainer:
         """Accumulate over the micro-batches of `blocks`, then one optimizer update. Sets `seen_N` where it has been."""
         self.optimizer.clear()
         result = _Update()
-        losses = [torch.zeros(())]
         for micro in self._microbatches(batch, blocks):
-            losses.append(self._backward(batch, micro, old_N, seen_N, result))
+            self._backward(batch, micro, old_N, result)
             if self._speaks and not micro.idle:
                 result.num_microbatches += 1
                 result.num_forward_tokens += sum(micro.lengths)
@@ -188,10 +189,9 @@ class FsdpTrainer:
             self._observer.before_update()
         gradients = self.optimizer.gradients()
         self.model.reduce(gradients)
-        loss = torch.stack(losses).double().sum()
-        self._share_sums(loss, result)
         norm = self.model.norm(gradients)
-        result.loss, result.grad_norm = float(loss), float(norm)
+        self._read(result, seen_N)
+        result.grad_norm = float(norm)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             self._refuse(result, gradients)
         else:
@@ -201,20 +201,23 @@ class FsdpTrainer:
         self.optimizer.clear()
         return result
 
-    def _backward(self, batch: TrainBatch, micro: Microbatch, old_N: Tensor | None, seen_N: Tensor, result: _Update) -> Tensor:
-        out = self.model(micro)
-        logprob = out.logprob.detach()
+    def _backward(self, batch: TrainBatch, micro: Microbatch, old_N: Tensor | None, result: _Update) -> None:
+        """Add one micro-batch's gradients, and to `result` what is known of it. Nothing here waits for the device."""
 
         def of_tokens(values_N: Tensor | None) -> Tensor | None:
-            return None if values_N is None else values_N[micro.token_index].to(logprob.device)
+            return None if values_N is None else to_device(values_N[micro.token_index], self.model.device)
 
+        advantage, old, rollout = (of_tokens(values_N) for values_N in (batch.advantage, old_N, batch.rollout_logprobs))
+        reference = self._reference_logprob(micro) if batch.kind == "policy" else None
+        out = self.model(micro)
+        logprob = out.logprob.detach()
         inputs = LossInputs(
             logprob=out.logprob,
             weight=micro.weight,
-            advantage=of_tokens(batch.advantage),
-            old_logprob=logprob if old_N is None else of_tokens(old_N),
-            rollout_logprob=of_tokens(batch.rollout_logprobs),
-            ref_logprob=self._reference_logprob(micro) if batch.kind == "policy" else None,
+            advantage=advantage,
+            old_logprob=logprob if old is None else old,
+            rollout_logprob=rollout,
+            ref_logprob=reference,
             entropy=out.entropy,
             sequence=micro.sequence,
             num_sequences=micro.num_sequences,
@@ -222,16 +225,14 @@ class FsdpTrainer:
         if micro.idle:  # no loss function is asked about nothing; the graph still has to run backward with the others'
             out.logprob.sum().backward()
             self.optimizer.collect()
-            return torch.zeros(())
+            return
         output = (self._sft_loss if batch.kind == "sft" else self._loss)(inputs, self.algorithm)
         output.loss.backward()
         self.optimizer.collect()
-        if not self._speaks:
-            return torch.zeros(())
-        seen_N[micro.token_index] = logprob.cpu()  # here, because it waits for the device
-        for name, value in output.stats.items():
-            result.parts[name].append(value.cpu())
-        return output.loss.detach().cpu()
+        if self._speaks:
+            result.seen.append((micro.token_index, logprob))
+            for name, value in (("", output.loss.detach()), *output.stats.items()):
+                result.parts[name].append(value)
 
     @property
     def _speaks(self) -> bool:
@@ -245,10 +246,10 @@ class FsdpTrainer:
     @torch.no_grad()
     def _forward_all(self, model: WholeModel, batch: TrainBatch) -> Tensor:
         logprob_N = torch.zeros(batch.num_tokens)
-        for micro in self._microbatches(batch, range(len(batch.blocks))):
-            logprob = model(micro).logprob
-            if self._speaks:
-                logprob_N[micro.token_index] = logprob.cpu()
+        found = [(micro.token_index, model(micro).logprob) for micro in self._microbatches(batch, range(len(batch.blocks)))]
+        if self._speaks and found:
+            index, logprob = zip(*found, strict=True)
+            logprob_N[torch.cat(index)] = torch.cat(logprob).cpu()
         return self.parallel.merge(logprob_N)
 
     def _microbatches(self, batch: TrainBatch, blocks: Sequence[int]) -> Iterator[Microbatch]:
@@ -259,19 +260,26 @@ class FsdpTrainer:
         budget, device = self.config.max_tokens_per_microbatch, self.model.device
         return microbatches(batch, mine, budget, weight_S, device, self.model.context, self.parallel.most)
 
-    def _share_sums(self, loss: Tensor, result: _Update) -> None:
-        """Sum loss, statistics and counts over processes. A process without micro-batches does not know the names."""
-        result.sums.update({name: float(torch.stack(values).double().sum()) for name, values in result.parts.items()})
-        if self.parallel.size == 1:
-            return
-        names = self.parallel.union(sorted(result.sums))
-        counts = [result.num_microbatches, result.num_forward_tokens]
-        totals = [result.sums.get(name, 0.0) for name in names]
-        shared = torch.tensor([float(loss), *totals, *counts], dtype=torch.float64)
-        self.parallel.sum_(shared)
-        loss.copy_(shared[0])
-        result.sums = dict(zip(names, shared[1:-2].tolist(), strict=True))
-        result.num_microbatches, result.num_forward_tokens = int(shared[-2]), int(shared[-1])
+    def _read(self, result: _Update, seen_N: Tensor) -> None:
+        """Loss and statistics summed over micro-batches and processes, and `seen_N` set: the one place that waits for the device.
+
+        A process without micro-batches does not know the names.
+        """
+        names = sorted(result.parts)
+        if names:
+            sums = torch.stack([torch.stack(result.parts[name]).double().sum() for name in names])
+            result.sums.update(zip(names, sums.tolist(), strict=True))
+            index, logprob = zip(*result.seen, strict=True)
+            seen_N[torch.cat(index)] = torch.cat(logprob).cpu()
+        result.seen.clear()
+        if self.parallel.size > 1:
+            names = ["", *self.parallel.union([name for name in names if name])]
+            counts = [result.num_microbatches, result.num_forward_tokens]
+            shared = torch.tensor([*(result.sums.get(name, 0.0) for name in names), *counts], dtype=torch.float64)
+            self.parallel.sum_(shared)
+            result.sums = dict(zip(names, shared[:-2].tolist(), strict=True))
+            result.num_microbatches, result.num_forward_tokens = int(shared[-2]), int(shared[-1])
+        result.loss = result.sums.pop("")
 
     def _refuse(self, result: _Update, gradients: Sequence[Tensor]) -> None:
         """Raise or mark as skipped, by configuration; in neither case are the weights touched."""

@@ -43,11 +43,20 @@ def lr_at(cfg: OptimizerConfig, update: int, total_updates: int | None) -> float
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Euclidean norm of all elements, 0-dim float64; not finite exactly when an element is not (or its square overflows)."""
-    return torch.stack([sum_of_squares(tensor) for tensor in tensors]).sum().sqrt()
+    return sum_of_squares(tensors).sqrt()
 
 
-def sum_of_squares(tensor: Tensor) -> Tensor:
-    """0-dim float64, added in an order that depends on nothing but the size."""
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Over all elements of all tensors, 0-dim float64, added in an order that depends on nothing but the sizes and the device."""
+    if tensors[0].is_cuda:  # one launch for many tensors, whose blocks sum fixed stretches: the same bits in every run
+        filled = [tensor.detach() for tensor in tensors if tensor.numel()]
+        norms = torch._foreach_norm(filled) if filled else [tensors[0].new_zeros(())]
+        return torch.stack(norms).double().square().sum()
+    return torch.stack([_squares(tensor) for tensor in tensors]).sum()
+
+
+def _squares(tensor: Tensor) -> Tensor:
+    """Of one tensor on the CPU, whatever the number of threads."""
     flat = tensor.detach().reshape(-1)
     whole = flat.numel() - flat.numel() % _CHUNK
     rows = torch.linalg.vector_norm(flat[:whole].view(-1, _CHUNK), dim=1).double()
@@ -211,8 +220,8 @@ class AdamW:
             self._prepare([list(row) for row in zip(*columns, strict=True)], lr, self.held[piece[0]].ndim >= 2)()
             self._wide += [(i, wide, 0, self.held[i]) for i, wide in zip(piece, weights, strict=True) if self._rounded[i]]
             self._done = number + 1
-        for i in self._mastered:
-            self.held[i].copy_(self.masters[i])
+        if mastered := self._mastered:
+            torch._foreach_copy_([self.held[i] for i in mastered], [self.masters[i] for i in mastered])
 
     def _step_streamed(self, home: StateHome, gradients: Sequence[Tensor], lr: float) -> None:
         has_master = len(home.columns) == 3
