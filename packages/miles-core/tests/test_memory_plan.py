@@ -85,13 +85,14 @@ def test_bytes_by_hand() -> None:
     items = {item.name: item.num_bytes for item in next(phase for phase in plan.phases if phase.name == "backward").items}
     assert "weights" not in items and items["float32 masters"] == count and items["AdamW moments"] == count * 2
     assert items["engine weights"] == count * 2 and items["KV cache"] == 8 << 30
-    assert "new gradients" not in items and items["gradient sums"] == count
+    assert "new gradient" not in items and items["gradient sums"] == count
     assert items["activations"] == 16384 * (36 * 2 * 4096 * 2 + 2 * 4096 * 2 + 16)
     allocated = sum(size for name, size in items.items() if name not in ("CUDA context", "workspaces", "NCCL", "fragmentation"))
     assert items["fragmentation"] == int(FRAGMENTATION * allocated)
     assert plan.disk[0].num_bytes == count * 14
     alone = {item.name: item.num_bytes for phase in make_plan(_job()).phases if phase.name == "backward" for item in phase.items}
-    assert alone["weights"] == alone["new gradients"] == count * 2 and alone["gradient sums"] == count * 4
+    assert alone["weights"] == count * 2 and alone["gradient sums"] == count * 4
+    assert alone["new gradient"] == 151936 * 4096 * 2  # one at a time, the output projection's being the largest
 
 
 def test_what_every_setting_saves() -> None:
@@ -107,6 +108,24 @@ def test_what_every_setting_saves() -> None:
     assert worst(reference=True) > base
     assert {phase.name for phase in make_plan(_job(trains=False)).phases} == {"rollout"}
     assert {phase.name for phase in make_plan(_job(rolls_out=False)).phases} == {"forward", "backward", "optimizer"}
+
+
+def test_state_that_is_elsewhere_is_counted_there() -> None:
+    count = count_parameters(find_shape("qwen3-8b")).total
+    here = make_plan(_job(rolls_out=True, kv_bytes=12 << 30))
+    away = make_plan(_job(rolls_out=True, kv_bytes=12 << 30, optimizer="host", sleep=True))
+    on_disk = make_plan(_job(rolls_out=True, optimizer="disk"))
+    phases = {phase.name: {item.name: item.num_bytes for item in phase.items} for phase in away.phases}
+    assert all("AdamW moments" not in items and "float32 masters" not in items for items in phases.values())
+    assert "weights" not in phases["rollout"] and phases["rollout"]["KV cache"] == 12 << 30
+    assert not {"KV cache", "engine weights"} & {*phases["forward"], *phases["backward"], *phases["optimizer"]}
+    assert phases["publish"]["engine weights"] == phases["publish"]["weights"] == count * 2
+    assert phases["optimizer"]["stages of the update"] == 9 * (128 << 20)
+    assert {item.name: item.num_bytes for item in away.host}["optimizer state"] == 12 * count
+    assert {item.name: item.num_bytes for item in on_disk.disk}["optimizer state"] == 12 * count
+    assert here.worst.num_bytes - away.worst.num_bytes > 12 * count
+    asleep = make_plan(_job(rolls_out=True, sleep=True))
+    assert {item.name: item.num_bytes for item in asleep.host}["sleeping trainer"] == 12 * count  # weights are rounded again
 
 
 def test_a_run_that_does_not_fit_is_told_what_would() -> None:

@@ -10,7 +10,9 @@ from miles_core.config.base import Section
 from miles_core.config.engine import EngineConfig
 from miles_core.config.sections import ClusterConfig, ModelConfig, RunSection, SftConfig, SyncConfig
 from miles_core.data.config import DataConfig
+from miles_core.draft.config import DraftConfig
 from miles_core.eval.config import EvalConfig
+from miles_core.memory.config import MemoryConfig
 from miles_core.rollout.config import RewardConfig, RolloutConfig, SamplingConfig
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.layout import ProcessLayout, world_size_of
@@ -31,7 +33,9 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     engine: EngineConfig = EngineConfig()
+    draft: DraftConfig = DraftConfig()
     sync: SyncConfig = SyncConfig()
+    memory: MemoryConfig = MemoryConfig()
     cluster: ClusterConfig = ClusterConfig()
     sft: SftConfig = SftConfig()
 
@@ -39,9 +43,19 @@ class RunConfig(Section):
     def _rooms_agree(self) -> RunConfig:
         if self.eval.every is not None and not self.data.eval:
             raise ValueError("eval.every is set, but data.eval names no held-out prompts")
+        if self.draft.model != "none":
+            self._admit_draft()
         if self.trainer.backend == "fsdp":
             ProcessLayout.of(self.trainer, self.num_trainers)
         return self
+
+    def _admit_draft(self) -> None:
+        if self.engine.draft != "none":
+            raise ValueError(f'draft.model = "{self.draft.model}" and engine.draft = "{self.engine.draft}": there is one draft')
+        if self.trainer.backend != "fsdp":
+            raise ValueError('draft.model needs trainer.backend = "fsdp": the other does not show the states a draft learns from')
+        if self.cluster.kind == "ray" or self.cluster.num_trainers is not None or self.cluster.num_engines is not None:
+            raise ValueError("draft.model needs trainer and engine in one process: leave [cluster] as it is")
 
     @property
     def num_trainers(self) -> int:

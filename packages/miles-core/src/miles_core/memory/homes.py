@@ -1,6 +1,6 @@
 """Where optimizer state lives while it is not being updated: host memory or a file, streamed through the device in pieces.
 
-Legend: N = elements of all parameters, each padded to PAD; column = one float32 number per element (master, first moment, second).
+Legend: column = one float32 number per element of all parameters, each padded to PAD: first moment, second moment, master.
 
 A column is one flat stretch, so a piece is one copy. Pieces come in, are updated and go back at the same time, on a stream each.
 The update works element by element, so how it is cut changes no bit.

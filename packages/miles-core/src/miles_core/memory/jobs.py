@@ -70,6 +70,8 @@ def job_of_run(config: RunConfig, shape: DecoderConfig, mode: Mode, device: Devi
         kv_bytes=kv,
         batched_tokens=engine.max_batched_tokens,
         max_running=min(engine.max_running, sequences),
+        optimizer=config.memory.optimizer,
+        sleep=config.memory.sleep and rolls_out and mode == "train",
     )
 
 

@@ -24,6 +24,8 @@ WORKSPACE_BYTES = 64 * MIB
 """cuBLAS and our split buffers."""
 FRAGMENTATION = 0.04
 """Share of the allocator's bytes that lies between blocks."""
+STREAM_BYTES = 3 * 3 * 128 * MIB
+"""Three pieces of three columns of optimizer state that lives off the device: one coming, one updated, one leaving."""
 STAGING_BYTES = 256 * MIB
 """Most bytes in flight when weights are saved or published: one bucket on each side."""
 LOGPROB_ROWS, LOGPROB_STEP = 8192, 2048
@@ -78,6 +80,10 @@ class Job:
     """Keys and values of one engine process."""
     batched_tokens: int = 2048
     max_running: int = 128
+    optimizer: str = "device"
+    """Where masters and moments lie: "device", "host" or "disk"."""
+    sleep: bool = False
+    """Whether engine and trainer take turns on the device."""
 
     @property
     def cut(self) -> int:
@@ -116,14 +122,15 @@ def make_plan(job: Job) -> Plan:
     if job.num_gpus < 1 or job.num_gpus % job.cut:
         raise ValueError(f"the trainer's state is cut over {job.cut} process(es), which does not divide {job.num_gpus} GPU(s)")
     parameters = count_parameters(job.shape)
-    outside, trainer, engine = _outside(job), _trainer_at_rest(job, parameters), _engine_at_rest(job, parameters)
+    outside, trainer, engine, kv = _outside(job), _trainer_at_rest(job, parameters), _engine_at_rest(job, parameters), _kv(job)
+    waiting = [] if job.sleep else [*engine, *kv]
     phases = []
     if job.rolls_out:
-        phases.append(_phase("rollout", outside, trainer, engine, _kv(job), _engine_working(job)))
+        phases.append(_phase("rollout", outside, [] if job.sleep else trainer, engine, kv, _engine_working(job)))
     if job.trains:
-        phases += [_phase(name, outside, trainer, engine, _kv(job), items) for name, items in _train_moments(job, parameters)]
+        phases += [_phase(name, outside, trainer, waiting, items) for name, items in _train_moments(job, parameters)]
     if job.trains and job.rolls_out:
-        phases.append(_phase("publish", outside, trainer, engine, _kv(job), _publishing(job, parameters)))
+        phases.append(_phase("publish", outside, trainer, engine, [] if job.sleep else kv, _publishing(job, parameters)))
     return Plan(job=job, parameters=parameters, phases=tuple(phases), host=_host(job, parameters), disk=_disk(job, parameters))
 
 
@@ -155,18 +162,37 @@ def _trainer_at_rest(job: Job, parameters: Parameters) -> list[Item]:
     count, cut, size = parameters.total, job.cut, job.dtype_bytes
     low = size < 4
     masters = low and job.master == "float32"
+    here = job.optimizer == "device"
     items = []
     if cut == 1 or not masters:
         items.append(Item("weights", count * size // cut, f"N x {size} bytes" + _over(cut)))
-    if masters:
+    if masters and (here or cut > 1):
         items.append(Item("float32 masters", count * 4 // cut, "N x 4" + _over(cut)))
     if masters and cut > 1:
         tables = (parameters.embedding + parameters.head) * size // cut
         items.append(Item("tables in the model's dtype", tables, "embedding and output projection, of which slices travel"))
-    items.append(Item("AdamW moments", count * 8 // cut, "N x (4 + 4)" + _over(cut)))
+    if here:
+        items.append(Item("AdamW moments", count * 8 // cut, "N x (4 + 4)" + _over(cut)))
     if job.reference:
         items.append(Item("reference policy", count * size // cut, f"N x {size}, frozen" + _over(cut)))
     return items
+
+
+def _away(job: Job, parameters: Parameters) -> list[Item]:
+    """State of one process that lies outside the device for good, or while its owner sleeps."""
+    if not job.trains:
+        return []
+    masters = job.dtype_bytes < 4 and job.master == "float32"
+    apart = masters and job.cut == 1  # cut over processes, the masters are the weights
+    state = parameters.total * (8 + 4 * apart) // job.cut
+    items = []
+    if job.optimizer != "device":
+        items.append(Item("optimizer state", state, "moments" + " and masters" * apart + ", streamed through every update"))
+    if job.sleep:
+        weights = 0 if apart else parameters.total * (4 if masters else job.dtype_bytes) // job.cut
+        kept = (state if job.optimizer == "device" else 0) + weights
+        items.append(Item("sleeping trainer", kept, "what leaves the device during rollouts and cannot be computed again"))
+    return [item for item in items if item.num_bytes]
 
 
 def _train_moments(job: Job, parameters: Parameters) -> list[tuple[str, list[Item]]]:
@@ -184,18 +210,20 @@ def _train_moments(job: Job, parameters: Parameters) -> list[tuple[str, list[Ite
     working = Item("working set", tokens * layer_peak_per_token(shape, size, recompute=job.recompute), "one layer at work")
     in_place = size == 4 or (cut > 1 and job.master == "float32")
     summed = Item("gradient sums", 4 * count if job.num_microbatches > 1 else 0, "N x 4" + _over(cut) + ", of the passes before")
-    fresh = Item("new gradients", 0 if in_place else count * size, f"N x {size}" + _over(cut) + ", until they are added")
+    head = parameters.head or parameters.embedding
+    fresh = Item("new gradient", 0 if in_place else head * size // cut, "one at a time, until it is added to its sum")
     widened = Item("gradient sums", 4 * count, "N x 4" + _over(cut))
-    passed = widened if in_place else summed
     layer_gradient = Item(
         "layer gradient", 0 if cut == 1 else parameters.largest_layer * (4 + size), "whole, before it is summed over processes"
     )
-    head = parameters.head or parameters.embedding
-    table = Item("gradient of the output projection", head * size // cut, "first of the backward pass")
+    wide = 4 if parameters.head and not in_place else 0  # a tied table's gradient is whole, and added to its sum, at the end
+    table = Item("gradient of the output projection", head * (size + wide) // cut, "first of the backward pass")
+    columns = 3 if not in_place and job.master == "float32" else 2
+    staged = Item("stages of the update", STREAM_BYTES // 3 * columns, "masters and moments passing through")
     return [
         ("forward", [gather, kept, working, summed, _logprob(job, tokens), table]),
-        ("backward", [gather, working, passed, fresh, layer_gradient, *_when(job.recompute, kept)]),
-        ("optimizer", [widened, Item("layer gradient", head * size // cut, "the last one being widened")]),
+        ("backward", [gather, working, widened, fresh, layer_gradient, *_when(job.recompute, kept)]),
+        ("optimizer", [widened, *_when(job.optimizer != "device", staged)]),
     ]
 
 
@@ -249,6 +277,8 @@ def _host(job: Job, parameters: Parameters) -> tuple[Item, ...]:
     items = [Item("processes", per_node * 2400 * MIB, f"{per_node} process(es) with torch and CUDA")]
     if job.trains:
         items.append(Item("staging", per_node * STAGING_BYTES, "one bucket a process, for loading, saving and publishing"))
+        kept = [item for item in _away(job, parameters) if not (item.name == "optimizer state" and job.optimizer == "disk")]
+        items += [Item(item.name, per_node * item.num_bytes, item.why) for item in kept]
     return tuple(items)
 
 
@@ -260,6 +290,7 @@ def _disk(job: Job, parameters: Parameters) -> tuple[Item, ...]:
     return (
         Item("one checkpoint", parameters.total * (size + state), f"N x ({size} + {state})"),
         Item("one HF export", parameters.total * size, f"N x {size}"),
+        *(item for item in _away(job, parameters) if item.name == "optimizer state" and job.optimizer == "disk"),
     )
 
 
