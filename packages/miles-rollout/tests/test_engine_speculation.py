@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from engine_cases import SMALL, ask, build, run, staged
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from miles_kernels.nn.checkpoint import random_decoder
 from miles_rollout.engines.embedded import EmbeddedConfig
 from miles_rollout.engines.embedded.core import EngineCore
-from miles_rollout.engines.embedded.speculate import Drafts, Speculator, gather, shorten
+from miles_rollout.engines.embedded.drafts import Accepted, Drafts, gather, gather_trees, match
+from miles_rollout.engines.embedded.speculate import Speculator
 from miles_rollout.engines.embedded.speculate_check import (
     SHAPE,
     TOKENIZER,
@@ -61,13 +63,20 @@ def test_without_the_c_kernels_too(monkeypatch: pytest.MonkeyPatch):
     assert metrics["spec_num_accepted"] > 10
 
 
-@pytest.mark.parametrize("wrong", [lambda same, count: count, lambda same, count: min(same + 1, count)])
-def test_a_lossy_acceptance_rule_is_noticed(monkeypatch: pytest.MonkeyPatch, wrong: Any):
+def too_many(drafts: Drafts, drawn: np.ndarray, num_rows: int, extra: int) -> Accepted:
+    """A wrong rule for chains: `extra` tokens more than agree."""
+    counts = np.zeros(num_rows, np.int64)
+    counts[: len(drafts.counts)] = drafts.counts
+    accepted = np.minimum(match(drafts, drawn, num_rows).counts + extra, counts)
+    starts, place = np.cumsum(counts + 1) - counts - 1, np.arange(counts.max() + 1)
+    kept = (starts[:, None] + place)[place <= accepted[:, None]]
+    return Accepted(kept, accepted, np.where(place[:-1] < accepted[:, None], place[:-1], -1))
+
+
+@pytest.mark.parametrize("extra", [1, 99])
+def test_a_lossy_acceptance_rule_is_noticed(monkeypatch: pytest.MonkeyPatch, extra: int):
     """Negative control: keep all of the block, or one token too many."""
-    right = Speculator.accept
-    monkeypatch.setattr(
-        Speculator, "accept", lambda self, drafted, drawn: wrong(right(self, drafted, drawn), min(len(drafted), len(drawn)))
-    )
+    monkeypatch.setattr(Speculator, "accept", lambda self, drafts, drawn, rows: too_many(drafts, drawn, rows, extra))
     requests = random_requests(random.Random(1), 6)
     reference, _ = serve(requests, PLAIN)
     results, _ = serve(requests, FIXED, RandomDraft(SHAPE.vocab_size))
@@ -77,7 +86,7 @@ def test_a_lossy_acceptance_rule_is_noticed(monkeypatch: pytest.MonkeyPatch, wro
 def test_verify_lossless_reports_and_notices(monkeypatch: pytest.MonkeyPatch):
     good = verify_lossless(1500, seed=3, arms_per_round=3)
     assert good.num_tokens >= 1500 and good.num_different == 0 and good.num_drafted > 0
-    monkeypatch.setattr(Speculator, "accept", lambda self, drafted, drawn: len(drafted))
+    monkeypatch.setattr(Speculator, "accept", lambda self, drafts, drawn, rows: too_many(drafts, drawn, rows, 99))
     bad = verify_lossless(1500, seed=3, arms_per_round=3)
     assert bad.num_different > 0 and len(bad.differing) == bad.num_different
 
@@ -207,27 +216,44 @@ def test_settings_name_a_draft_and_its_metrics_come_out():
     assert engine.metrics()["spec_num_drafted"] > 0 and "spec_num_drafted" not in plain.metrics()
     run(engine.close())
     run(plain.close())
-    for wrong, message in (({"draft": "mtp"}, "draft='mtp' must be one of"), ({"draft_tokens": 16}, "must lie in 1..15")):
+    for wrong, message in (({"draft": "mpt"}, "draft='mpt' must be one of"), ({"draft_tokens": 16}, "must lie in 1..15")):
         with pytest.raises(ValueError, match=message):
             msgspec.structs.replace(SMALL, **wrong).validate()
 
 
-@given(st.lists(st.tuples(st.lists(st.integers(0, 99), max_size=6), st.integers(0, 7)), min_size=1, max_size=8))
-def test_shorten_and_spread_equal_a_loop(rows: list[tuple[list[int], int]]):
-    drafts = gather([tuple(tokens) for tokens, _ in rows])
-    if drafts is None:
-        assert not any(tokens for tokens, _ in rows)
-        return
-    import numpy as np
+ROWS = st.lists(st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 5)), max_size=6), min_size=1, max_size=6)
 
-    short = shorten(drafts, np.array([most for _, most in rows]))
-    expected = [tokens[:most] for tokens, most in rows]
-    if short is None:
-        assert not any(expected)
+
+@given(ROWS, st.randoms(use_true_random=False), st.booleans())
+def test_spread_and_match_equal_a_loop(rows: list[list[tuple[int, int]]], rng: random.Random, chains: bool):
+    tokens = [tuple(token for token, _ in row) for row in rows]
+    parents = [tuple(node - 1 if chains else min(parent, node - 1) for node, (_, parent) in enumerate(row)) for row in rows]
+    drafts = gather(tokens) if chains else gather_trees(zip(tokens, parents, strict=True))
+    if drafts is None:
+        assert not any(tokens)
         return
-    assert short.tokens.tolist() == [token for tokens in expected for token in tokens]
-    assert short.counts.tolist() == [len(tokens) for tokens in expected]
-    assert isinstance(short, Drafts)
-    of, offset = short.spread(np.arange(100, 100 + len(rows) + 1))  # and one row without drafts
-    wanted = [(100 + i, j) for i, tokens in enumerate([*expected, []]) for j in range(len(tokens) + 1)]
-    assert list(zip(of.tolist(), offset.tolist(), strict=True)) == wanted
+    count = len(rows) + 1  # and one row without drafts
+    spread = drafts.spread(np.arange(100, 100 + count))
+    drawn = np.array([rng.randrange(4) for _ in spread.rows])
+    accepted = match(drafts, drawn, count)
+    start, kept = 0, []
+    for row, (mine, above) in enumerate(zip([*tokens, ()], [*parents, ()], strict=True)):
+        depths = [0]
+        for parent in above:
+            depths.append(depths[parent + 1] + 1)
+        stop = start + len(mine) + 1
+        assert spread.rows[start:stop].tolist() == [100 + row] * (len(mine) + 1)
+        assert spread.place[start:stop].tolist() == list(range(len(mine) + 1))
+        assert spread.depth[start:stop].tolist() == depths
+        path, at = [], -1
+        while True:
+            following = [n for n, parent in enumerate(above) if parent == at and mine[n] == drawn[start + at + 1]]
+            if not following:
+                break
+            at = following[0]
+            path.append(at)
+        kept += [start, *(start + node + 1 for node in path)]
+        assert accepted.counts[row] == len(path)
+        assert [n for n in accepted.nodes[row].tolist() if n >= 0] == path
+        start = stop
+    assert accepted.kept.tolist() == kept

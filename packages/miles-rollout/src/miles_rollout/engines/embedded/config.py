@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-DRAFTS = ("none", "ngram", "suffix")
+DRAFTS = ("none", "ngram", "suffix", "mtp", "eagle3")
+VERIFICATIONS = ("gumbel", "rejection", "greedy")
 MAX_DRAFT = 15
 """A page holds at least 16 tokens: the last token and its drafts never lie on more than two."""
 
@@ -32,11 +33,25 @@ class EmbeddedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     prefix_cache: bool = True
     """Keep the pages of finished sequences and reuse those a later prompt starts with."""
     draft: str = "none"
-    """What proposes tokens that are then verified several at a time: "none", "ngram" or "suffix". The output is the same."""
+    """What proposes tokens that are then verified several at a time: "none", "ngram", "suffix", or a draft model, "mtp" or
+    "eagle3". The output is the same."""
+    draft_path: str | None = None
+    """Directory of the draft model; for "mtp" left out, the layers that the policy's own directory holds."""
     draft_tokens: int = 4
     """Most draft tokens of a sequence in one step."""
     draft_adaptive: bool = True
     """Choose the draft length while running, by expected tokens per second, and 0 where drafts do not pay."""
+    draft_tree: tuple[int, ...] = ()
+    """Draft trees instead of chains: children of every node at depth 1, 2 ...; at most `draft_tokens` nodes are used."""
+    verification: str = "gumbel"
+    """"gumbel": tokens are those of plain decoding, whatever is drafted. "rejection": they have its distribution, and depend on
+    the draft. "greedy": for requests at temperature 0 only."""
+    accept_single: float = 1.0
+    """Below 1 lossy, for "rejection": a draft token at least this likely is always accepted."""
+    accept_total: float = 1.0
+    """Below 1 lossy, for "rejection": chances of acceptance are divided by this."""
+    allow_lossy: bool = False
+    """Let the two above change the distribution that is sampled, which on-policy training cannot correct."""
     overlap: bool | None = None
     """Start a step before the tokens of the one before have been looked at; left out, on an accelerator only."""
     cuda_graphs: bool = True
@@ -62,6 +77,7 @@ class EmbeddedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             wrong.append(f"draft={self.draft!r} must be one of {', '.join(DRAFTS)}")
         if not 1 <= self.draft_tokens <= MAX_DRAFT:
             wrong.append(f"draft_tokens={self.draft_tokens} must lie in 1..{MAX_DRAFT}")
+        wrong += self._wrong_drafts()
         if self.max_batched_tokens < self.max_running:
             wrong.append(
                 f"max_batched_tokens={self.max_batched_tokens} must be at least max_running={self.max_running}, "
@@ -69,3 +85,25 @@ class EmbeddedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             )
         if wrong:
             raise ValueError("embedded engine: " + "; ".join(wrong))
+
+    def _wrong_drafts(self) -> list[str]:
+        wrong = []
+        if self.draft_path is not None and self.draft not in ("mtp", "eagle3"):
+            wrong.append(f"draft_path={self.draft_path!r} is for draft 'mtp' or 'eagle3', not {self.draft!r}")
+        if self.draft == "eagle3" and self.draft_path is None:
+            wrong.append("draft 'eagle3' needs draft_path, the directory of its weights")
+        if any(width < 1 for width in self.draft_tree) or len(self.draft_tree) > MAX_DRAFT:
+            wrong.append(f"draft_tree={self.draft_tree} must be up to {MAX_DRAFT} numbers of at least 1")
+        if self.verification not in VERIFICATIONS:
+            wrong.append(f"verification={self.verification!r} must be one of {', '.join(VERIFICATIONS)}")
+        lossy = self.accept_single != 1.0 or self.accept_total != 1.0
+        if not (0.0 < self.accept_single <= 1.0 and 0.0 < self.accept_total <= 1.0):
+            wrong.append(f"accept_single={self.accept_single} and accept_total={self.accept_total} must lie in (0, 1]")
+        elif lossy and self.verification != "rejection":
+            wrong.append(f"accept_single and accept_total are for verification 'rejection', not {self.verification!r}")
+        elif lossy and not self.allow_lossy:
+            wrong.append(
+                f"accept_single={self.accept_single}, accept_total={self.accept_total} change the sampled distribution, which "
+                "breaks on-policy training; leave both at 1, or set allow_lossy"
+            )
+        return wrong

@@ -12,6 +12,7 @@ from miles_kernels.nn.decoder import Decoder
 from miles_rollout.engine import MEMORY_TAGS
 from miles_rollout.engines.embedded.config import EmbeddedConfig
 from miles_rollout.engines.embedded.experts import ExpertStore
+from miles_rollout.engines.embedded.features import FeatureStore
 from miles_rollout.engines.embedded.flight import Flight
 from miles_rollout.engines.embedded.kv import PagedKV
 from miles_rollout.engines.embedded.output import OutputProcessor, Token
@@ -19,13 +20,18 @@ from miles_rollout.engines.embedded.pages import PagePool
 from miles_rollout.engines.embedded.prefix import PrefixCache
 from miles_rollout.engines.embedded.runner import Runner
 from miles_rollout.engines.embedded.scheduler import Batch, Scheduler
-from miles_rollout.engines.embedded.speculate import make_speculator
+from miles_rollout.engines.embedded.speculate import HistoryProposer, Proposer, Speculator, make_controller, named_draft
+from miles_rollout.engines.embedded.speculate_model import ModelProposer
 from miles_rollout.engines.embedded.state import Delivery, Job, Sequence
 from miles_rollout.engines.embedded.tables import Tables
 from miles_rollout.engines.embedded.tail import Tokens
+from miles_rollout.engines.embedded.verification import Verifier
 from miles_rollout.engines.embedded.weights import Staged, swap
 from miles_rollout.text import Tokenizer
 from miles_spec.draft import Draft
+from miles_spec.models.base import DraftModel
+from miles_spec.verifiers import Verifier as Rule
+from miles_spec.verifiers import verifier
 
 _FEW = 4
 """Rows from which a step's tokens are taken in by vector operations."""
@@ -51,10 +57,11 @@ class EngineCore:
         *,
         num_pages: int,
         weight_version: int = 0,
-        draft: Draft | None = None,
+        draft: Draft | DraftModel | None = None,
     ) -> None:
         shape, device = decoder.config, decoder.embed_tokens.device
         self.weight_version = weight_version
+        self._config, self._num_pages = config, num_pages
         self._decoder = decoder
         decoder.freeze_quantized()
         self.released: set[str] = set()
@@ -62,11 +69,11 @@ class EngineCore:
         self._pool = PagePool(num_pages)
         self._cache = PrefixCache(self._pool, config.page_size, config.prefix_cache)
         self._tables = Tables(config.max_running, config.page_size)
-        self.speculator = make_speculator(config, shape.vocab_size, draft)
+        draft = named_draft(config) if draft is None else draft
+        self._num_drafts = 0
         self._flights: deque[list[Flight]] = deque()
         overlap = device.type == "cuda" if config.overlap is None else config.overlap
-        self._ahead = 1 if overlap and self.speculator is None else 0  # drafts are made from tokens the host has seen
-        self._scheduler = Scheduler(config, self._pool, self._cache, self._tables, self.speculator, self._land)
+        self._ahead = 1 if overlap and draft is None else 0  # drafts are made from tokens the host has seen
         self._kv = kv = PagedKV(
             layers=shape.num_hidden_layers,
             kv_heads=shape.num_key_value_heads,
@@ -83,6 +90,12 @@ class EngineCore:
         self._runner = Runner(decoder, kv, self._tables, max_context=max_context, cuda_graphs=config.cuda_graphs, experts=experts)
         if self._runner.graphs is not None:
             self._runner.graphs.captures_prefill = config.cuda_graph_prefill
+        self.speculator: Speculator | None = None
+        if draft is not None:
+            self.speculator = Speculator(draft, config.draft_tokens, make_controller(config), self._proposer_of)
+            self.speculator.rejects = config.verification == "rejection"
+            self._runner.verifier = Verifier(self._rule(), self._tables) if self.speculator.rejects else None
+        self._scheduler = Scheduler(config, self._pool, self._cache, self._tables, self.speculator, self._land)
         self._outputs = OutputProcessor(tokenizer, decoder.contract.digest)
         self._jobs: dict[str, Job] = {}
         self._num_steps = self._num_generated = self._num_prompt = 0
@@ -172,7 +185,8 @@ class EngineCore:
         self.released.update(tags)
         if "kv_cache" in tags:
             self._scheduler.forget_prefixes()
-            self._kv.release()
+            for part in self._caches():
+                part.release()
         if "weights" in tags:
             self._decoder.thaw_quantized()
             for parameter in self._decoder.parameters():
@@ -187,7 +201,8 @@ class EngineCore:
         if strange:
             raise ValueError(f"resume memory: {', '.join(map(repr, strange))} has not been released")
         if "kv_cache" in tags:
-            self._kv.restore()
+            for part in self._caches():
+                part.restore()
         if "weights" in tags:
             for parameter in self._decoder.parameters():
                 parameter.untyped_storage().resize_(parameter.numel() * parameter.itemsize)
@@ -215,6 +230,44 @@ class EngineCore:
             "generated_tokens_per_s": self._num_generated / self._busy_s if self._busy_s else 0.0,
             **(self.speculator.metrics() if self.speculator is not None else {}),
         }
+
+    def _caches(self) -> list[PagedKV | FeatureStore]:
+        """All that is kept per slot and may be released."""
+        parts: list[PagedKV | FeatureStore] = [self._kv]
+        if self._runner.features is not None:
+            parts.append(self._runner.features)
+        if self.speculator is not None and isinstance(self.speculator.proposer, ModelProposer):
+            parts.append(self.speculator.proposer.kv)
+        return parts
+
+    def _rule(self) -> Rule:
+        config = self._config
+        single, total = config.accept_single, config.accept_total
+        return verifier(config.verification, accept_single=single, accept_total=total, allow_lossy=config.allow_lossy)
+
+    def _proposer_of(self, draft: Draft | DraftModel) -> Proposer:
+        """What proposes with a draft. One with weights reads features, which are kept from its first use on."""
+        self._num_drafts += 1
+        if not isinstance(draft, DraftModel):
+            if self._config.draft_tree and not getattr(draft, "makes_trees", False):
+                raise ValueError(f"draft_tree={self._config.draft_tree}: {type(draft).__name__} makes chains only")
+            return HistoryProposer(draft, self._decoder.config.vocab_size)
+        layers, store = draft.config.feature_layers, self._runner.features
+        if store is None or store.layers != layers:
+            weight, slots = self._decoder.embed_tokens, (self._num_pages + 1) * self._config.page_size
+            store = FeatureStore(layers, draft.config.num_features, slots, weight.dtype, weight.device)
+            self._runner.record(store)
+        return ModelProposer(
+            draft,
+            self._decoder,
+            self._tables,
+            store,
+            num_pages=self._num_pages,
+            max_tokens=max(self._config.max_batched_tokens, self._config.max_running),
+            widths=self._config.draft_tree,
+            wants_probs=self._config.verification == "rejection",
+            number=self._num_drafts,
+        )
 
     # ------------------------------------------------------------------ one step
 
@@ -287,20 +340,27 @@ class EngineCore:
     def _take_in_blocks(self, flight: Flight, tokens: Tokens) -> None:
         """Several tokens for a row: what the drafts agree with, in order, until a stop rule holds."""
         assert self.speculator is not None and flight.drafts is not None
-        tail = self._tables.tail
-        owners = [owner for row in flight.rows.tolist() if (owner := tail.owners[row]) is not None]
-        drawn = (tokens.token_ids.tolist(), tokens.logprobs.tolist(), tokens.sampled_logprobs.tolist())
-        owners, drawn = self.speculator.commit(flight.drafts, owners, flight.rows, self._tables, drawn)
-        for seq, token in zip(owners, map(Token, *drawn), strict=True):
-            if seq.finish_reason is not None:
-                continue  # its request failed a moment ago, or a stop rule held inside a block of draft tokens
-            if token.token_id < 0:
-                self._fail_for_nan(seq.row)
-                continue
-            self._num_generated += 1
-            logprobs = (np.array([value], np.float32) for value in (token.logprob, token.sampled_logprob))
-            if len(tail.record(np.array([seq.row]), Tokens(np.array([token.token_id]), *logprobs))):
-                self._look_at(seq, token)
+        tail, rows = self._tables.tail, flight.rows
+        counts, tokens, moves = self.speculator.commit(flight.drafts, rows, self._tables, tokens)
+        if moves is not None:
+            self._runner.move(moves)
+        starts = np.cumsum(counts) - counts
+        alive = np.ones(len(rows), bool)
+        for turn in range(int(counts.max())):
+            alive &= tail.serial[rows] == flight.serials  # ended in this block, or with another row of its request
+            here = np.flatnonzero(alive & (counts > turn))
+            if not len(here):
+                break
+            part = tokens.take(starts[here] + turn)
+            for row in rows[here][part.token_ids < 0].tolist():
+                self._fail_for_nan(row)
+            fit = (part.token_ids >= 0) & (tail.serial[rows[here]] == flight.serials[here])
+            here, part = here[fit], part.take(fit)
+            self._num_generated += len(here)
+            for i in tail.record(rows[here], part).tolist():
+                seq = tail.owners[rows[here[i]]]
+                if seq is not None and tail.serial[rows[here[i]]] == flight.serials[here[i]]:
+                    self._look_at(seq, Token(int(part.token_ids[i]), float(part.logprobs[i]), float(part.sampled_logprobs[i])))
 
     def _look_at(self, seq: Sequence, token: Token) -> None:
         """A token that may end its completion, or that somebody reads along with."""

@@ -33,6 +33,10 @@ class ExpertStore:
         """Copy slots, as when a page is copied."""
         self._ids[target] = self._ids[source]
 
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy slots int64 [M] to others, all read before any is written."""
+        self._ids.index_copy_(0, target, self._ids.index_select(0, source))
+
     def read(self, slots: np.ndarray) -> RoutedExperts:
         """The experts of slots [T], in order; waits for the device."""
         ids = self._ids[torch.from_numpy(slots).to(self._ids.device)].cpu().numpy()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miles_rollout.engines.embedded.speculate import Drafts
+from miles_rollout.engines.embedded.drafts import Drafts
 from miles_rollout.engines.embedded.tail import Tokens
 
 DEADLINE_S = 120.0

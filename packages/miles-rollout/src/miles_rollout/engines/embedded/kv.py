@@ -65,6 +65,14 @@ class PagedKV:
         source, target = source * self.page_size, target * self.page_size
         self._pool[:, :, :, target : target + tokens] = self._pool[:, :, :, source : source + tokens]
 
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy slots int64 [M] to others, all layers; all are read before any is written."""
+        self._pool.index_copy_(3, target, self._pool.index_select(3, source))
+
+    def clear(self) -> None:
+        """Zero everything, for a cache whose unwritten slots are read beside others, with weight 0."""
+        self._pool.zero_()
+
     def release(self) -> None:
         """Give the memory back; nothing may be read or written until `restore`."""
         self._pool.untyped_storage().resize_(0)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from miles_kernels.nn.decoder import Decoder
 from miles_rollout.engines.embedded.experts import ExpertStore
+from miles_rollout.engines.embedded.features import FeatureStore
 from miles_rollout.engines.embedded.flight import Readback
 from miles_rollout.engines.embedded.kv import PagedKV
 from miles_rollout.engines.embedded.sampling import upload
@@ -64,6 +65,8 @@ class StepGraphs:
         self, decoder: Decoder, kv: PagedKV, tables: Tables, last: Tensor, max_context: int, experts: ExpertStore | None
     ) -> None:
         self.captures_prefill = True
+        self.features: FeatureStore | None = None
+        """Takes what a draft model reads; graphs are to be forgotten when it changes."""
         self._decoder, self._kv, self._tables, self._experts = decoder, kv, tables, experts
         self._device = decoder.embed_tokens.device
         self._last = last
@@ -273,7 +276,10 @@ class StepGraphs:
 
         self._kv.begin(step.batch, step.slots)
         routed: dict[int, Tensor] | None = None if self._experts is None else {}
-        hidden = self._decoder(step.token_ids, step.positions, self._kv, routed=routed)
+        taps = None if self.features is None else self.features.taps()
+        hidden = self._decoder(step.token_ids, step.positions, self._kv, routed=routed, taps=taps)
+        if self.features is not None:
+            self.features.store(step.slots, step.token_ids, hidden, taps)
         if self._experts is not None and routed is not None:
             self._experts.store(step.slots, routed)
         logits = self._decoder.logits(hidden if step.last is None else hidden.index_select(0, step.last))

@@ -15,15 +15,18 @@ from miles_kernels.nn.decoder import Decoder
 from miles_kernels.nn.fused import MAX_TOKENS, FusedForward
 from miles_kernels.ops.attention import AttentionPlan, decode_plan, table_plan
 from miles_kernels.ops.attention_plan import KEY_MULTIPLE
+from miles_rollout.engines.embedded.drafts import Drafts
 from miles_rollout.engines.embedded.experts import ExpertStore
+from miles_rollout.engines.embedded.features import FeatureStore
 from miles_rollout.engines.embedded.flight import Flight, Readback, pack
 from miles_rollout.engines.embedded.kv import PagedKV
+from miles_rollout.engines.embedded.paging import context_slots, paged_batch, slot_batch, tree_slots
 from miles_rollout.engines.embedded.replay import StepGraphs
 from miles_rollout.engines.embedded.sampling import Sampler, upload
 from miles_rollout.engines.embedded.scheduler import Batch, Fork
-from miles_rollout.engines.embedded.speculate import Drafts
 from miles_rollout.engines.embedded.tables import Tables
 from miles_rollout.engines.embedded.tail import Tokens
+from miles_rollout.engines.embedded.verification import Verifier
 
 
 class _Step(NamedTuple):
@@ -37,8 +40,12 @@ class _Step(NamedTuple):
     """int64 [T]: where their keys and values go"""
     token_rows: np.ndarray
     """int64 [T]: the table row of each"""
+    slot_ids: np.ndarray
+    """int64 [T]: the same on the host"""
     last: np.ndarray | None
     """int64 [N]: tokens whose logits are wanted, all when None"""
+    table: Tensor | None = None
+    """int64 [B + R + D, W]: slots by position, with a row of its own for every token of a tree; None: those of the tables"""
 
 
 class Runner:
@@ -60,6 +67,10 @@ class Runner:
         self.num_tokens = 0
         """Tokens computed since start."""
         self.experts = experts
+        self.features: FeatureStore | None = None
+        """Takes what a draft model reads; set by `record`."""
+        self.verifier: Verifier | None = None
+        """Draws where there are drafts, in place of one draw each."""
         self._decoder = decoder
         self._kv = kv
         self._tables = tables
@@ -80,6 +91,13 @@ class Runner:
         if self._fused is not None:
             self._fused = FusedForward(self._decoder, self._kv.pools)
 
+    def record(self, features: FeatureStore | None) -> None:
+        """Keep features of every position from now on."""
+        self.features = features
+        if self.graphs is not None:
+            self.graphs.features = features
+            self.graphs.forget()
+
     def launch_whole(self, batch: Batch, *, tokens_known: bool) -> tuple[Tensor, Flight] | None:
         """Pass and draw of a batch as one graph; None when this batch is not one that graphs serve.
 
@@ -97,6 +115,9 @@ class Runner:
             return None
         logits, readback = made
         self.num_tokens += len(rows)
+        if self.features is not None:
+            slots = [tables.slots_at(rows, tables.position[rows])]
+            self.features.mark(np.concatenate(slots + [tables.slots_of(c.seq.pages, c.start, c.stop) for c in batch.chunks]))
         position = tables.position[rows] + 1
         if batch.chunks:
             finished = [chunk for chunk in batch.chunks if chunk.is_last]
@@ -113,18 +134,23 @@ class Runner:
             return None
         step = self._inputs(batch, tokens_known)
         self.num_tokens += len(step.slots)
-        if self._fused is not None and len(step.slots) <= MAX_TOKENS:
-            table, rows = self._tables.slots_torch, torch.from_numpy(step.token_rows)
+        features = self.features
+        taps = None if features is None else features.taps()
+        if self._fused is not None and len(step.slots) <= MAX_TOKENS and taps is None:
+            table, rows = self._tables.slots_torch if step.table is None else step.table, torch.from_numpy(step.token_rows)
             last = None if step.last is None else torch.from_numpy(step.last)
             hidden, logits = self._fused(step.token_ids, step.positions, step.slots, table, rows, last)
         else:
-            plan = self._cuda_plan(batch) if self._device.type == "cuda" else self._plan(batch, step)
+            plan = self._cuda_plan(batch, step) if self._device.type == "cuda" else self._plan(batch, step)
             self._kv.begin(plan, step.slots)
             routed: dict[int, Tensor] | None = None if self.experts is None else {}
-            hidden = self._decoder(step.token_ids, step.positions, self._kv, routed=routed)
+            hidden = self._decoder(step.token_ids, step.positions, self._kv, routed=routed, taps=taps)
             if self.experts is not None and routed is not None:
                 self.experts.store(step.slots, routed)
             logits = self._decoder.logits(hidden if step.last is None else hidden[upload(step.last, self._device)])
+        if features is not None:
+            features.store(step.slots, step.token_ids, hidden, taps)
+            features.mark(step.slot_ids)
         if batch.chunks:
             self._note_prompt_logprobs(batch, hidden)
         return logits if len(logits) else None
@@ -134,9 +160,20 @@ class Runner:
         size = self._tables.page_size
         for source, target, tokens in copies:
             self._kv.copy(source, target, tokens)
+            start, end = source * size, target * size
             if self.experts is not None:
-                start, end = source * size, target * size
                 self.experts.copy(slice(start, start + tokens), slice(end, end + tokens))
+            if self.features is not None:
+                self.features.move(np.arange(start, start + tokens), np.arange(end, end + tokens))
+
+    def move(self, moves: tuple[np.ndarray, np.ndarray]) -> None:
+        """Bring what accepted nodes of trees left in the slots [M] of one to those of the other."""
+        source, target = (upload(slots, self._device) for slots in moves)
+        self._kv.move(source, target)
+        if self.experts is not None:
+            self.experts.move(source, target)
+        if self.features is not None:
+            self.features.move(*moves)
 
     def draw(self, logits: Tensor | None, forks: list[Fork], rows: np.ndarray, drafts: Drafts | None = None) -> Flight:
         """Start the draw of a token for each of rows [S], with drafts for every position [S + D].
@@ -148,14 +185,16 @@ class Runner:
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
         position, each = self._tables.position[rows], rows
         if drafts is not None:
-            of, offset = drafts.spread(np.arange(len(rows)))
-            each, position = rows[of], position[of] + offset
+            of, _, depth = drafts.spread(np.arange(len(rows)))
+            each, position = rows[of], position[of] + depth
         assert len(logits) == len(each)
         return self._draw(logits, each, position, drafts, rows)
 
     def _draw(self, logits: Tensor, each: np.ndarray, position: np.ndarray, drafts: Drafts | None, rows: np.ndarray) -> Flight:
         out = self._sampler.draw(logits, each, position)
         tables = self._tables
+        if drafts is not None and self.verifier is not None:
+            out = self.verifier(out, logits, rows, drafts)
         if self._last is not None:
             if drafts is None:  # with drafts the host decides which token was the last
                 self._last.index_copy_(0, upload(rows, self._device), out.token.clamp(min=0))
@@ -174,11 +213,16 @@ class Runner:
         tables, rows = self._tables, batch.rows
         if batch.drafts is None:
             positions, tokens = tables.position[rows], tables.last_token[rows]
+            slots = tables.slots_at(rows, positions)
         else:
-            rows, offset = batch.drafts.spread(rows)
-            positions, tokens = tables.position[rows] + offset, tables.last_token[rows]
-            tokens[offset > 0] = batch.drafts.tokens
-        slots = tables.slots_at(rows, positions)
+            rows, place, depth = batch.drafts.spread(rows)
+            positions, tokens = tables.position[rows] + depth, tables.last_token[rows]
+            tokens[place > 0] = batch.drafts.tokens
+            slots = tables.slots_at(rows, tables.position[rows] + place)
+        paths = None
+        if batch.drafts is not None and batch.drafts.parents is not None:
+            paths = tree_slots(tables, batch.drafts, rows, positions, slots, self._last is None)
+            rows = len(tables.slots) + np.arange(len(rows))
         last: np.ndarray | None = None
         if batch.chunks:
             prompts = [chunk.seq.tokens[chunk.start : chunk.stop] for chunk in batch.chunks if chunk.seq.tokens is not None]
@@ -191,46 +235,51 @@ class Runner:
             rows = np.concatenate((rows, np.repeat([chunk.seq.row for chunk in batch.chunks], sizes)))
             tokens = np.concatenate((tokens, *(part.numpy() for part in prompts)))
         if self._last is None:
-            tables.slots[rows, positions] = slots
+            own = rows < len(tables.slots)  # tokens of a tree have rows of their own, where their slots stand already
+            tables.slots[rows[own], positions[own]] = slots[own]
             parts = (torch.from_numpy(part) for part in (tokens, positions, slots))
         else:
             parts = (upload(part, self._device) for part in (tokens, positions, slots))
         token_ids, position_ids, slot_ids = parts
         if self._last is not None and not tokens_known and batch.drafts is None and len(batch.rows):
             torch.index_select(self._last, 0, upload(batch.rows, self._device), out=token_ids[: len(batch.rows)])
-        return _Step(token_ids, position_ids, slot_ids, rows, last)
+        table = None if paths is None else torch.from_numpy(np.concatenate((context_slots(tables, self._last is None), paths)))
+        return _Step(token_ids, position_ids, slot_ids, rows, slots, last, table)
 
     def _plan(self, batch: Batch, step: _Step) -> AttentionPlan:
         """The attention plan of a pass, for the decoder's own forward."""
         count, keys = batch.num_decode_tokens, int(step.positions.max()) + 1
         rows = step.token_rows[:count]  # every draft token is a decode row of its own
+        if batch.chunks:
+            rows = np.concatenate((rows, [chunk.seq.row for chunk in batch.chunks]))
+        table = self._table(rows, keys) if step.table is None else _rows_of(step.table, rows, keys)
         if not batch.chunks:
-            return decode_plan(self._table(rows, keys), step.positions + 1)
+            return decode_plan(table, step.positions + 1)
         query_lens = [1] * count + [chunk.stop - chunk.start for chunk in batch.chunks]
         firsts = step.positions[:count].tolist() + [chunk.start for chunk in batch.chunks]
-        rows = np.concatenate((rows, [chunk.seq.row for chunk in batch.chunks]))
-        return table_plan(self._table(rows, keys), query_lens, firsts)
+        return table_plan(table, query_lens, firsts)
 
-    def _cuda_plan(self, batch: Batch) -> Any:
-        """The same for the CUDA kernels: which pages each sequence reads."""
-        from miles_kernels.cuda.attention import KVBatch
-
-        tables, device, size = self._tables, self._device, self._tables.page_size
+    def _cuda_plan(self, batch: Batch, step: _Step) -> Any:
+        """The same for the CUDA kernels: which pages each sequence reads, or, with trees, which slots each token."""
+        tables = self._tables
         drafted = 0 if batch.drafts is None else batch.drafts.counts
         chunks = np.array([(chunk.seq.row, chunk.start, chunk.stop - chunk.start) for chunk in batch.chunks], np.int64)
         chunk_rows, chunk_starts, chunk_sizes = chunks.reshape(-1, 3).T
+        if step.table is not None and batch.drafts is not None:
+            count = batch.num_decode_tokens
+            depth = batch.drafts.spread(batch.rows).depth
+            rows = np.concatenate((step.token_rows[:count], chunk_rows))
+            queries = np.concatenate((np.ones(count, np.int64), chunk_sizes))
+            keys = np.concatenate((tables.position[batch.rows].repeat(1 + drafted) + 1 + depth, chunk_starts + chunk_sizes))
+            return slot_batch(step.table.numpy()[rows, : int(keys.max())], keys, self._device, queries)
         rows = np.concatenate((batch.rows, chunk_rows))
         queries = np.concatenate((np.ones(len(batch.rows), np.int64) + drafted, chunk_sizes))
         keys = np.concatenate((tables.position[batch.rows], chunk_starts)) + queries
-        pages = tables.pages[rows, : -(-int(keys.max()) // size)].astype(np.int32)
-        cu_q = np.zeros(len(rows) + 1, np.int32)
-        np.cumsum(queries, out=cu_q[1:])
-        kv_len = upload(keys.astype(np.int32), device)
-        return KVBatch(upload(cu_q, device), kv_len, kv_len, upload(pages, device), size, int(queries.max()), int(keys.max()))
+        return paged_batch(tables, self._device, rows, queries, keys)
 
     def _table(self, rows: np.ndarray, keys: int) -> Tensor:
         """Slots int64 [R, keys rounded up to 16] of some rows."""
-        return self._tables.slots_torch[:, : keys + -keys % KEY_MULTIPLE].index_select(0, torch.from_numpy(rows))
+        return _rows_of(self._tables.slots_torch, rows, keys)
 
     def _note_prompt_logprobs(self, batch: Batch, hidden: Tensor) -> None:
         """Log-probabilities of prompt tokens, for requests that want them, of what this batch predicts. Waits for the device."""
@@ -246,6 +295,10 @@ class Runner:
                     )
                     job.prompt_logprobs[chunk.start + 1 : chunk.start + 1 + count] = out.logprob.tolist()
             start += size
+
+
+def _rows_of(table: Tensor, rows: np.ndarray, keys: int) -> Tensor:
+    return table[:, : keys + -keys % KEY_MULTIPLE].index_select(0, torch.from_numpy(rows))
 
 
 def _is_sharded(decoder: Decoder) -> bool:

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from miles_rollout.engines.embedded.config import EmbeddedConfig
+from miles_rollout.engines.embedded.drafts import Drafts
 from miles_rollout.engines.embedded.pages import PagePool
 from miles_rollout.engines.embedded.prefix import PrefixCache
-from miles_rollout.engines.embedded.speculate import Drafts, Speculator, shorten
+from miles_rollout.engines.embedded.speculate import Speculator
 from miles_rollout.engines.embedded.state import Job, PromptHold, Sequence
 from miles_rollout.engines.embedded.tables import Tables
 
@@ -251,17 +252,21 @@ class Scheduler:
         """Draft tokens for the decoding rows. They take half of what prefill could use, and pages nobody else needs."""
         if self._speculator is None or not self.decoding:
             return None
-        drafts = self._speculator.propose(self.decoding, budget // 2 if self.prefilling or self.waiting else budget)
-        if drafts is None:
-            return None
         rows, tables = self._rows, self._tables
+        left = tables.last_position[rows] - tables.position[rows]
+        lengths = self._speculator.lengths(self.decoding, left, budget // 2 if self.prefilling or self.waiting else budget)
+        if lengths is None:
+            return None
+        if self._speculator.rejects:  # its rule knows nothing of ids that are out of reach
+            lengths = np.where(tables.first_stop[rows] > tables.position[rows] + 1, 0, lengths)
         room = tables.capacity[rows] - tables.position[rows] - 1
-        for i in np.flatnonzero(drafts.counts > room).tolist():
+        for i in np.flatnonzero(lengths > room).tolist():
             if self._pool.num_available <= self.num_running:
                 break
             self.decoding[i].pages += self._pool.take(1) or []
             tables.set_pages(self.decoding[i])
-        return shorten(drafts, tables.capacity[rows] - tables.position[rows] - 1)
+        lengths = np.minimum(lengths, tables.capacity[rows] - tables.position[rows] - 1)
+        return self._speculator.propose(self.decoding, lengths) if lengths.any() else None
 
     def _start_decoding(self, seq: Sequence) -> None:
         if seq.row < 0:

@@ -10,71 +10,141 @@ Keys and values of refused draft tokens are overwritten when their positions are
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from collections.abc import Sequence as Many
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from miles_rollout.engines.embedded.config import MAX_DRAFT, EmbeddedConfig
+from miles_rollout.engines.embedded.drafts import Accepted, Drafts, gather, gather_trees, match
 from miles_rollout.engines.embedded.state import Sequence
 from miles_rollout.engines.embedded.tables import Tables
+from miles_rollout.engines.embedded.tail import Tokens
 from miles_spec.control import Controller
 from miles_spec.draft import DRAFTS, Draft
+from miles_spec.models.base import DraftModel
 from miles_spec.verify import matching_prefix
 
-T = TypeVar("T")
-Drawn = tuple[list[int], list[float], list[float]]
-"""Tokens, log-probabilities and sampled log-probabilities."""
+
+class Proposer(Protocol):
+    """Makes the draft tokens of a step."""
+
+    def propose(self, sequences: Many[Sequence], lengths: np.ndarray) -> Drafts | None:
+        """At most `lengths` [R] tokens of each decoding sequence, which has pages for them; None when there are none."""
+        ...
+
+    def forget(self) -> None:
+        """The draft's weights, or the policy's, have changed."""
+        ...
 
 
-class Drafts(NamedTuple):
-    """Draft tokens of the decoding rows of one pass."""
+class Committed(NamedTuple):
+    """What a step adds to its sequences."""
 
-    tokens: np.ndarray
-    """[D] int64, row after row."""
     counts: np.ndarray
-    """[R] int64, how many of them each row has."""
+    """[S]: 1 + accepted draft tokens"""
+    tokens: Tokens
+    """row after row, `counts` each"""
+    moves: tuple[np.ndarray, np.ndarray] | None
+    """slots whose keys and values must be copied, and to where; None when all lie right"""
 
-    def spread(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Each row once for its last token and once per draft token [R + D], and how far behind the last token each is.
 
-        `rows` may be longer than R: what follows has no drafts.
-        """
-        lengths = np.ones(len(rows), np.int64)
-        lengths[: len(self.counts)] += self.counts
-        starts = np.cumsum(lengths) - lengths
-        return np.repeat(rows, lengths), np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
+class HistoryProposer:
+    """Asks a draft that reads nothing but tokens, through a session of each sequence."""
+
+    def __init__(self, draft: Draft, vocab_size: int) -> None:
+        self.draft = draft
+        self._vocab_size = vocab_size
+        self._trees = getattr(draft, "makes_trees", False)
+
+    def propose(self, sequences: Many[Sequence], lengths: np.ndarray) -> Drafts | None:
+        """What every sequence's session says."""
+        pairs = zip(sequences, lengths.tolist(), strict=True)
+        if self._trees:
+            return gather_trees(self._ask_tree(seq, most) for seq, most in pairs)
+        return gather(self._ask(seq, most) for seq, most in pairs)
+
+    def forget(self) -> None:
+        """Nothing here depends on weights."""
+
+    def _session(self, seq: Sequence) -> object:
+        """Its session, brought up to date."""
+        maker, session, seen = seq.draft if seq.draft is not None else (None, None, 0)
+        if session is None or maker is not self.draft:
+            session, seen = self.draft.begin(seq.token_ids()), seq.num_tokens
+        elif seen < seq.num_tokens:
+            session.extend(seq.output[seen - seq.job.num_prompt :])
+        seq.draft = (self.draft, session, seq.num_tokens)
+        return session
+
+    def _ask(self, seq: Sequence, most: int) -> tuple[int, ...]:
+        if most < 1:
+            return ()
+        proposal = tuple(self._session(seq).propose(most))  # type: ignore[attr-defined]
+        self._check(seq, proposal, most)
+        return proposal
+
+    def _ask_tree(self, seq: Sequence, most: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if most < 1:
+            return (), ()
+        tokens, parents = self._session(seq).propose_tree(most)  # type: ignore[attr-defined]
+        self._check(seq, tokens, most)
+        if len(tokens) != len(parents) or any(not -1 <= parent < node for node, parent in enumerate(parents)):
+            raise ValueError(
+                f"{type(self.draft).__name__} proposed {tokens} with parents {parents}: a node's parent comes before it"
+            )
+        return tuple(tokens), tuple(parents)
+
+    def _check(self, seq: Sequence, proposal: Many[int], most: int) -> None:
+        if len(proposal) > most or any(not 0 <= token < self._vocab_size for token in proposal):
+            raise ValueError(
+                f"{type(self.draft).__name__} proposed {tuple(proposal)} for request {seq.job.request.request_id!r}: at most "
+                f"{most} tokens of 0..{self._vocab_size - 1} were asked for"
+            )
 
 
 class Speculator:
-    """Keeps a draft session per sequence, asks for proposals, and accepts.
+    """Asks for proposals, and accepts.
 
-    `controller` picks the draft length of every step; without one it is always `num_draft`. Raises ValueError for a `num_draft`
-    outside 1..15.
+    `controller` picks the draft length of every step; without one it is always `num_draft`. `make` turns a draft into what
+    proposes. Raises ValueError for a `num_draft` outside 1..15.
     """
 
-    def __init__(self, draft: Draft, vocab_size: int, num_draft: int, controller: Controller | None = None) -> None:
+    def __init__(
+        self,
+        draft: Draft | DraftModel,
+        num_draft: int,
+        controller: Controller | None,
+        make: Callable[[Draft | DraftModel], Proposer],
+    ) -> None:
         if not 1 <= num_draft <= MAX_DRAFT:
             raise ValueError(f"num_draft={num_draft} must lie in 1..{MAX_DRAFT}")
-        self.draft = draft
         self.num_draft = num_draft
         self.controller = controller
-        self._vocab_size = vocab_size
-        self._proposed_at = np.zeros(MAX_DRAFT, np.int64)
-        self._accepted_at = np.zeros(MAX_DRAFT, np.int64)
+        self.rejects = False
+        """Whether tokens depend on the draft: verification by rejection."""
+        self._make = make
+        self._proposed_at: np.ndarray = np.zeros(MAX_DRAFT, np.int64)
+        self._accepted_at: np.ndarray = np.zeros(MAX_DRAFT, np.int64)
         self._num_steps = self._num_committed = 0
-        self._shadows: list[tuple[Sequence, int, tuple[int, ...]]] = []
+        self._shadows: list[tuple[Sequence, int, list[int], list[int]]] = []
         self._draft_s = 0.0
+        self.use(draft)
 
-    def use(self, draft: Draft) -> None:
+    def use(self, draft: Draft | DraftModel) -> None:
         """Go on with another draft, running requests included."""
         self.draft = draft
+        self.proposer = self._make(draft)
 
-    def propose(self, sequences: Many[Sequence], budget: int) -> Drafts | None:
-        """Drafts of the decoding sequences, at most `budget` tokens together; None when there are none.
+    def forget(self) -> None:
+        """Weights have changed: what a draft model made with the old ones is made again."""
+        self.proposer.forget()
 
-        A sequence gets at most one token less than it may still sample: the target draws the last one itself.
+    def lengths(self, sequences: Many[Sequence], left: np.ndarray, budget: int) -> np.ndarray | None:
+        """How many draft tokens [R] each decoding sequence may have in this step, together at most `budget`; None when none.
+
+        `left` [R] are the tokens it may still sample. It gets at most one less: the target draws the last one itself.
         """
         started = time.perf_counter()
         length = min(self.num_draft, budget // max(1, len(sequences)))
@@ -84,16 +154,24 @@ class Speculator:
             if self._shadows or (length < 1 and control.wants_shadow()):
                 self._shadow(sequences, control)
                 control.note_shadow(time.perf_counter() - started)
-        if length < 1:
-            self._draft_s = time.perf_counter() - started
-            return None
-        proposals = [self._ask(seq, min(length, seq.max_tokens - seq.num_tokens - 1)) for seq in sequences]
         self._draft_s = time.perf_counter() - started
+        if length < 1:
+            return None
+        most = np.minimum(length, left - 1)
+        return most if most.any() else None
+
+    def propose(self, sequences: Many[Sequence], lengths: np.ndarray) -> Drafts | None:
+        """Drafts of the decoding sequences, at most `lengths` [R] each; None when there are none."""
+        started = time.perf_counter()
+        drafts = self.proposer.propose(sequences, lengths)
+        spent = time.perf_counter() - started
+        self._draft_s += spent
+        control = self.controller
         if control is not None:
-            control.note_draft(len(sequences), self._draft_s)
-        drafts = gather(proposals)
-        if drafts is None and control is not None:
-            control.note_accepted([0] * length, [0] * length, len(sequences))
+            control.note_draft(len(sequences), spent)
+            if drafts is None:
+                none = [0] * int(lengths.max())
+                control.note_accepted(none, none, len(sequences))
         return drafts
 
     def note_step(self, num_rows: int, num_tokens: int, has_chunks: bool, seconds: float) -> None:
@@ -102,37 +180,23 @@ class Speculator:
             self.controller.note_pass(num_rows, num_tokens, seconds - self._draft_s)
         self._draft_s = 0.0
 
-    def commit(
-        self, drafts: Drafts, sequences: Many[Sequence], rows: np.ndarray, tables: Tables, drawn: Drawn
-    ) -> tuple[list[Sequence], Drawn]:
-        """Of what was drawn at all positions [S + D], what plain decoding would have drawn too, each token with its sequence.
+    def commit(self, drafts: Drafts, rows: np.ndarray, tables: Tables, drawn: Tokens) -> Committed:
+        """Of what was drawn at all positions [S + D], what plain decoding would have drawn too.
 
         Moves the rows [S] of the tables behind what is committed.
         """
-        counts, tokens = drafts.counts.tolist(), drawn[0]
-        drafted = drafts.tokens.tolist()
-        kept: list[int] = []
-        owners: list[Sequence] = []
-        accepted = np.zeros(len(sequences), np.int64)
-        start = first = 0
-        for i, seq in enumerate(sequences):
-            count = counts[i] if i < len(counts) else 0
-            same = self.accept(drafted[first : first + count], tokens[start : start + count + 1]) if count else 0
-            accepted[i] = same
-            kept.extend(range(start, start + same + 1))
-            owners.extend([seq] * (same + 1))
-            start += count + 1
-            first += count
-        last = np.cumsum(accepted + 1) - 1
-        committed = _take(tokens, kept), _take(drawn[1], kept), _take(drawn[2], kept)
-        tables.position[rows] += accepted
-        tables.last_token[rows] = np.asarray(committed[0], np.int64)[last]
-        self._count(drafts.counts, accepted[: len(counts)])
-        return owners, committed
+        accepted = self.accept(drafts, drawn.token_ids, len(rows))
+        moves = None if drafts.parents is None else self._moves(accepted, rows, tables)
+        tokens = drawn.take(accepted.kept)
+        tables.position[rows] += accepted.counts
+        last = np.cumsum(accepted.counts + 1) - 1
+        tables.last_token[rows] = tokens.token_ids[last]
+        self._count(drafts.counts, accepted)
+        return Committed(accepted.counts + 1, tokens, moves)
 
-    def accept(self, drafted: list[int], drawn: list[int]) -> int:
-        """How many draft tokens are committed: those that equal the tokens drawn. Nothing else keeps the output."""
-        return matching_prefix(drafted, drawn)
+    def accept(self, drafts: Drafts, drawn: np.ndarray, num_rows: int) -> Accepted:
+        """Which draft tokens are committed: those that equal the tokens drawn. Nothing else keeps the output."""
+        return match(drafts, drawn, num_rows)
 
     def metrics(self) -> dict[str, float]:
         """Counters since start; fixed names, so another thread may read."""
@@ -151,80 +215,58 @@ class Speculator:
             figures["spec_draft_length"] = self.controller.length
         return figures
 
+    @staticmethod
+    def _moves(accepted: Accepted, rows: np.ndarray, tables: Tables) -> tuple[np.ndarray, np.ndarray] | None:
+        """Slots of accepted nodes, and those of the positions they turned out to have; enters the latter into the tables."""
+        taken = accepted.nodes >= 0
+        if not taken.any():
+            return None
+        each = np.repeat(rows, accepted.counts)
+        base = tables.position[each]  # one behind the last token's position: that of its first child
+        depth = np.broadcast_to(np.arange(taken.shape[1]), taken.shape)[taken]
+        source = tables.slots_at(each, base + accepted.nodes[taken])
+        target = tables.slots_at(each, base + depth)
+        tables.slots[each, base + depth] = target
+        moved = source != target
+        return (source[moved], target[moved]) if moved.any() else None
+
     def _shadow(self, sequences: Many[Sequence], control: Controller) -> None:
         """Compare proposals made a few steps ago with what was drawn since, or make such proposals for the oldest sequences."""
         if not self._shadows:
-            for seq in sequences[: max(1, len(sequences) // 8)]:
-                if seq.max_tokens - seq.num_tokens > self.num_draft:
-                    self._shadows.append((seq, seq.num_tokens, self._ask(seq, self.num_draft)))
+            few = [seq for seq in sequences[: max(1, len(sequences) // 8)] if seq.max_tokens - seq.num_tokens > self.num_draft]
+            drafts = self.proposer.propose(few, np.full(len(few), self.num_draft)) if few else None
+            start = 0
+            for seq, count in zip(few, [0] * len(few) if drafts is None else drafts.counts.tolist(), strict=True):
+                part = slice(start, start + count)
+                tokens = [] if drafts is None else drafts.tokens[part].tolist()
+                parents = list(range(-1, count - 1))
+                if drafts is not None and drafts.parents is not None:
+                    parents = drafts.parents[part].tolist()
+                self._shadows.append((seq, seq.num_tokens, tokens, parents))
+                start += count
             return
-        if any(seq.finish_reason is None and seq.num_tokens < seen + self.num_draft for seq, seen, _ in self._shadows):
+        if any(seq.finish_reason is None and seq.num_tokens < seen + self.num_draft for seq, seen, *_ in self._shadows):
             return
-        proposed, accepted = [], []
-        for seq, seen, proposal in self._shadows:
-            drawn = seq.output[seen - seq.job.num_prompt :]
-            proposed.append(len(proposal))
-            accepted.append(matching_prefix(proposal, drawn))
+        proposed: np.ndarray = np.zeros(MAX_DRAFT, np.int64)
+        accepted: np.ndarray = np.zeros(MAX_DRAFT, np.int64)
+        for seq, seen, tokens, parents in self._shadows:
+            proposed[: len(tokens)] += 1
+            for node in _followed(tokens, parents, seq.output[seen - seq.job.num_prompt :]):
+                accepted[node] += 1
+        control.note_accepted(proposed[: self.num_draft].tolist(), accepted[: self.num_draft].tolist(), len(self._shadows))
         self._shadows = []
-        control.note_accepted(_reaching(np.array(proposed)).tolist(), _reaching(np.array(accepted)).tolist(), len(proposed))
 
-    def _ask(self, seq: Sequence, most: int) -> tuple[int, ...]:
-        """A proposal for one sequence, its session brought up to date first."""
-        if most < 1:
-            return ()
-        maker, session, seen = seq.draft if seq.draft is not None else (None, None, 0)
-        if session is None or maker is not self.draft:
-            session, seen = self.draft.begin(seq.token_ids()), seq.num_tokens
-        elif seen < seq.num_tokens:
-            session.extend(seq.output[seen - seq.job.num_prompt :])
-        seq.draft = (self.draft, session, seq.num_tokens)
-        proposal = tuple(session.propose(most))
-        if len(proposal) > most or any(not 0 <= token < self._vocab_size for token in proposal):
-            raise ValueError(
-                f"{type(self.draft).__name__} proposed {proposal} for request {seq.job.request.request_id!r}: at most {most} "
-                f"tokens of 0..{self._vocab_size - 1} were asked for"
-            )
-        return proposal
-
-    def _count(self, counts: np.ndarray, accepted: np.ndarray) -> None:
+    def _count(self, counts: np.ndarray, accepted: Accepted) -> None:
         asked = counts > 0
         self._num_steps += int(asked.sum())
-        self._num_committed += int((accepted[asked] + 1).sum())
-        self._proposed_at += _reaching(counts)
-        self._accepted_at += _reaching(accepted)
+        self._num_committed += int((accepted.counts[: len(counts)][asked] + 1).sum())
+        proposed_at = _reaching(counts)
+        accepted_at = np.bincount(accepted.nodes[accepted.nodes >= 0], minlength=MAX_DRAFT)
+        self._proposed_at += proposed_at
+        self._accepted_at += accepted_at
         if self.controller is not None:
             length = max(int(counts.max()), min(self.num_draft, self.controller.length))
-            self.controller.note_accepted(_reaching(counts)[:length].tolist(), _reaching(accepted)[:length].tolist(), len(counts))
-
-
-def make_speculator(config: EmbeddedConfig, vocab_size: int, draft: Draft | None) -> Speculator | None:
-    """What the settings ask for, with `draft` in place of the one they name; None without any draft."""
-    if draft is None and config.draft != "none":
-        draft = DRAFTS[config.draft]()
-    if draft is None:
-        return None
-    return Speculator(draft, vocab_size, config.draft_tokens, Controller(config.draft_tokens) if config.draft_adaptive else None)
-
-
-def gather(proposals: Iterable[tuple[int, ...]]) -> Drafts | None:
-    """Proposals of all rows as arrays; None when all are empty."""
-    proposals = list(proposals)
-    counts = np.fromiter(map(len, proposals), np.int64, len(proposals))
-    total = int(counts.sum())
-    if not total:
-        return None
-    return Drafts(np.fromiter((token for proposal in proposals for token in proposal), np.int64, total), counts)
-
-
-def shorten(drafts: Drafts, most: np.ndarray) -> Drafts | None:
-    """At most `most` [R] tokens of each row; None when nothing is left."""
-    counts = np.minimum(drafts.counts, most)
-    if (counts == drafts.counts).all():
-        return drafts
-    if not counts.any():
-        return None
-    offsets = np.arange(len(drafts.tokens)) - np.repeat(np.cumsum(drafts.counts) - drafts.counts, drafts.counts)
-    return Drafts(drafts.tokens[offsets < np.repeat(counts, drafts.counts)], counts)
+            self.controller.note_accepted(proposed_at[:length].tolist(), accepted_at[:length].tolist(), len(counts))
 
 
 def _reaching(counts: np.ndarray) -> np.ndarray:
@@ -232,5 +274,25 @@ def _reaching(counts: np.ndarray) -> np.ndarray:
     return np.cumsum(np.bincount(counts, minlength=MAX_DRAFT + 1)[::-1])[::-1][1:]
 
 
-def _take(values: list[T], kept: list[int]) -> list[T]:
-    return [values[i] for i in kept]
+def _followed(tokens: list[int], parents: list[int], drawn: list[int]) -> list[int]:
+    """The nodes that drawn tokens follow."""
+    if parents == list(range(-1, len(parents) - 1)):
+        return list(range(matching_prefix(tokens, drawn)))
+    path, at = [], -1
+    for token in drawn:
+        found = next((node for node, parent in enumerate(parents) if parent == at and tokens[node] == token), None)
+        if found is None:
+            break
+        path.append(found)
+        at = found
+    return path
+
+
+def make_controller(config: EmbeddedConfig) -> Controller | None:
+    """What the settings ask for."""
+    return Controller(config.draft_tokens) if config.draft_adaptive else None
+
+
+def named_draft(config: EmbeddedConfig) -> Draft | None:
+    """The draft without weights that the settings name; None for none, and for one with weights."""
+    return DRAFTS[config.draft]() if config.draft in DRAFTS else None
