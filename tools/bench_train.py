@@ -3,8 +3,8 @@
 tools/bench_train.py [--shapes 0.6B,4B] [--tokens 16384] [--steps 5] [--out FILE]
 
 Both sides see the same tokens and use the same AdamW (float32 sums and moments); the rival is written here with F.linear
-(cuBLAS), F.rms_norm and SDPA's flash kernel, in bfloat16, and scores the vocabulary in whichever way is faster for it: all logits
-at once, or slices that are recomputed in the backward. Steps of the two alternate
+(cuBLAS), F.rms_norm and SDPA's flash kernel, in bfloat16, and runs in whichever way is fastest for it: all logits at once or
+slices that are recomputed in the backward, blocks as written or compiled by Inductor (--rival). Steps of the two alternate
 where both fit, else one runs after the other on the same card. Prints a table and, with --out, the same as JSON:
 tokens/s of both, ratio, MFU of ours, peak memory, and the largest single block the allocator gave out in our step.
 """
@@ -18,7 +18,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,8 @@ from miles_kernels.nn.decoder import Decoder
 from miles_rollout.wire import Sample
 
 PEAK_FLOPS = 989e12  # dense bfloat16 of an H100 or H200 SXM
+HOW = ("whole", "compiled", "sliced")
+"""Ways of the rival."""
 SHAPES: dict[str, dict[str, int]] = {
     "0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
     "4B": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
@@ -74,6 +76,7 @@ class Rival(nn.Module):
     def __init__(self, config: DecoderConfig, recompute: bool) -> None:
         super().__init__()
         self.config, self.recompute = config, recompute
+        self.compiled = torch.compile(self.run, dynamic=False)
         h, d = config.hidden_size, config.head_dim
         q, kv, inner = config.num_attention_heads * d, config.num_key_value_heads * d, config.intermediate_size
 
@@ -92,7 +95,7 @@ class Rival(nn.Module):
             for _ in range(config.num_hidden_layers)
         )  # fmt: skip
 
-    def block(self, w: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def block(self, w: dict[str, Tensor], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         c, eps = self.config, self.config.rms_norm_eps
         batch, length, _ = x.shape
         qkv = F.linear(F.rms_norm(x, x.shape[-1:], w["norm1"], eps), w["qkv"]).view(batch, length, -1, c.head_dim)
@@ -105,18 +108,21 @@ class Rival(nn.Module):
         gate, up = F.linear(F.rms_norm(x, x.shape[-1:], w["norm2"], eps), w["gate_up"]).chunk(2, -1)
         return x + F.linear(F.silu(gate) * up, w["down"])
 
-    def forward(self, ids: Tensor, keep: slice, sliced: bool) -> Tensor:
-        """log p of the tokens ids[:, keep], flat."""
+    def run(self, w: dict[str, Tensor], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return checkpoint(self.block, w, x, cos, sin, use_reentrant=False) if self.recompute else self.block(w, x, cos, sin)
+
+    def forward(self, ids: Tensor, keep: slice, how: str) -> Tensor:
+        """log p of the tokens ids[:, keep], flat; `how` is one of HOW."""
+        run = self.compiled if how == "compiled" else self.run
         length, half = ids.shape[1], self.config.head_dim // 2
         angle = torch.arange(length, device="cuda")[:, None] * 1e4 ** (-torch.arange(half, device="cuda") / half)
         cos, sin = (t.bfloat16()[:, None] for t in (angle.cos(), angle.sin()))
         x = F.embedding(ids, self.embed)
-        for w in self.blocks:
-            run = lambda y, w=w: self.block(w, y, cos, sin)  # noqa: E731
-            x = checkpoint(run, x, use_reentrant=False) if self.recompute else run(x)
+        for weights in self.blocks:
+            x = run(dict(weights.items()), x, cos, sin)
         x = F.rms_norm(x, x.shape[-1:], self.norm, self.config.rms_norm_eps)
         rows, targets = x[:, :-1][:, keep].reshape(-1, x.shape[-1]), ids[:, 1:][:, keep].reshape(-1)
-        if not sliced:
+        if how != "sliced":
             return -F.cross_entropy(F.linear(rows, self.embed).float(), targets, reduction="none")
 
         def score(part: Tensor, target: Tensor) -> Tensor:
@@ -159,8 +165,8 @@ def make_batch(kind: str, tokens: int, vocab: int) -> tuple[TrainBatch, Tensor, 
     return TrainBatch.from_groups(samples, AlgorithmConfig()), ids.cuda(), slice(prompt - 1, None)
 
 
-def rival_step(model: Rival, optimizer: AdamW, kind: str, ids: Tensor, keep: slice, advantage: Tensor, sliced: bool) -> None:
-    logprob = model(ids, keep, sliced)
+def rival_step(model: Rival, optimizer: AdamW, kind: str, ids: Tensor, keep: slice, advantage: Tensor, how: str) -> None:
+    logprob = model(ids, keep, how)
     if kind == "sft":
         loss = -logprob.mean()
     else:
@@ -184,16 +190,19 @@ def timed(step: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def largest_block(step: Callable[[], object]) -> int:
-    """Bytes of the largest tensor the allocator gave out during a step."""
+def allocated_blocks(step: Callable[[], object]) -> list[int]:
+    """Bytes of every block the allocator gave out during a step, from its own trace. Memory it kept is given back first."""
+    free()
     torch.cuda.memory._record_memory_history(max_entries=200_000, stacks="python", context=None)
-    step()
-    torch.cuda.synchronize()
-    trace = torch.cuda.memory._snapshot()["device_traces"][0]
-    torch.cuda.memory._record_memory_history(enabled=None)
+    try:
+        step()
+        torch.cuda.synchronize()
+        trace = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
     sizes = [entry["size"] for entry in trace if entry["action"] == "alloc"]
-    assert len(sizes) > 100, "the allocator's trace is empty"
-    return max(sizes)
+    assert sizes, "the allocator's trace is empty"
+    return sizes
 
 
 def free() -> None:
@@ -202,7 +211,7 @@ def free() -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
-def measure(name: str, kind: str, tokens: int, steps: int) -> dict[str, Any]:
+def measure(name: str, kind: str, tokens: int, steps: int, ways: Sequence[str]) -> dict[str, Any]:
     """One row of the table. Small models are alive at once and their steps alternate, large ones come one after the other."""
     config = shape_of(name)
     big = name == "4B"
@@ -217,7 +226,7 @@ def measure(name: str, kind: str, tokens: int, steps: int) -> dict[str, Any]:
     ours()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    row["largest_block_bytes"] = largest_block(ours)
+    row["largest_block_bytes"] = max(allocated_blocks(ours))
     row["peak_bytes"] = torch.cuda.max_memory_allocated()
     print({"ours": name, "kind": kind, "first_s": timed(ours), "peak_GiB": row["peak_bytes"] / 2**30}, flush=True)
     own = [timed(ours) for _ in range(steps)] if big else []
@@ -228,10 +237,11 @@ def measure(name: str, kind: str, tokens: int, steps: int) -> dict[str, Any]:
     rival = Rival(config, recompute=big)
     optimizer = AdamW(list(rival.named_parameters()), OptimizerConfig(lr=1e-6), stochastic=master == "stochastic")
     theirs: dict[str, list[float]] = {}
-    for how in ("sliced", "whole"):
-        step = partial(rival_step, rival, optimizer, kind, ids, keep, advantage, how == "sliced")
+    for how in ways:
+        step = partial(rival_step, rival, optimizer, kind, ids, keep, advantage, how)
         try:
-            step()
+            for _ in range(1 if big else 2):
+                step()
             found = []
             for _ in range(steps):
                 if not big:
@@ -243,10 +253,14 @@ def measure(name: str, kind: str, tokens: int, steps: int) -> dict[str, Any]:
         except torch.OutOfMemoryError:
             optimizer.clear()
             row[f"rival_{how}"] = "out of memory"
+        except RuntimeError as error:  # a compiler that is not there
+            optimizer.clear()
+            row[f"rival_{how}"] = str(error)[:200]
         free()
     row["tokens_per_s"] = tokens / median(own)
     row["ratio"] = min(median(found) for found in theirs.values()) / median(own)
-    row["mfu"] = flops(config, len(ids), ids.shape[1], batch.num_tokens) / median(own) / PEAK_FLOPS
+    work = flops(config, len(ids), ids.shape[1], batch.num_tokens) / PEAK_FLOPS
+    row["mfu"], row["rival_mfu"] = work / median(own), work / min(median(found) for found in theirs.values())
     return row
 
 
@@ -260,6 +274,7 @@ def main() -> None:
     parser.add_argument("--kinds", default="sft,rl")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rival", default=",".join(HOW), help="ways of the rival to try, of " + ", ".join(HOW))
     parser.add_argument("--out")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -269,7 +284,7 @@ def main() -> None:
     for name in options.shapes.split(","):
         for kind in options.kinds.split(","):
             try:
-                rows.append(measure(name, kind, options.tokens, options.steps))
+                rows.append(measure(name, kind, options.tokens, options.steps, options.rival.split(",")))
                 print(
                     {k: round(v, 4) if isinstance(v, float) and math.isfinite(v) else v for k, v in rows[-1].items()}, flush=True
                 )
