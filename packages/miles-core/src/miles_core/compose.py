@@ -19,6 +19,9 @@ from miles_core.config.dump import differences, read_config
 from miles_core.config.schema import RunConfig
 from miles_core.data.load import load_prompts, load_sft
 from miles_core.data.source import PromptSource
+from miles_core.draft.build import engine_settings, load_draft, with_draft
+from miles_core.draft.served import Comparison, ServedFeed
+from miles_core.draft.trainer import DraftingTrainer
 from miles_core.eval.evaluate import Evaluation, Evaluator
 from miles_core.feed import Feed, ReplayFeed, RolloutFeed, SftFeed
 from miles_core.interrupt import StopRequest
@@ -109,21 +112,45 @@ def _parts(
     scorer = stack.enter_context(Scorer(config.reward)) if _needs_engine(config, request) else None
     evaluator = None if scorer is None else _evaluator(config, text, scorer, say)
     engine: Engine | None = None
+    draft = load_draft(config, model.decoder)
     if scorer is not None:
         own = model.decoder if request.mode == "rollout" else deepcopy(model.decoder)
-        engine = make_engine(config, model, own, weight_version=0 if request.mode == "rollout" else -1)
+        version = 0 if request.mode == "rollout" else -1
+        engine = make_engine(config, model, own, weight_version=version, draft=deepcopy(draft))
         stack.callback(lambda: runner.run(engine.close()))
     trainer = None
     if request.mode != "rollout":
         trainer = make_trainer(config, request.mode, model.decoder)
+        trainer = trainer if draft is None else with_draft(trainer, config, draft)
     publisher = None
     if trainer is not None and engine is not None:
         publisher = partial(_publish, runner, trainer, engine)
     feed = _feed(config, request, text, engine, scorer, runner, say)
+    if draft is not None and engine is not None and request.mode != "sft":
+        comparison = _comparison(config, model, trainer, runner, stack)
+        feed = ServedFeed(feed, engine, trainer if isinstance(trainer, DraftingTrainer) else None, comparison, runner.run)
     return {
         "feed": feed, "trainer": trainer, "engine": engine, "publisher": publisher, "evaluator": evaluator,
         "tokenizer": model.tokenizer,
     }  # fmt: skip
+
+
+def _comparison(
+    config: RunConfig, model: LoadedModel, trainer: Trainer | None, runner: asyncio.Runner, stack: ExitStack
+) -> Comparison | None:
+    """An engine for every arm the draft is compared with; None when there is none."""
+    if not config.draft.compare or not isinstance(trainer, DraftingTrainer):
+        return None
+    engines: dict[str, Engine] = {}
+    for arm in config.draft.compare:
+        draft = None if arm == "none" else deepcopy(trainer.main.serving)
+        made = make_engine(
+            config, model, deepcopy(model.decoder), weight_version=-1, draft=draft, adaptive=arm == "adaptive"
+        )  # fmt: skip
+        stack.callback(lambda engine=made: runner.run(engine.close()))
+        engines[arm] = made
+    sampling = config.sampling.params(seed=config.run.seed, n=config.rollout.group_size)
+    return Comparison(trainer, engines, sampling, config.draft.compare_every)
 
 
 def _publish(runner: asyncio.Runner, trainer: Trainer, engine: Engine, version: int) -> None:
@@ -205,13 +232,22 @@ def _evaluator(config: RunConfig, text: Text, scorer: Scorer, say: Say) -> Evalu
     return Evaluator(prompts, scorer, config.eval, config.sampling, config.rollout, seed=config.run.seed)
 
 
-def make_engine(config: RunConfig, model: LoadedModel, decoder: Any, *, weight_version: int) -> Engine:
-    """The rollout engine, by name."""
+def make_engine(
+    config: RunConfig,
+    model: LoadedModel,
+    decoder: Any,
+    *,
+    weight_version: int,
+    draft: Any = None,
+    adaptive: bool | None = None,
+) -> Engine:
+    """The rollout engine, by name, with a draft model that takes its weights from every update."""
     if config.rollout.engine != "embedded":
         raise ValueError(f'rollout.engine = "{config.rollout.engine}" is not known here; known is embedded')
     from miles_rollout.engines.embedded.engine import EmbeddedEngine
 
-    return EmbeddedEngine(decoder, model.tokenizer, config.engine.embedded(), model=model.name, weight_version=weight_version)
+    settings = engine_settings(config, adaptive=adaptive)
+    return EmbeddedEngine(decoder, model.tokenizer, settings, model=model.name, weight_version=weight_version, draft=draft)
 
 
 def _report(lines: list[str], what: str, say: Say) -> None:

@@ -1,0 +1,1 @@
+"""A draft model that is trained beside the policy and published with it."""

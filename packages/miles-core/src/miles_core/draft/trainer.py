@@ -1,0 +1,215 @@
+"""A trainer with a draft beside it: the same protocol, the same bits of the policy, and a draft that follows it."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from miles_core.draft.collect import members, rollouts_of, streams_of
+from miles_core.trainer.base import StepStats
+from miles_core.trainer.batch import TrainBatch
+from miles_core.trainer.collectives import all_reduce_
+from miles_core.trainer.fsdp import FsdpTrainer
+from miles_core.trainer.packing import Microbatch
+from miles_kernels.contract import Contract
+from miles_spec.train import DraftStep, DraftStream, DraftTrainer, Policy, Rollout
+
+PREFIX = "draft."
+"""Of a draft's tensors among those that are published."""
+
+
+@dataclass(kw_only=True)
+class Arm:
+    """One draft in training."""
+
+    trainer: DraftTrainer
+    train: bool = True
+    """Off: it stays as it is, and is only measured."""
+    seconds: float = 0.0
+    """Spent on it in the last step."""
+    updated_at: int = 0
+    """The step it was last changed in."""
+
+
+class DraftingTrainer:
+    """`inner` trains the policy; `arms["draft"]` is the draft that is published with it, any others are compared with that.
+
+    The states of the policy's own training forward are what drafts learn from. They are used before the update, with the weights
+    that made them, and never reach the policy's gradient, clip norm or optimizer. `seed` is the key of the rollouts' noise.
+    """
+
+    def __init__(self, inner: FsdpTrainer, arms: Mapping[str, Arm], *, seed: int = 0, alarm: float = 0.1) -> None:
+        self.inner = inner
+        self.arms = dict(arms)
+        self.seed = seed
+        self.alarm = alarm
+        self.served: dict[str, float] = {}
+        """What the engine says of the rollouts of the step to come: "steps", "drafted", "accepted"; set by the feed."""
+        self.num_steps = 0
+        self._layers = tuple(self.main.draft.config.feature_layers)
+        self._rollouts: list[Rollout] = []
+        self._owner_N = torch.zeros(0, dtype=torch.int64)
+        self._wanted: dict[str, set[int]] = {}
+        self._held: list[tuple[list[int], DraftStream]] = []
+        self._made: dict[str, list[DraftStep]] = {}
+        inner.observe(self, self._layers)
+
+    @property
+    def main(self) -> DraftTrainer:
+        """The draft that is served."""
+        return self.arms["draft"].trainer
+
+    @property
+    def contract(self) -> Contract:
+        """The policy's numeric contract."""
+        return self.inner.contract
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates of the policy."""
+        return self.inner.num_updates
+
+    def forward_logprobs(self, batch: TrainBatch) -> Tensor:
+        """The policy's."""
+        return self.inner.forward_logprobs(batch)
+
+    def step(self, batch: TrainBatch) -> StepStats:
+        """Train the policy on the batch, and the drafts on the states it makes of it."""
+        self._rollouts = rollouts_of(batch)
+        self._owner_N = torch.arange(batch.num_sequences).repeat_interleave(torch.tensor(batch.num_trained))
+        rows, key = [rollout.num_rows for rollout in self._rollouts], self.num_steps
+        self._wanted = {name: set(arm.trainer.choose(rows, key)) for name, arm in self.arms.items()}
+        self._held, self._made = [], {name: [] for name in self.arms}
+        for arm in self.arms.values():
+            arm.seconds = 0.0
+        try:
+            stats = self.inner.step(batch)
+        finally:
+            self._held = []
+        self.num_steps += 1
+        for arm in self.arms.values():
+            if arm.train:
+                arm.updated_at = self.num_steps
+        return replace(stats, extra={**stats.extra, **self._metrics()})
+
+    # ---- the observer
+
+    def forward(self, micro: Microbatch, hidden: Tensor, taps: Mapping[int, Tensor]) -> None:
+        """Keep the states of the sequences that a draft is to see."""
+        wanted = set().union(*self._wanted.values())
+        model = self.inner.model
+        group = getattr(model, "context_group", None)
+        numbers = members(micro, self._owner_N)
+        found = streams_of(micro, numbers, self._rollouts, wanted, hidden, taps, model.context, group)
+        if found is not None:
+            self._held.append(found)
+
+    def before_update(self) -> None:
+        """Train every draft on what was kept."""
+        policy = self._policy()
+        for name, arm in self.arms.items():
+            started = time.perf_counter()
+            streams = [part for numbers, stream in self._held if (part := _part(numbers, stream, self._wanted[name])) is not None]
+            total = self._total if self.inner.parallel.size > 1 else None
+            self._made[name].append(arm.trainer.step(streams, policy, train=arm.train, total=total))
+            if policy.head.is_cuda:
+                torch.cuda.synchronize(policy.head.device)
+            arm.seconds += time.perf_counter() - started
+        self._held = []
+
+    def _policy(self) -> Policy:
+        model, stops = self.inner.model, frozenset(self.inner.decoder.config.eos_token_ids)
+        if self.inner.parallel.size == 1:
+            embed, head = model.decoder.embed_tokens.detach(), model.decoder.head.detach()
+            return Policy(embed=embed, head=head, seed=self.seed, stop_ids=stops)
+        weights = model.weights()
+        embed = weights["embed_tokens"].read(0, weights["embed_tokens"].shape, model.dtype)
+        own = weights.get("lm_head")
+        head = embed if own is None else own.read(0, own.shape, model.dtype)
+        return Policy(embed=embed, head=head, seed=self.seed, stop_ids=stops)
+
+    def _total(self, values: Tensor) -> None:
+        if values.dtype is torch.float64:
+            self.inner.parallel.sum_(values)
+        else:
+            all_reduce_(values, dist.group.WORLD)
+
+    # ---- what is said about it
+
+    def _metrics(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name, arm in self.arms.items():
+            steps = self._made[name]
+            if not steps:
+                continue
+            prefix = "draft/" if name == "draft" else f"draft/{name}/"
+            values: dict[str, list[float]] = {}
+            for step in steps:
+                for key, value in step.metrics().items():
+                    values.setdefault(key, []).append(value)
+            found |= {prefix + key: sum(each) / len(each) for key, each in values.items()}
+            found[prefix + "train_s"] = arm.seconds
+            found[prefix + "age"] = float(self.num_steps - arm.updated_at)
+        return found | self._gap(found)
+
+    def _gap(self, found: Mapping[str, float]) -> dict[str, float]:
+        """The estimate against what the engine counted on the same rollouts, for the draft lengths it really used."""
+        steps, estimated = self.served.get("steps", 0.0), found.get("draft/accept_length_estimate")
+        if not steps or estimated is None:
+            return {}
+        served = 1.0 + self.served["accepted"] / steps
+        drafted = self.served["drafted"] / steps
+        expected = 1.0
+        for position in range(self.main.num_draft):
+            share = min(1.0, max(0.0, drafted - position))
+            expected += share * found.get(f"draft/accept_rate_estimate_at_{position}", 0.0)
+        gap = expected / served - 1.0
+        if abs(gap) > self.alarm:
+            warnings.warn(
+                f"step {self.num_steps}: estimated accept length {expected:.2f}, but the engine counts {served:.2f}. "
+                "It may serve another draft than the one trained, or at other positions",
+                stacklevel=2,
+            )
+        return {"draft/estimate_gap": gap, "draft/estimate_alarm": float(abs(gap) > self.alarm)}
+
+    # ---- weights and state
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's tensors, then the draft's under PREFIX: one versioned, verified transfer."""
+        yield from self.inner.export_weights()
+        for name, tensor in self.draft_weights():
+            yield PREFIX + name, tensor
+
+    def draft_weights(self, arm: str = "draft") -> Iterator[tuple[str, Tensor]]:
+        """(name in a checkpoint, tensor) of the draft to be served."""
+        return self.arms[arm].trainer.serving.named_state()
+
+    def save(self, directory: Path) -> None:
+        """The policy's state, and that of every draft in `drafts/NAME/`."""
+        self.inner.save(directory)
+        if self.inner.parallel.rank == 0:
+            for name, arm in self.arms.items():
+                arm.trainer.save(directory / "drafts" / name)
+        self.inner.parallel.barrier("the drafts are written")
+
+    def load(self, directory: Path) -> None:
+        """Restore what `save` wrote. Raises ValueError naming the file that is missing or does not fit."""
+        self.inner.load(directory)
+        for name, arm in self.arms.items():
+            arm.trainer.load(directory / "drafts" / name)
+            self.num_steps = max(self.num_steps, arm.trainer.num_updates)
+            arm.updated_at = self.num_steps if arm.train else 0
+
+
+def _part(numbers: Sequence[int], stream: DraftStream, wanted: set[int]) -> DraftStream | None:
+    chosen = [i for i, number in enumerate(numbers) if number in wanted]
+    if not chosen:
+        return None
+    return stream if len(chosen) == len(numbers) else stream.select(chosen)

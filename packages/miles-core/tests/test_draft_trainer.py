@@ -1,0 +1,176 @@
+"""A draft beside the trainer: it sees what an unpacked policy would show it, follows the policy, and cannot touch it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from miles_core.algorithm.config import AlgorithmConfig
+from miles_core.draft.collect import rollouts_of
+from miles_core.draft.trainer import PREFIX, Arm, DraftingTrainer
+from miles_core.trainer.batch import TrainBatch
+from miles_core.trainer.config import OptimizerConfig, TrainerConfig
+from miles_core.trainer.fsdp import FsdpTrainer
+from miles_core.trainer.hashing import combined_hash
+from miles_core.trainer.packing import Microbatch
+from miles_core.trainer.testing import random_samples
+from miles_kernels.nn.checkpoint import random_decoder
+from miles_kernels.nn.config import DecoderConfig
+from miles_kernels.nn.decoder import PackedKV
+from miles_kernels.ops.attention import packed_plan
+from miles_spec.models import MtpDraft
+from miles_spec.train import UPSTREAM, DraftStream, DraftTrainConfig, DraftTrainer, Policy
+
+TINY = DecoderConfig(
+    family="qwen3",
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    initializer_range=0.2,
+)
+
+
+def policy(seed: int = 0, **config: object) -> FsdpTrainer:
+    return FsdpTrainer(random_decoder(TINY, seed), AlgorithmConfig(), TrainerConfig(**config), OptimizerConfig(lr=1e-2))
+
+
+def drafting(inner: FsdpTrainer, **settings: object) -> DraftingTrainer:
+    draft = MtpDraft.from_trunk(inner.decoder)
+    return DraftingTrainer(inner, {"draft": Arm(trainer=DraftTrainer(draft, DraftTrainConfig(**settings), num_draft=3))})
+
+
+def batch(seed: int) -> TrainBatch:
+    samples = random_samples(seed, temperature=0.8)
+    return TrainBatch.from_samples(samples, [sample.reward - 0.5 for sample in samples])
+
+
+def state(trainer: FsdpTrainer) -> dict[str, Tensor]:
+    return {**dict(trainer.export_weights()), **trainer.optimizer.state()}
+
+
+@pytest.mark.parametrize("config", [{}, {"updates_per_step": 2, "max_tokens_per_microbatch": 40}])
+def test_the_policy_has_the_same_bits_with_and_without_drafts(config: dict[str, int]) -> None:
+    """Parameters, moments and every reported number, after steps with three drafts in training."""
+    alone, inner = policy(**config), policy(**config)
+    beside = drafting(inner, lr=1e-2, ema=0.5, replay_rows=60, max_rows=50)
+    for name, fields in (("upstream", UPSTREAM), ("lk", {"loss": "lk_lambda", "depths": 2})):
+        beside.arms[name] = Arm(trainer=DraftTrainer(MtpDraft.from_trunk(inner.decoder), DraftTrainConfig(lr=1.0, **fields)))
+    before = combined_hash(beside.draft_weights())
+    for step in range(6):
+        mine, theirs = alone.step(batch(step)).metrics(), beside.step(batch(step)).metrics()
+        assert mine == {name: value for name, value in theirs.items() if not name.startswith("draft/")}
+        assert theirs["draft/loss_depth_3"] > 0
+    expected, found = state(alone), state(inner)
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    assert combined_hash(beside.draft_weights()) != before
+
+
+def test_an_observer_that_leaks_is_noticed() -> None:
+    """The comparison above can fail: a gradient of one part in a billion on one weight is enough."""
+    alone, inner = policy(), policy()
+
+    class Leaky:
+        def forward(self, micro: Microbatch, hidden: Tensor, taps: Mapping[int, Tensor]) -> None: ...
+
+        def before_update(self) -> None:
+            inner.decoder.norm.grad += 1e-7
+
+    inner.observe(Leaky())
+    for step in range(3):
+        alone.step(batch(step))
+        inner.step(batch(step))
+    assert not torch.equal(alone.decoder.norm, inner.decoder.norm)
+
+
+def unpacked(decoder: torch.nn.Module, number: int, made_of: TrainBatch) -> DraftStream:
+    """One sequence computed alone."""
+    rollout = rollouts_of(made_of)[number]
+    plan, positions = packed_plan([rollout.num_rows], [-1])
+    with torch.no_grad():
+        return DraftStream.of([rollout], decoder(rollout.token_ids[:-1], positions, PackedKV(plan)))
+
+
+@pytest.mark.parametrize("budget", [23, 60, 4000])
+def test_the_states_are_those_of_every_sequence_alone(budget: int) -> None:
+    """Shared prompts, cut groups, several turns, completions of one token: bit for bit; then loss and gradient of the draft."""
+    made_of, inner = batch(3), policy(max_tokens_per_microbatch=budget)
+    seen: dict[int, Tensor] = {}
+    beside = drafting(inner, lr=0.0, grad_clip=0.0)
+    alone = [unpacked(random_decoder(TINY, 0), number, made_of) for number in range(made_of.num_sequences)]
+    train = beside.main.step
+
+    def step(streams: list[DraftStream], policy: Policy, **kw: object) -> object:
+        numbers = [number for numbers, _ in beside._held for number in numbers]
+        parts = [part for stream in streams for part in stream.policy_hidden.split(list(stream.lengths))]
+        seen.update(zip(numbers, parts, strict=True))
+        made = train(streams, policy, **kw)
+        one = DraftTrainer(MtpDraft.from_trunk(inner.decoder), DraftTrainConfig(lr=0.0, grad_clip=0.0), num_draft=3).step(
+            alone, policy
+        )
+        assert made.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
+        assert made.loss_by_depth == pytest.approx(one.loss_by_depth, rel=1e-5)
+        assert made.estimate.counts(3)[:18] == one.estimate.counts(3)[:18]
+        return made
+
+    beside.main.step = step  # type: ignore[assignment, method-assign]
+    beside.step(made_of)
+    assert sorted(seen) == list(range(made_of.num_sequences))
+    for number, stream in enumerate(alone):
+        assert torch.equal(seen[number], stream.policy_hidden), number
+
+
+def test_a_budget_takes_whole_sequences_by_a_key() -> None:
+    inner = policy()
+    beside = drafting(inner, max_rows=30)
+    stats = [beside.step(batch(1)).metrics() for _ in range(3)]
+    assert all(0 < row["draft/num_rows"] <= 30 for row in stats)
+    again = drafting(policy(), max_rows=30)
+    assert [again.step(batch(1)).metrics()["draft/num_rows"] for _ in range(3)] == [row["draft/num_rows"] for row in stats]
+
+
+def test_the_draft_is_published_with_the_policy() -> None:
+    beside = drafting(policy())
+    names = [name for name, _ in beside.export_weights()]
+    own = [name for name, _ in beside.inner.export_weights()]
+    assert names[: len(own)] == own and len(names) > len(own)
+    assert names[len(own) :] == [PREFIX + name for name, _ in beside.main.draft.named_state()]
+
+
+def test_resuming_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    settings = {"lr": 3e-3, "ema": 0.9}
+    straight = drafting(policy(), **settings)
+    for step in range(5):
+        straight.step(batch(step))
+    first = drafting(policy(), **settings)
+    for step in range(3):
+        first.step(batch(step))
+    first.save(tmp_path)
+    second = drafting(policy(7), **settings)
+    second.load(tmp_path)
+    for step in range(3, 5):
+        second.step(batch(step))
+    assert combined_hash(second.export_weights()) == combined_hash(straight.export_weights())
+    other = drafting(policy(), loss="ce")
+    with pytest.raises(ValueError, match="loss is 'kl', this run has 'ce'"):
+        other.load(tmp_path)
+
+
+def test_a_gap_between_estimate_and_engine_is_an_alarm() -> None:
+    beside = drafting(policy())
+    beside.served = {"steps": 10.0, "drafted": 30.0, "accepted": 25.0}
+    with pytest.warns(UserWarning, match="another draft than the one trained"):
+        row = beside.step(batch(0)).metrics()
+    assert row["draft/estimate_alarm"] == 1.0 and row["draft/estimate_gap"] < -0.1
+    estimate = row["draft/accept_length_estimate"]
+    beside = drafting(policy())
+    beside.served = {"steps": 1000.0, "drafted": 3000.0, "accepted": 1000.0 * (estimate - 1.0)}
+    row = beside.step(batch(0)).metrics()
+    assert row["draft/estimate_alarm"] == 0.0 and abs(row["draft/estimate_gap"]) < 0.1
