@@ -17,6 +17,7 @@ import socket
 import stat
 import sys
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,8 @@ def multiply(channel: Channel) -> Channel:
     So the library is replayed once, however many processes check at once, and a lost one is replaced within milliseconds.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # Python 3.12 warns of Lean's own threads. They are idle here, and a copy replays on its one thread.
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     while True:
         _, files, _, _ = socket.recv_fds(channel.sock, 1, 1)
         if not files:
