@@ -1,4 +1,4 @@
-"""The `miles-spec` command: simulate, verify-lossless."""
+"""The `miles-spec` command: simulate, train, verify-lossless."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from miles_spec import __version__
 from miles_spec.draft import DRAFTS
 from miles_spec.metrics import AcceptStats
+from miles_spec.train import command as train_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,10 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     lossless.add_argument("--tokens", type=int, default=20_000, help="compare at least this many tokens")
     lossless.add_argument("--seed", type=int, default=0)
+    train_command.add_arguments(commands)
     options = parser.parse_args(arguments)
     try:
         if options.command == "verify-lossless":
             return _lossless(options)
+        if options.command == "train":
+            return train_command.run(options)
         _check(options)
         return _recorded(options) if options.file else _synthetic(options)
     except (OSError, ValueError) as error:

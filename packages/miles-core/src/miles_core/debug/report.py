@@ -92,8 +92,36 @@ def plots_of(rows: Sequence[Row]) -> list[Plot]:
         Plot(title="Entropy", lines=lines(entropy="train/entropy"), unit="nats"),
         Plot(title="Loss", lines=lines(loss="train/loss"), smooth=frozenset({"loss"})),
         Plot(title="Gradient norm", lines=lines(gradient_norm="train/grad_norm"), smooth=frozenset({"gradient norm"})),
+        *_draft_plots(rows),
     ]
     return [plot for plot in candidates if plot.lines]
+
+
+def _draft_plots(rows: Sequence[Row]) -> list[Plot]:
+    """What a draft model did, and the others it was compared with."""
+    names = {name for row in rows for name in row if name.startswith("draft/")}
+
+    def each(start: str, end: str, words: str = "") -> dict[str, Series]:
+        """Label to series of every metric draft/START...END."""
+        found = sorted(name for name in names if name.startswith(f"draft/{start}") and name.endswith(end))
+        return {words + name[len(f"draft/{start}") : len(name) - len(end)].strip("/"): series(rows, name) for name in found}
+
+    arms = {label: line for label, line in each("", "/accept_length").items() if label}
+    own = {"served": "accept_length", "estimated": "accept_length_estimate", "greedy ceiling": "accept_length_greedy_ceiling"}
+    lengths = {label: series(rows, f"draft/{name}") for label, name in own.items() if f"draft/{name}" in names}
+    speed = {"estimated": series(rows, "draft/speedup_estimate")} if "draft/speedup_estimate" in names else {}
+    return [
+        Plot(title="Accept length of drafts", lines=lengths, smooth=frozenset({"served", "estimated"}), unit="tokens"),
+        Plot(title="Accept length, ways to draft compared", lines=arms, points=frozenset(arms), unit="tokens"),
+        Plot(
+            title="Accepted at a draft position", lines=each("accept_rate_estimate_at_", "", "position "), y_range=(-0.02, 1.02)
+        ),
+        Plot(title="First draft token right, by entropy", lines=each("accept_rate_entropy_", ""), y_range=(-0.02, 1.02)),
+        Plot(title="Draft loss", lines=each("loss_depth_", "", "depth ")),
+        Plot(
+            title="Rollout speed over no draft", lines={**speed, **each("", "/speedup")}, points=frozenset(each("", "/speedup"))
+        ),
+    ]
 
 
 def _unit_range(rows: Sequence[Row]) -> tuple[float, float] | None:

@@ -70,6 +70,9 @@ class Comparison:
                 f"draft/{arm}/rollout_tokens_per_s": tokens / seconds,
                 f"draft/{arm}/tokens_unequal": float(unequal),
             }
+        plain = found.get("draft/none/rollout_s")
+        if plain is not None:
+            found |= {f"draft/{arm}/speedup": plain / found[f"draft/{arm}/rollout_s"] for arm in self._engines if arm != "none"}
         return found
 
 
@@ -85,6 +88,8 @@ class ServedFeed:
         wait: Callable[[Coroutine[Any, Any, Any]], Any],
     ) -> None:
         self._feed, self._engine, self._trainer, self._comparison, self._wait = feed, engine, trainer, comparison, wait
+        self._cost: float | None = None
+        """Time of a step with drafts over one without, as of the last comparison."""
 
     def next(self, step: int) -> Portion | None:
         """The portion, its metrics with "draft/accept_length" and the like."""
@@ -99,6 +104,10 @@ class ServedFeed:
         compared = self._comparison
         if compared is not None and portion.samples and (step == 1 or step % compared.every == 0):
             portion.metrics.update(self._wait(compared.run(step, portion.samples)))
+            speedup, length = (portion.metrics.get(f"draft/ours/{name}") for name in ("speedup", "accept_length"))
+            self._cost = length / speedup if speedup and length else self._cost
+        if self._cost is not None and "draft/accept_length" in portion.metrics:
+            portion.metrics["draft/speedup_estimate"] = portion.metrics["draft/accept_length"] / self._cost
         return portion
 
     def state(self) -> dict[str, Any]:

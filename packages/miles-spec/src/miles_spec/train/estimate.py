@@ -92,7 +92,7 @@ class Estimate:
 
 
 @torch.no_grad()
-def estimate(
+def estimate_acceptance(
     draft: DraftModel, hidden: Sequence[Tensor], stream: DraftStream, head: Tensor, *, seed: int, stop_ids: frozenset[int]
 ) -> Estimate:
     """Accept counts of draft states `hidden` (K tensors [R, H]) on sequences sampled with `seed`, K tokens drafted at a time.

@@ -23,7 +23,7 @@ from miles_spec.losses import draft_loss
 from miles_spec.models.base import DraftModel
 from miles_spec.targets import IGNORE, DraftTargets
 from miles_spec.train.config import DraftTrainConfig
-from miles_spec.train.estimate import Estimate, estimate
+from miles_spec.train.estimate import Estimate, estimate_acceptance
 from miles_spec.train.optim import DraftOptimizer, Sum
 from miles_spec.train.replay import ReplayBuffer
 from miles_spec.train.state import load_tensors, read_facts, save_tensors, write_facts
@@ -194,7 +194,7 @@ class DraftTrainer:
         return made.loss, made.by_depth.float().cpu(), made.acceptance.float().cpu()
 
     def _estimate(self, states: Sequence[Tensor], stream: DraftStream, policy: Policy) -> Estimate:
-        return estimate(self.serving, states, stream, policy.head, seed=policy.seed, stop_ids=policy.stop_ids)
+        return estimate_acceptance(self.serving, states, stream, policy.head, seed=policy.seed, stop_ids=policy.stop_ids)
 
     def _targets(self, stream: DraftStream) -> DraftTargets:
         """Targets of as many depths as anything needs; labels of the first `depths` count."""
