@@ -206,7 +206,7 @@ def allocated_blocks(step: Callable[[], object]) -> list[int]:
 
 
 def free() -> None:
-    gc.collect()
+    gc.collect()  # hooks on parameters and their optimizer know each other
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
 
@@ -219,6 +219,7 @@ def measure(name: str, kind: str, tokens: int, steps: int, ways: Sequence[str]) 
     batch, ids, keep = make_batch(kind, tokens, config.vocab_size)
     row: dict[str, Any] = {"shape": name, "kind": kind, "tokens": tokens, "recompute": big, "master": master}
     row["logits_bytes"] = batch.num_tokens * config.vocab_size * 2
+    torch.compiler.reset()  # compiled code keeps the model it was made from
     free()
     settings = TrainerConfig(max_tokens_per_microbatch=tokens, recompute=big, master=master)
     trainer = FsdpTrainer(random_weights(config), AlgorithmConfig(), settings, OptimizerConfig(lr=1e-6))
@@ -234,6 +235,7 @@ def measure(name: str, kind: str, tokens: int, steps: int, ways: Sequence[str]) 
         del trainer, ours
         free()
     advantage = torch.ones((), device="cuda") if batch.advantage is None else batch.advantage.cuda()
+    torch.manual_seed(0)
     rival = Rival(config, recompute=big)
     optimizer = AdamW(list(rival.named_parameters()), OptimizerConfig(lr=1e-6), stochastic=master == "stochastic")
     theirs: dict[str, list[float]] = {}

@@ -78,10 +78,10 @@ class _OnCpu(torch.autograd.Function):
         hidden: Tensor, slices: Slices, targets: Tensor, temperature: float | Tensor, entropy: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         wide = hidden.float()
-        divisor = reference._divisor(temperature, len(hidden))
+        divisor = reference.divisor_of(temperature, len(hidden))
         chunks = ((start, mm(wide, slices.read(start, stop), slices.mode)) for start, stop in _steps(slices, VOCAB_CHUNK))
-        state = reference._accumulate(chunks, targets, divisor, slices.num_rows, VOCAB_CHUNK, entropy)
-        out = reference._finish(state)
+        state = reference.accumulate(chunks, targets, divisor, slices.num_rows, VOCAB_CHUNK, entropy)
+        out = reference.finish(state)
         return out.logprob, out.entropy, torch.log(state.total) + state.top
 
     @staticmethod
@@ -90,7 +90,7 @@ class _OnCpu(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         logprob, ent, normaliser = _OnCpu.compute(hidden, slices, targets, temperature, entropy)
         ctx.save_for_backward(hidden, targets, normaliser, ent)
-        ctx.slices, ctx.divisor, ctx.dtype = slices, reference._divisor(temperature, len(hidden)), weight.dtype
+        ctx.slices, ctx.divisor, ctx.dtype = slices, reference.divisor_of(temperature, len(hidden)), weight.dtype
         ctx.set_materialize_grads(False)
         return logprob, ent
 
@@ -103,8 +103,8 @@ class _OnCpu(torch.autograd.Function):
         d_hidden, gradient = torch.zeros_like(wide), slices.new_gradient()
         for start, stop in _steps(slices, VOCAB_CHUNK):
             part = slices.read(start, stop)
-            z = reference._scaled(mm(wide, part, slices.mode), divisor) - normaliser
-            dz = reference._logit_grad(z, start, targets.view(-1, 1), g_logprob, g_entropy, entropy)
+            z = reference.scaled(mm(wide, part, slices.mode), divisor) - normaliser
+            dz = reference.logit_gradient(z, start, targets.view(-1, 1), g_logprob, g_entropy, entropy)
             if divisor is not None:
                 dz /= divisor
             d_hidden += mm_dgrad(dz, part)

@@ -26,7 +26,7 @@ class _Turn(torch.autograd.Function):
         qkv = qkv.contiguous()
         ctx.save_for_backward(qkv, norm, cos, sin)
         ctx.sizes = sizes
-        return fused._turn(qkv, norm, cos, sin, sizes, None)
+        return fused.turn(qkv, norm, cos, sin, sizes, None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -36,4 +36,4 @@ class _Turn(torch.autograd.Function):
         d_qkv = torch.zeros_like(qkv)
         turned = ctx.sizes.heads + ctx.sizes.kv_heads
         d_qkv.view(len(qkv), turned + ctx.sizes.kv_heads, -1)[:, :turned] = grad
-        return d_qkv, fused._turn_back(d_qkv, qkv, norm, cos, sin, ctx.sizes), None, None, None
+        return d_qkv, fused.turn_back(d_qkv, qkv, norm, cos, sin, ctx.sizes), None, None, None

@@ -50,7 +50,7 @@ def attention_of(
         if target is not None or batch.page_size:
             raise ValueError("attention over a cache has no gradient: call under torch.no_grad(), or train on KVBatch.packed")
         return _Attend.apply(qkv, qk_norm, cos, sin, batch, sizes)
-    turned = _turn(qkv, qk_norm, cos, sin, sizes, target)
+    turned = turn(qkv, qk_norm, cos, sin, sizes, target)
     if target is not None:
         k, v = (pool.transpose(0, 1) for pool in target[:2])
         return attend(turned, k, v, batch, sizes.scale, sizes.window)[0]
@@ -64,7 +64,7 @@ def _parts(qkv: Tensor, turned: Tensor, sizes: Heads) -> tuple[Tensor, Tensor, T
     return turned[:, :heads], turned[:, heads:], v
 
 
-def _turn(qkv: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, sizes: Heads, target: Target | None) -> Tensor:
+def turn(qkv: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, sizes: Heads, target: Target | None) -> Tensor:
     """Normed and rotated heads: queries and keys [T, H + Hkv, D], with a target queries only [T, H, D]."""
     from miles_kernels.cuda.qkv_kernels import turn_forward
 
@@ -101,7 +101,7 @@ def _no_slots(device: torch.device) -> Tensor:
     return torch.zeros(2, dtype=torch.int64, device=device)
 
 
-def _turn_back(grad: Tensor, qkv: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, sizes: Heads) -> Tensor | None:
+def turn_back(grad: Tensor, qkv: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, sizes: Heads) -> Tensor | None:
     """Gradients of turned heads in grad[T, (H + 2 Hkv) * D] become those of qkv, in place; returns that of `qk_norm`."""
     from miles_kernels.cuda.qkv_kernels import sum_kinds, turn_backward
 
@@ -129,7 +129,7 @@ def _turn_back(grad: Tensor, qkv: Tensor, qk_norm: Tensor | None, cos: Tensor, s
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, batch: KVBatch, sizes: Heads) -> Tensor:
-        turned = _turn(qkv, qk_norm, cos, sin, sizes, None)
+        turned = turn(qkv, qk_norm, cos, sin, sizes, None)
         out, lse = attend(*_parts(qkv, turned, sizes), batch, sizes.scale, sizes.window)
         ctx.save_for_backward(qkv, qk_norm, cos, sin, turned, out, lse)
         ctx.batch, ctx.sizes = batch, sizes
@@ -145,4 +145,4 @@ class _Attend(torch.autograd.Function):
         base.backward(
             *_parts(qkv, turned, sizes), out, lse, grad, ctx.batch, scale=sizes.scale, window=sizes.window, into=tuple(parts)
         )
-        return d_qkv, _turn_back(d_qkv, qkv, qk_norm, cos, sin, sizes), None, None, None, None
+        return d_qkv, turn_back(d_qkv, qkv, qk_norm, cos, sin, sizes), None, None, None, None

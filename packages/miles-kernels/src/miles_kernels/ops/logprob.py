@@ -29,7 +29,7 @@ class LogprobOutput(NamedTuple):
     entropy: Tensor | None
 
 
-class _State(NamedTuple):
+class LogprobState(NamedTuple):
     """Running (maximum, sum of exp, sum of exp times shifted logit, target logit), each [N, 1]."""
 
     top: Tensor
@@ -55,10 +55,10 @@ def logprob_from_logits(
         raise ValueError(f"logits must be float32, got {logits.dtype}")
     if torch.is_grad_enabled() and logits.requires_grad:
         raise ValueError("logprob_from_logits has no backward; train through linear_logprob or detach the logits")
-    divisor = _divisor(temperature, logits.shape[0])
+    divisor = divisor_of(temperature, logits.shape[0])
     vocab = logits.shape[1]
     chunks = ((start, logits[:, start : start + chunk]) for start in range(0, vocab, chunk))
-    return _finish(_accumulate(chunks, targets, divisor, vocab, chunk, entropy))
+    return finish(accumulate(chunks, targets, divisor, vocab, chunk, entropy))
 
 
 def linear_logprob(
@@ -80,16 +80,16 @@ def linear_logprob(
         from miles_kernels.cuda.logprob import linear_logprob as on_cuda
 
         return LogprobOutput(*on_cuda(hidden, weight, targets, temperature, bias, entropy=entropy))
-    divisor = _divisor(temperature, hidden.shape[0])
+    divisor = divisor_of(temperature, hidden.shape[0])
     needs = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and needs:
         logprob, ent = _LinearLogprob.apply(hidden, weight, bias, targets, divisor, chunk, entropy, mode)
         return LogprobOutput(logprob, ent)
     chunks = _chunks(hidden, weight, bias, chunk, mode)
-    return _finish(_accumulate(chunks, targets, divisor, weight.shape[0], chunk, entropy))
+    return finish(accumulate(chunks, targets, divisor, weight.shape[0], chunk, entropy))
 
 
-def _divisor(temperature: Tensor | float, rows: int) -> Tensor | None:
+def divisor_of(temperature: Tensor | float, rows: int) -> Tensor | None:
     """The temperature as [N, 1] so that a number and a tensor divide alike; None where dividing would change nothing."""
     if isinstance(temperature, Tensor):
         return temperature.to(torch.float32).view(-1, 1)
@@ -98,7 +98,8 @@ def _divisor(temperature: Tensor | float, rows: int) -> Tensor | None:
     return None if temperature == 1.0 else torch.full((rows, 1), temperature)
 
 
-def _scaled(logits: Tensor, divisor: Tensor | None) -> Tensor:
+def scaled(logits: Tensor, divisor: Tensor | None) -> Tensor:
+    """Logits [N, C] fp32 over `divisor_of` the temperature."""
     return logits if divisor is None else logits / divisor
 
 
@@ -114,15 +115,19 @@ def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk: int, mod
         yield start, logits
 
 
-def _accumulate(
+def accumulate(
     chunks: Iterator[tuple[int, Tensor]], targets: Tensor, divisor: Tensor | None, vocab: int, chunk: int, entropy: bool
-) -> _State:
+) -> LogprobState:
+    """Statistics of the rows over chunks (first column, logits [N, C] fp32) that come in ascending order, C <= `chunk`.
+
+    `targets` int64 [N]; `divisor` as from `divisor_of`. Raises IndexError for a target outside the vocabulary.
+    """
     targets = targets.reshape(-1, 1)
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
         raise IndexError(f"targets must lie in [0, {vocab}), got {int(targets.min())} to {int(targets.max())}")
     if vocab == 0:
         raise ValueError("the vocabulary is empty")
-    state: _State | None = None
+    state: LogprobState | None = None
     running: Tensor | None = None
     for start, logits in chunks:
         kernels = kernels_for(logits)
@@ -130,15 +135,15 @@ def _accumulate(
             running = logits.new_zeros(len(logits), 4) if running is None else running
             kernels.lse(logits, start, divisor, targets.contiguous(), running, entropy)
         else:
-            state = _step(state, start, _scaled(logits, divisor), targets, entropy, only=vocab <= chunk)
+            state = _step(state, start, scaled(logits, divisor), targets, entropy, only=vocab <= chunk)
     if running is not None:
         top, total, weighted, target = running.split(1, 1)
-        return _State(top, total, weighted if entropy else None, target, running)
+        return LogprobState(top, total, weighted if entropy else None, target, running)
     assert state is not None
     return state
 
 
-def _step(state: _State | None, start: int, z: Tensor, targets: Tensor, entropy: bool, only: bool) -> _State:
+def _step(state: LogprobState | None, start: int, z: Tensor, targets: Tensor, entropy: bool, only: bool) -> LogprobState:
     top = z.amax(-1, keepdim=True).clamp_(min=LOWEST)
     if state is None:
         new_top, target = top, z.gather(1, targets if only else targets.clamp(max=z.shape[1] - 1))
@@ -157,10 +162,11 @@ def _step(state: _State | None, start: int, z: Tensor, targets: Tensor, entropy:
         if weighted is not None and state.weighted is not None:
             weighted += (state.weighted + state.total * drop) * rescale
         total += state.total * rescale
-    return _State(new_top, total, weighted, target)
+    return LogprobState(new_top, total, weighted, target)
 
 
-def _finish(state: _State) -> LogprobOutput:
+def finish(state: LogprobState) -> LogprobOutput:
+    """Log-probability and entropy [N] fp32 from the statistics of all chunks."""
     kernels = None if state.packed is None else kernels_for(state.packed)
     if kernels is not None and state.packed is not None:
         return LogprobOutput(*kernels.lse_finish(state.packed, state.weighted is not None))
@@ -185,8 +191,8 @@ class _LinearLogprob(torch.autograd.Function):
         mode: Mode | None,
     ) -> tuple[Tensor, Tensor | None]:
         chunks = _chunks(hidden, weight, bias, chunk, mode)
-        state = _accumulate(chunks, targets, divisor, weight.shape[0], chunk, entropy)
-        out = _finish(state)
+        state = accumulate(chunks, targets, divisor, weight.shape[0], chunk, entropy)
+        out = finish(state)
         normaliser = torch.log(state.total) + state.top
         ctx.save_for_backward(hidden, weight, bias, targets, divisor, normaliser, out.entropy)
         ctx.chunk, ctx.mode = chunk, mode
@@ -206,7 +212,7 @@ class _LinearLogprob(torch.autograd.Function):
         d_bias = torch.empty_like(bias) if need_bias else None
         for start, logits in _chunks(wide, weight, bias, ctx.chunk, ctx.mode):
             stop = start + logits.shape[1]
-            dz = _logit_grad(_scaled(logits, divisor) - normaliser, start, targets.view(-1, 1), g_logprob, g_entropy, entropy)
+            dz = logit_gradient(scaled(logits, divisor) - normaliser, start, targets.view(-1, 1), g_logprob, g_entropy, entropy)
             if divisor is not None:
                 dz /= divisor
             if d_hidden is not None:
@@ -218,7 +224,7 @@ class _LinearLogprob(torch.autograd.Function):
         return (None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, *(None,) * 5)
 
 
-def _logit_grad(
+def logit_gradient(
     logp: Tensor, start: int, targets: Tensor, g_logprob: Tensor | None, g_entropy: Tensor | None, entropy: Tensor | None
 ) -> Tensor:
     """d loss / d scaled logits of one chunk: `g_lp (1[target] - p) - g_H p (log p + H)`."""
