@@ -28,7 +28,9 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 DENSE = DecoderConfig(family="qwen3", **COMMON)
 MOE = DecoderConfig(family="qwen3_moe", num_experts=16, num_experts_per_tok=4, moe_intermediate_size=128, **COMMON)
-CONFIG = EmbeddedConfig(num_pages=600, max_running=48, max_batched_tokens=512, prefill_chunk=96, record_routed_experts=True)
+CONFIG = EmbeddedConfig(
+    page_size=16, num_pages=600, max_running=48, max_batched_tokens=512, prefill_chunk=96, record_routed_experts=True
+)
 EAGER = msgspec.structs.replace(CONFIG, cuda_graphs=False, overlap=False)
 
 

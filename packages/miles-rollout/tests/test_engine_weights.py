@@ -138,3 +138,8 @@ def test_config_names_the_field(options: dict[str, int], message: str):
     with pytest.raises(ValueError) as error:
         EmbeddedConfig(**options).validate()
     assert message in str(error.value)
+
+
+def test_pages_are_as_large_as_the_device_likes_them_unless_told():
+    assert EmbeddedConfig().page_size_on("cpu") == 16 and EmbeddedConfig().page_size_on("cuda") == 64
+    assert EmbeddedConfig(page_size=32).page_size_on("cpu") == EmbeddedConfig(page_size=32).page_size_on("cuda") == 32

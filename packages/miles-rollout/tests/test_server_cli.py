@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,6 +84,9 @@ def test_a_port_in_use_is_noticed_before_the_model_is_looked_at() -> None:
         (["serve", "no-such-model", "--port", "0", "--host", "192.0.2.1"], "192.0.2.1"),
         (["serve", "no-such-model", "--port", "0", "--page-size", "5"], "page_size=5"),
         (["serve", "no-such-model", "--port", "0", "--threads", "0"], "--threads 0"),
+        (["serve", "no-such-model", "--port", "0", "--draft", "eagle3"], "draft 'eagle3' needs draft_path"),
+        (["serve", ".", "--port", "0", "--device", "tpu"], "--device tpu must be cpu, cuda or cuda:INDEX"),
+        (["serve", ".", "--port", "0", "--device", "cuda:99"], "--device cuda:99: torch sees"),
         (["serve", "no-such-model", "--port", "0", "--log-level", "loud"], "--log-level loud"),
         (["generate", "no-such-model", "--prompt", "1"], "no-such-model: not a directory"),
     ],
@@ -90,6 +94,32 @@ def test_a_port_in_use_is_noticed_before_the_model_is_looked_at() -> None:
 def test_mistakes_are_one_line_and_exit_code_2(args: list[str], words: str) -> None:
     result = invoke(*args, code=2)
     assert result.stderr.startswith("error: ") and words in result.stderr and result.stderr.count("\n") == 1
+
+
+class _Gpu:
+    """As much of torch as choosing a device and sizing its cache need: one GPU with 40 GiB free."""
+
+    class cuda:
+        is_available = staticmethod(lambda: True)
+        device_count = staticmethod(lambda: 1)
+        set_device = staticmethod(lambda index: None)
+        mem_get_info = staticmethod(lambda place: (40 << 30, 80 << 30))
+
+    @staticmethod
+    def device(name: str) -> SimpleNamespace:
+        kind, _, index = name.partition(":")
+        return SimpleNamespace(type=kind, index=int(index) if index else None)
+
+
+def test_a_gpu_is_taken_when_there_is_one_and_its_memory_is_shared_out(tmp_path: Path) -> None:
+    assert launch._device(_Gpu, None).type == "cuda" and launch._device(_Gpu, "cpu").type == "cpu"
+    with pytest.raises(ValueError, match="torch sees 1 GPUs"):
+        launch._device(_Gpu, "cuda:1")
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(10 << 30)
+    assert launch._left_on_gpu(_Gpu, "cuda", str(tmp_path), "bfloat16") == int(0.85 * (20 << 30))
+    with pytest.raises(ValueError, match="--kv-memory-mib"):
+        launch._left_on_gpu(_Gpu, "cuda", str(tmp_path), "float32")
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

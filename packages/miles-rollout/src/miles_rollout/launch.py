@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from miles_rollout.extras import require
 
 if TYPE_CHECKING:
@@ -15,12 +17,24 @@ if TYPE_CHECKING:
     from miles_rollout.text import Tokenizer
 
 
+FILL = 0.85
+"""Share of a GPU's free memory, less the weights and one update of them, that keys and values take when nobody says."""
+
+
 def load_embedded(
-    model: str, config: EmbeddedConfig, *, dtype: str, threads: int | None
+    model: str,
+    config: EmbeddedConfig,
+    *,
+    device: str | None = "cpu",
+    dtype: str | None = "float32",
+    threads: int | None = None,
+    fill: bool = False,
 ) -> tuple[Engine, Tokenizer, WeightLoader]:
     """Engine, tokenizer and weight loader of a local model directory.
 
-    Raises ValueError naming what is wrong with model or settings, MissingExtraError naming the extra to install.
+    `device` None: a GPU if torch sees one, else the CPU. `dtype` None: bfloat16 on a GPU, else float32. With `fill` keys and
+    values take what a GPU has left, whatever `config.kv_memory_bytes` says. Raises ValueError naming what is wrong with model
+    or settings, MissingExtraError naming the extra to install.
     """
     config.validate()
     if threads is not None and threads < 1:
@@ -34,9 +48,43 @@ def load_embedded(
     env.prepare_process()
     if threads is not None:
         torch.set_num_threads(threads)
+    place = _device(torch, device)
+    dtype = dtype or ("float32" if place.type == "cpu" else "bfloat16")
+    if place.type == "cuda" and fill:
+        config = msgspec.structs.replace(config, kv_memory_bytes=_left_on_gpu(torch, place, model, dtype))
     factory = require("miles_rollout.engines.embedded.factory", extra="embedded", purpose=purpose)
-    engine = factory.load_engine(model, config, dtype=dtype)
+    engine = factory.load_engine(model, config, dtype=dtype, device=str(place))
     return engine, engine.tokenizer, disk_loader(dtype)
+
+
+def _device(torch: Any, name: str | None) -> Any:
+    """The device of that name, or the best one. Raises ValueError for one that is not there."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        place = torch.device(name or ("cuda" if gpus else "cpu"))
+    except RuntimeError:
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name} must be cpu, cuda or cuda:INDEX")
+    if place.type == "cuda" and (place.index or 0) >= gpus:
+        raise ValueError(f"--device {name}: torch sees {gpus} GPUs" + ("; use --device cpu" if not gpus else ""))
+    if place.type == "cuda":
+        torch.cuda.set_device(place.index or 0)
+    return place
+
+
+def _left_on_gpu(torch: Any, place: Any, model: str, dtype: str) -> int:
+    """Bytes that keys and values may take. Raises ValueError when the weights, twice for updates, leave nothing."""
+    stored = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
+    weights = stored * (2 if dtype == "float32" else 1)  # checkpoints hold two bytes an element, rarely four
+    free = torch.cuda.mem_get_info(place)[0]
+    left = int(FILL * (free - 2 * weights))
+    if left < 1:
+        raise ValueError(
+            f"{place} has {free >> 20} MiB free; {model} needs {weights >> 20} MiB, and as much again while weights are updated; "
+            "say how much keys and values may take with --kv-memory-mib"
+        )
+    return left
 
 
 def disk_loader(dtype: str) -> WeightLoader:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class EngineConfig(Section):
     """How much the embedded engine holds and does at once. No field changes a result, only speed and memory."""
 
-    page_size: int = 16
-    """Tokens per page of the KV cache; a positive multiple of 16."""
+    page_size: int | None = None
+    """Tokens per page of the KV cache; a positive multiple of 16. Left out: 64 on an accelerator, 16 on the CPU."""
     kv_memory_bytes: int = 1 << 30
     """Most bytes of keys and values, all layers together."""
     num_pages: int | None = None
@@ -32,11 +32,24 @@ class EngineConfig(Section):
     prefix_cache: bool = True
     """Keep the pages of finished sequences and reuse those a later prompt starts with."""
     draft: str = "none"
-    """What proposes tokens that are verified several at a time: "none", "ngram" or "suffix". The output is the same."""
+    """What proposes tokens that are verified several at a time: "none", "ngram", "suffix", "mtp" or "eagle3". The output is the
+    same."""
+    draft_path: str | None = None
+    """Directory of the draft model; for "mtp" left out, the layers that the policy's own directory holds."""
     draft_tokens: int = 4
     """Most draft tokens of a sequence in one step."""
     draft_adaptive: bool = True
     """Choose the draft length while running, by expected tokens per second, and 0 where drafts do not pay."""
+    draft_tree: tuple[int, ...] = ()
+    """Draft trees instead of chains: children of every node at depth 1, 2 ..."""
+    verification: str = "gumbel"
+    """"gumbel": tokens are those of plain decoding. "rejection": they have its distribution. "greedy": for temperature 0 only."""
+    accept_single: float = 1.0
+    """Below 1 lossy, for "rejection": a draft token at least this likely is always accepted."""
+    accept_total: float = 1.0
+    """Below 1 lossy, for "rejection": chances of acceptance are divided by this."""
+    allow_lossy: bool = False
+    """Let the two above change the distribution that is sampled, which on-policy training cannot correct."""
     overlap: bool | None = None
     """Start a step before the tokens of the one before have been looked at; left out, on an accelerator only."""
     cuda_graphs: bool = True

@@ -49,7 +49,8 @@ def job_of_run(config: RunConfig, shape: DecoderConfig, mode: Mode, device: Devi
     trainer, engine = config.trainer, config.engine
     kv = engine.kv_memory_bytes
     if engine.num_pages is not None:
-        kv = engine.num_pages * engine.page_size * kv_bytes_per_token(shape, size)
+        page_size = engine.embedded().page_size_on("cpu" if device.is_host else "cuda")
+        kv = engine.num_pages * page_size * kv_bytes_per_token(shape, size)
     if device.is_host:
         context = min(shape.max_position_embeddings, engine.max_context or shape.max_position_embeddings)
         kv = min(kv, sequences * context * kv_bytes_per_token(shape, size))

@@ -8,7 +8,11 @@ from typing import Annotated
 
 import typer
 
-Dtype = Annotated[str, typer.Option(help="float32 or bfloat16: weights, activations and KV cache.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32 or bfloat16: weights, activations and KV cache. [default: bfloat16 on a GPU, else float32]"),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:INDEX. [default: a GPU if torch sees one]")]
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads of torch; tiny models are fastest with 1. [default: torch's choice]")
 ]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from miles_rollout.commands.common import Dtype, Threads, user_errors
+from miles_rollout.commands.common import Device, Dtype, Threads, user_errors
 
 
 def generate(
@@ -26,7 +26,8 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option(help="Go on after an end-of-sequence token.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Whole replies, one JSON object a line.")] = False,
     timeout_s: Annotated[float, typer.Option(help="Deadline of the whole command.")] = 600.0,
-    dtype: Dtype = "float32",
+    device: Device = None,
+    dtype: Dtype = None,
     threads: Threads = None,
 ) -> None:
     """Print completions of a prompt, from a server or from a model loaded for the occasion."""
@@ -46,12 +47,14 @@ def generate(
         else:
             path, limit = "/generate", shared | {"max_new_tokens": max_new_tokens, "sampling_seed": seed}
             bodies = [{"text": prompts, "sampling_params": limit}]
-        replies = asyncio.run(_ask(target, path, bodies, timeout_s=timeout_s, dtype=dtype, threads=threads))
+        replies = asyncio.run(_ask(target, path, bodies, timeout_s=timeout_s, device=device, dtype=dtype, threads=threads))
     for reply in replies:
         typer.echo(json.dumps(reply, ensure_ascii=False) if as_json else reply["message"]["content"] if chat else reply["text"])
 
 
-async def _ask(target: str, path: str, bodies: list[Any], *, timeout_s: float, dtype: str, threads: int | None) -> list[Any]:
+async def _ask(
+    target: str, path: str, bodies: list[Any], *, timeout_s: float, device: str | None, dtype: str | None, threads: int | None
+) -> list[Any]:
     """Post each body; all completions in order. Raises ValueError with the server's message."""
     import httpx
 
@@ -65,7 +68,7 @@ async def _ask(target: str, path: str, bodies: list[Any], *, timeout_s: float, d
     from miles_rollout.launch import load_embedded
     from miles_rollout.server import create_app
 
-    engine, tokenizer, _ = load_embedded(target, EmbeddedConfig(), dtype=dtype, threads=threads)
+    engine, tokenizer, _ = load_embedded(target, EmbeddedConfig(), device=device, dtype=dtype, threads=threads)
     try:
         transport = httpx.ASGITransport(create_app(engine, tokenizer))
         async with asyncio.timeout(timeout_s), httpx.AsyncClient(transport=transport, base_url="http://engine") as http:

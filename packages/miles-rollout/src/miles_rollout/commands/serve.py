@@ -11,6 +11,7 @@ import typer
 from miles_rollout import __version__
 from miles_rollout.commands.common import (
     AdminToken,
+    Device,
     DrainS,
     Dtype,
     Host,
@@ -35,7 +36,8 @@ def serve(
     host: Host = "127.0.0.1",
     port: Port = 30000,
     engine: Annotated[str, typer.Option(help="embedded, or sglang: options after -- go to SGLang as they are.")] = "embedded",
-    dtype: Dtype = "float32",
+    device: Device = None,
+    dtype: Dtype = None,
     threads: Threads = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name under /v1. [default: the last part of MODEL]")] = None,
     admin_token: AdminToken = None,
@@ -52,10 +54,18 @@ def serve(
     max_running: Annotated[int, typer.Option(help="Most sequences in one step.")] = 128,
     max_batched_tokens: Annotated[int, typer.Option(help="Most tokens of one forward pass.")] = 2048,
     prefill_chunk: Annotated[int, typer.Option(help="Most prompt tokens of one sequence in one forward pass.")] = 512,
-    kv_memory_mib: Annotated[int, typer.Option(help="Memory for keys and values, MiB.")] = 1024,
+    kv_memory_mib: Annotated[
+        int | None, typer.Option(help="Memory for keys and values, MiB. [default: most of a GPU, else 1024]")
+    ] = None,
     num_pages: Annotated[int | None, typer.Option(help="KV pages, instead of --kv-memory-mib.")] = None,
-    page_size: Annotated[int, typer.Option(help="Tokens per KV page, a multiple of 16.")] = 16,
+    page_size: Annotated[
+        int | None, typer.Option(help="Tokens per KV page, a multiple of 16. [default: 64 on a GPU, else 16]")
+    ] = None,
     prefix_cache: Annotated[bool, typer.Option(help="Reuse the KV cache of prompts with a common beginning.")] = True,
+    record_routed_experts: Annotated[bool, typer.Option(help="Let requests ask which experts every token went to.")] = False,
+    draft: Annotated[str, typer.Option(help="Speculation: none, ngram, suffix, mtp or eagle3. Tokens stay the same.")] = "none",
+    draft_path: Annotated[str | None, typer.Option(help="Directory of the draft model, for mtp and eagle3.")] = None,
+    draft_tokens: Annotated[int, typer.Option(help="Most draft tokens of a sequence in one step.")] = 4,
     sglang_url: Annotated[str, typer.Option(help="Engine sglang: attach to this server instead of starting one.")] = "",
     sglang_python: Annotated[str, typer.Option(help="Engine sglang: interpreter of an environment that has SGLang.")] = "",
     seeds: Annotated[bool, typer.Option(help="Engine sglang: seeds hold (deterministic inference), at some cost.")] = True,
@@ -79,14 +89,19 @@ def serve(
 
             settings: Any = EmbeddedConfig(
                 page_size=page_size,
-                kv_memory_bytes=kv_memory_mib << 20,
+                kv_memory_bytes=1 << 30 if kv_memory_mib is None else kv_memory_mib << 20,
                 num_pages=num_pages,
                 max_running=max_running,
                 max_batched_tokens=max_batched_tokens,
                 prefill_chunk=prefill_chunk,
                 max_context=max_context,
                 prefix_cache=prefix_cache,
+                record_routed_experts=record_routed_experts,
+                draft=draft,
+                draft_path=draft_path,
+                draft_tokens=draft_tokens,
             )
+            settings.validate()
         else:
             from miles_rollout.engines.sglang.config import SglangConfig
 
@@ -108,7 +123,8 @@ def serve(
             setup_tracing("miles-rollout")
         sock = bind(host, port)  # before the model is loaded, so that a port in use is known at once
         with sock:
-            asyncio.run(_serve(model, settings, server, sock, engine=engine, dtype=dtype, threads=threads, log_level=log_level))
+            options = {"device": device, "dtype": dtype, "threads": threads, "fill": kv_memory_mib is None and num_pages is None}
+            asyncio.run(_serve(model, settings, server, sock, engine, options, log_level))
 
 
 def default_root(model: str) -> str:
@@ -117,15 +133,13 @@ def default_root(model: str) -> str:
     return str(path if path.parent == Path(path.anchor) else path.parent)
 
 
-async def _serve(
-    model: str, settings: Any, server: Any, sock: Any, *, engine: str, dtype: str, threads: int | None, log_level: str
-) -> None:
+async def _serve(model: str, settings: Any, server: Any, sock: Any, engine: str, options: dict[str, Any], log_level: str) -> None:
     from miles_rollout.launch import load_embedded, load_sglang
     from miles_rollout.server import create_app, listen
     from miles_rollout.server import serve as run
 
     if engine == "embedded":
-        serving, tokenizer, load_weights = load_embedded(model, settings, dtype=dtype, threads=threads)
+        serving, tokenizer, load_weights = load_embedded(model, settings, **options)
     else:
         serving, tokenizer = await load_sglang(model, settings)
         load_weights = None

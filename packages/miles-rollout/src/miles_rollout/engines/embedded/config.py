@@ -16,8 +16,9 @@ class EmbeddedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     Example: EmbeddedConfig(max_running=32, kv_memory_bytes=256 << 20)
     """
 
-    page_size: int = 16
-    """Tokens per page of the KV cache; a positive multiple of 16, which is how the kernels cut their key blocks."""
+    page_size: int | None = None
+    """Tokens per page of the KV cache; a positive multiple of 16, which is how the kernels cut their key blocks. Left out: 64 on
+    an accelerator, where the fast prefill kernel needs it, and 16 on the CPU."""
     kv_memory_bytes: int = 1 << 30
     """Most bytes of keys and values, all layers together. Memory is touched only where pages have been used."""
     num_pages: int | None = None
@@ -64,7 +65,7 @@ class EmbeddedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def validate(self) -> None:
         """Raise ValueError naming every field outside its range."""
         wrong = []
-        if self.page_size < 16 or self.page_size % 16:
+        if self.page_size is not None and (self.page_size < 16 or self.page_size % 16):
             wrong.append(f"page_size={self.page_size} must be a positive multiple of 16")
         for name in ("kv_memory_bytes", "max_running", "max_batched_tokens", "prefill_chunk"):
             if getattr(self, name) < 1:
@@ -85,6 +86,10 @@ class EmbeddedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             )
         if wrong:
             raise ValueError("embedded engine: " + "; ".join(wrong))
+
+    def page_size_on(self, device_type: str) -> int:
+        """Tokens per page on a device of this type ("cpu", "cuda")."""
+        return self.page_size or (16 if device_type == "cpu" else 64)
 
     def _wrong_drafts(self) -> list[str]:
         wrong = []

@@ -67,8 +67,9 @@ class EngineCore:
         self.released: set[str] = set()
         """Memory given back, of MEMORY_TAGS; "weights" until new ones have come. No step may be made meanwhile."""
         self._pool = PagePool(num_pages)
-        self._cache = PrefixCache(self._pool, config.page_size, config.prefix_cache)
-        self._tables = Tables(config.max_running, config.page_size)
+        page_size = config.page_size_on(device.type)
+        self._cache = PrefixCache(self._pool, page_size, config.prefix_cache)
+        self._tables = Tables(config.max_running, page_size)
         draft = named_draft(config) if draft is None else draft
         self._num_drafts = 0
         self._flights: deque[list[Flight]] = deque()
@@ -79,13 +80,13 @@ class EngineCore:
             kv_heads=shape.num_key_value_heads,
             head_dim=shape.head_dim,
             num_pages=num_pages,
-            page_size=config.page_size,
+            page_size=page_size,
             dtype=next(decoder.parameters()).dtype,
             device=str(device),
         )
         experts = None
         if config.record_routed_experts and shape.num_experts:
-            experts = ExpertStore(shape, (num_pages + 1) * config.page_size, device)
+            experts = ExpertStore(shape, (num_pages + 1) * page_size, device)
         max_context = min(config.max_context or shape.max_position_embeddings, shape.max_position_embeddings)
         self._runner = Runner(decoder, kv, self._tables, max_context=max_context, cuda_graphs=config.cuda_graphs, experts=experts)
         if self._runner.graphs is not None:
@@ -254,7 +255,7 @@ class EngineCore:
             return HistoryProposer(draft, self._decoder.config.vocab_size)
         layers, store = draft.config.feature_layers, self._runner.features
         if store is None or store.layers != layers:
-            weight, slots = self._decoder.embed_tokens, (self._num_pages + 1) * self._config.page_size
+            weight, slots = self._decoder.embed_tokens, (self._num_pages + 1) * self._tables.page_size
             store = FeatureStore(layers, draft.config.num_features, slots, weight.dtype, weight.device)
             self._runner.record(store)
         return ModelProposer(

@@ -60,17 +60,19 @@ class EmbeddedEngine:
     ) -> None:
         config = config or EmbeddedConfig()
         config.validate()
-        num_pages = _num_pages(decoder, config)
+        device = next(decoder.parameters()).device
+        page_size = config.page_size_on(device.type)
+        num_pages = _num_pages(decoder, config, page_size)
         max_context = min(config.max_context or decoder.config.max_position_embeddings, decoder.config.max_position_embeddings)
         eos = tuple(sorted({*decoder.config.eos_token_ids, *tokenizer.eos_token_ids})) if eos_token_ids is None else eos_token_ids
         self.config = config
         self.tokenizer = tokenizer
         records_experts = config.record_routed_experts or decoder.config.num_experts == 0
-        self._limits = Limits(decoder.config.vocab_size, max_context, config.page_size, num_pages, records_experts)
+        self._limits = Limits(decoder.config.vocab_size, max_context, page_size, num_pages, records_experts)
         self._held = {name: (tuple(t.shape), dtype_name(t.dtype)) for name, t in decoder.hf_state()}
         self._digest = decoder.contract.digest
         self._decoder = decoder
-        self.device = next(decoder.parameters()).device
+        self.device = device
         self._model = model
         self._version = weight_version
         self._eos = frozenset(eos)
@@ -389,20 +391,20 @@ class EmbeddedEngine:
         self._core = None
 
 
-def _num_pages(decoder: Decoder, config: EmbeddedConfig) -> int:
+def _num_pages(decoder: Decoder, config: EmbeddedConfig, page_size: int) -> int:
     """Pages the configuration asks for, and no more than could ever be used."""
     shape = decoder.config
     page_bytes = PagedKV.page_bytes(
         layers=shape.num_hidden_layers,
         kv_heads=shape.num_key_value_heads,
         head_dim=shape.head_dim,
-        page_size=config.page_size,
+        page_size=page_size,
         dtype=next(decoder.parameters()).dtype,
     )
     num_pages = config.kv_memory_bytes // page_bytes if config.num_pages is None else config.num_pages
     if num_pages < 1:
         raise ValueError(
             f"kv_memory_bytes={config.kv_memory_bytes} holds no page; "
-            f"one page of {config.page_size} tokens takes {page_bytes} bytes"
+            f"one page of {page_size} tokens takes {page_bytes} bytes"
         )
     return num_pages

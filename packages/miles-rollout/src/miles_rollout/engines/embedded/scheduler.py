@@ -234,7 +234,7 @@ class Scheduler:
             rows, left = self.decode_rows(), left[left > 0]
         room = tables.capacity[rows] - tables.position[rows]
         needy = sorted((self.decoding[i] for i in np.flatnonzero(room <= 0).tolist()), key=lambda seq: seq.order)
-        steps = np.minimum(room, left).min(initial=self._config.page_size)
+        steps = np.minimum(room, left).min(initial=self._tables.page_size)
         self._slack, self._slack_rows = (0 if needy else int(steps)), rows
         for seq in needy:
             while seq.row >= 0:
@@ -317,7 +317,7 @@ class Scheduler:
         if pending:
             return False
         self._pool.share(shared)
-        need = -(-len(tokens) // self._config.page_size) - len(shared)
+        need = -(-len(tokens) // self._tables.page_size) - len(shared)
         # One page ahead for everybody who runs: admitting into the last page would only retract somebody a moment later.
         spare = self.num_running
         new = self._pool.take(need) if self._pool.num_available >= need + spare else None
@@ -325,11 +325,11 @@ class Scheduler:
             self._pool.release(shared)
             return None
         seq.pages = shared + new
-        seq.num_computed = len(shared) * self._config.page_size
+        seq.num_computed = len(shared) * self._tables.page_size
         seq.tokens = torch.tensor(tokens, dtype=torch.int64) if seq.output else job.prompt
         filed = self._cache.publish(tokens, seq.pages, ready=False)
         place = {page: i for i, page in enumerate(seq.pages)}
-        seq.claims = [((place[page] + 1) * self._config.page_size, page) for page in filed]
+        seq.claims = [((place[page] + 1) * self._tables.page_size, page) for page in filed]
         if not seq.output:
             job.leader = seq
             if job.cached_tokens is None:
@@ -347,7 +347,7 @@ class Scheduler:
             return
         job.leader = None
         if _fresh(job):
-            pages = seq.pages[: -(-job.num_prompt // self._config.page_size)]
+            pages = seq.pages[: -(-job.num_prompt // self._tables.page_size)]
             self._pool.share(pages)
             job.hold = PromptHold(pages, logits.clone())
             self._holders.append(job)
@@ -356,7 +356,7 @@ class Scheduler:
 
     def _fork_pages(self, seq: Sequence, hold: PromptHold) -> bool:
         """Share the prompt's full pages and copy its last, partial one; False when there is no page for that."""
-        full, rest = divmod(seq.job.num_prompt, self._config.page_size)
+        full, rest = divmod(seq.job.num_prompt, self._tables.page_size)
         own = self._pool.take(1 if rest else 0)
         if own is None:
             return False
