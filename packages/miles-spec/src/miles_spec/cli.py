@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     lossless.add_argument("--tokens", type=int, default=20_000, help="compare at least this many tokens")
     lossless.add_argument("--seed", type=int, default=0)
+    lossless.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     train_command.add_arguments(commands)
     options = parser.parse_args(arguments)
     try:
@@ -71,7 +72,7 @@ def _lossless(options: argparse.Namespace) -> int:
         raise ValueError(
             f'verify-lossless runs the embedded engine: pip install "miles-rollout[embedded]" ({error.name} is missing)'
         ) from error
-    return int(check.main(options.tokens, options.seed))
+    return int(check.main(options.tokens, options.seed, options.device))
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -160,6 +160,58 @@ class SuffixSession:
         return copy_from(self._tokens, self._end[self._link[self._last]], min(max_tokens, int(self._factor * matched)))
 
 
+class ForestDraft:
+    """The proposals of several drafts as one tree: what they agree on is one path, where they part the path forks."""
+
+    makes_trees = True
+
+    def __init__(self, drafts: Sequence[Draft]) -> None:
+        if not drafts:
+            raise ValueError("a forest needs at least one draft")
+        self.drafts = tuple(drafts)
+
+    def begin(self, token_ids: Sequence[int]) -> ForestSession:
+        """A session of every draft."""
+        return ForestSession([draft.begin(token_ids) for draft in self.drafts])
+
+
+class ForestSession:
+    """One session of each draft, the first draft's path coming first."""
+
+    def __init__(self, sessions: Sequence[DraftSession]) -> None:
+        self._sessions = sessions
+
+    def extend(self, token_ids: Iterable[int]) -> None:
+        """Append tokens."""
+        tokens = tuple(token_ids)
+        for session in self._sessions:
+            session.extend(tokens)
+
+    def propose(self, max_tokens: int) -> tuple[int, ...]:
+        """The first draft's chain."""
+        return self._sessions[0].propose(max_tokens)
+
+    def propose_tree(self, max_tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """At most `max_tokens` nodes: their tokens, and the earlier node each continues, -1 for the sequence itself.
+
+        Paths share the room, equally as far as they go.
+        """
+        tokens: list[int] = []
+        parents: list[int] = []
+        count = len(self._sessions)
+        share = -(-max_tokens // count)
+        for session in self._sessions:
+            at = -1
+            for token in session.propose(min(share, max_tokens - len(tokens))):
+                found = next((n for n, parent in enumerate(parents) if parent == at and tokens[n] == token), None)
+                if found is None:
+                    found = len(tokens)
+                    tokens.append(token)
+                    parents.append(at)
+                at = found
+        return tuple(tokens), tuple(parents)
+
+
 def copy_from(tokens: Sequence[int], place: int, count: int) -> tuple[int, ...]:
     """`count` tokens from `place` on; past the end the copy continues with what it has copied."""
     period = len(tokens) - place

@@ -6,6 +6,7 @@ the distributions are far from sharp.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 import time
@@ -18,14 +19,17 @@ import msgspec
 import numpy as np
 import torch
 
+from miles_kernels.contract import Contract
 from miles_kernels.nn.checkpoint import random_decoder
 from miles_kernels.nn.config import DecoderConfig
+from miles_kernels.nn.decoder import Decoder
 from miles_rollout.engines.embedded.config import EmbeddedConfig
 from miles_rollout.engines.embedded.core import EngineCore
-from miles_rollout.engines.embedded.state import Job
+from miles_rollout.engines.embedded.state import Delivery, Job
 from miles_rollout.text import CharTokenizer
 from miles_rollout.wire import GenerateRequest, GenerateResult, SamplingParams
-from miles_spec.draft import Draft, NgramDraft, SuffixDraft
+from miles_spec.draft import Draft, ForestDraft, NgramDraft, SuffixDraft
+from miles_spec.models import DraftModel, Eagle3Config, Eagle3Draft, MtpConfig, MtpDraft
 from miles_spec.testing import MixedDraft, RandomDraft, ReplayDraft
 
 TOKENIZER = CharTokenizer("abcdefghijklmnopqrst")
@@ -41,9 +45,55 @@ SHAPE = DecoderConfig(
     max_position_embeddings=320,
     initializer_range=0.3,
 )
-DRAFTS = ("none", "ngram", "suffix", "random", "perfect", "nearly", "mixed", "swap")
-"""Names of drafts; "nearly" errs at one token in five, "swap" changes the draft every few steps."""
+DRAFTS = (
+    "none", "ngram", "suffix", "random", "perfect", "nearly", "mixed", "forest", "mtp", "mtp tree", "mtp distinct", "eagle3",
+    "eagle3 tree", "swap",
+)  # fmt: skip
+"""Names of drafts; "nearly" errs at one token in five, "forest" is a tree of several, "mtp distinct" has three layers, "swap"
+changes the draft every few steps, and the weights of those that have any."""
+TREES = ((2, 1), (3, 1, 1), (2, 2, 2), (4,), (1, 2, 1, 1))
 Results = dict[str, GenerateResult]
+
+
+@dataclass(frozen=True)
+class World:
+    """Where it is compared: the model's shape, the device, and how large a round is."""
+
+    shape: DecoderConfig = SHAPE
+    tokenizer: CharTokenizer = TOKENIZER
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    num_requests: int = 12
+
+    def decoder(self, seed: int = 0) -> Decoder:
+        """The policy with weights of `seed`."""
+        contract = Contract.for_device(self.device, str(self.dtype).removeprefix("torch."))
+        made = random_decoder(self.shape, seed, contract=contract, dtype=self.dtype, device=self.device)
+        return made.requires_grad_(False)
+
+    def model(self, name: str, policy: Decoder) -> DraftModel:
+        """A draft model by the first word of its name: layers that start as the policy's last one, and 3 random ones."""
+        ids = range(4, self.shape.vocab_size, 2)
+        if name.startswith("eagle3"):
+            config = Eagle3Config.of(self.shape, draft_vocab_size=len(ids))
+            return Eagle3Draft.from_trunk(policy, config, draft_ids=ids).requires_grad_(False)
+        if name == "mtp distinct":
+            return MtpDraft.from_trunk(policy, MtpConfig.of(self.shape, num_layers=3, layout="mimo")).requires_grad_(False)
+        return MtpDraft.from_trunk(policy).requires_grad_(False)
+
+
+_CPU = World()
+
+
+def world_of(device: str) -> World:
+    """A tiny model in float32 on the CPU; on CUDA one in bfloat16 of the sizes its kernels are made for."""
+    if device == "cpu":
+        return World()
+    if device != "cuda":
+        raise ValueError(f"device {device!r} must be cpu or cuda")
+    tokenizer = CharTokenizer("".join(chr(code) for code in range(97, 97 + 508)))
+    shape = replace(SHAPE, vocab_size=tokenizer.vocab_size, hidden_size=256, intermediate_size=512, head_dim=64)
+    return World(shape, tokenizer, "cuda", torch.bfloat16, 64)
 
 
 @dataclass(frozen=True)
@@ -54,9 +104,12 @@ class Arm:
     num_draft: int
     adaptive: bool
     config: EmbeddedConfig
+    shaken: bool = False
+    """Everything running is sent back to the queue now and then."""
 
     def __str__(self) -> str:
-        return f"{self.draft} x{self.num_draft}{' adaptive' if self.adaptive else ''}, {self.config.num_pages} pages"
+        tree = f" {self.config.draft_tree}" if self.config.draft_tree else ""
+        return f"{self.draft} x{self.num_draft}{tree}{' adaptive' if self.adaptive else ''}, {self.config.num_pages} pages"
 
 
 @dataclass
@@ -73,13 +126,13 @@ class Report:
     differing: list[str] = field(default_factory=list)
 
 
-def random_requests(rng: random.Random, count: int) -> list[GenerateRequest]:
+def random_requests(rng: random.Random, count: int, shape: DecoderConfig = SHAPE) -> list[GenerateRequest]:
     """Requests with all kinds of sampling, stop rules and lengths, some up to the context limit."""
-    limit = SHAPE.max_position_embeddings
-    common = tuple(rng.randrange(4, SHAPE.vocab_size) for _ in range(40))
+    limit, vocab = shape.max_position_embeddings, shape.vocab_size
+    common = tuple(rng.randrange(4, vocab) for _ in range(40))
     requests = []
     for i in range(count):
-        ids = common[: rng.choice([0, 0, 16, 37])] + tuple(rng.randrange(4, SHAPE.vocab_size) for _ in range(rng.randint(1, 30)))
+        ids = common[: rng.choice([0, 0, 16, 37])] + tuple(rng.randrange(4, vocab) for _ in range(rng.randint(1, 30)))
         room = limit - len(ids)
         new = room if rng.random() < 0.05 else rng.choice([1, 2, 5, 20, 40, 60])
         n = rng.choice([1, 1, 2, 4])
@@ -121,22 +174,23 @@ def digest(results: Results) -> str:
 def serve(
     requests: Many[GenerateRequest],
     config: EmbeddedConfig,
-    draft: Draft | None = None,
-    between: Callable[[EngineCore, int], None] | None = None,
+    draft: Draft | DraftModel | None = None,
+    between: Callable[[EngineCore, int], list[Delivery]] | None = None,
     *,
     model_seed: int = 0,
+    world: World = _CPU,
 ) -> tuple[Results, dict[str, float]]:
     """Results of all requests from one engine, and its metrics. `between(core, step)` runs before every step."""
-    core = EngineCore(random_decoder(SHAPE, model_seed), TOKENIZER, config, num_pages=config.num_pages or 64, draft=draft)
+    decoder, tokenizer = world.decoder(model_seed), world.tokenizer
+    core = EngineCore(decoder, tokenizer, config, num_pages=config.num_pages or 64, draft=draft)
     results: Results = {}
     with torch.inference_mode():
         for arrival, request in enumerate(requests):
-            core.add(Job(request, arrival, frozenset(TOKENIZER.eos_token_ids)))
+            core.add(Job(request, arrival, frozenset(tokenizer.eos_token_ids)))
         step = 0
         while core.has_work:
-            if between is not None:
-                between(core, step)
-            for job, item in core.step():
+            ready = between(core, step) if between is not None else []
+            for job, item in ready + core.step():
                 if not isinstance(item, GenerateResult):
                     raise AssertionError(f"{job.request.request_id}: {item}")
                 results[job.request.request_id] = item
@@ -149,64 +203,89 @@ def sequences_of(requests: Many[GenerateRequest], results: Results) -> list[tupl
     return [r.input_ids + c.token_ids for r in requests for c in results[r.request_id].completions]
 
 
-def run_arm(arm: Arm, requests: Many[GenerateRequest], reference: Results, seed: int = 0) -> tuple[Results, dict[str, float]]:
+def run_arm(
+    arm: Arm, requests: Many[GenerateRequest], reference: Results, seed: int = 0, world: World = _CPU
+) -> tuple[Results, dict[str, float]]:
     """The same requests with an arm's draft."""
     config = msgspec.structs.replace(arm.config, draft_tokens=arm.num_draft, draft_adaptive=arm.adaptive)
-    known = sequences_of(requests, reference)
-    makers: dict[str, Callable[[], Draft | None]] = {
+    known, vocab, policy = sequences_of(requests, reference), world.shape.vocab_size, world.decoder()
+    forest = ForestDraft([NgramDraft(1, 1), RandomDraft(vocab, seed), ReplayDraft(known, vocab, 0.2, seed)])
+    made: dict[str, Callable[[], Draft | DraftModel | None]] = {
         "none": lambda: None,
         "ngram": NgramDraft,
         "suffix": SuffixDraft,
-        "random": lambda: RandomDraft(SHAPE.vocab_size, seed),
+        "random": lambda: RandomDraft(vocab, seed),
         "perfect": lambda: ReplayDraft(known),
-        "nearly": lambda: ReplayDraft(known, SHAPE.vocab_size, 0.2, seed),
+        "nearly": lambda: ReplayDraft(known, vocab, 0.2, seed),
+        "forest": lambda: forest,
+        **{name: functools.partial(world.model, name, policy) for name in DRAFTS if name.startswith(("mtp", "eagle3"))},
     }
-    if arm.draft in makers:
-        return serve(requests, config, makers[arm.draft]())
-    drafts = [draft for make in makers.values() if (draft := make()) is not None]
     if arm.draft == "mixed":
-        return serve(requests, config, MixedDraft(drafts))
-
-    def swap(core: EngineCore, step: int) -> None:
-        assert core.speculator is not None
-        if step % 3 == 0:
-            core.speculator.use(drafts[step // 3 % len(drafts)])
-
-    return serve(requests, config, drafts[0], swap)
+        history = [make() for name, make in made.items() if not name.startswith(("none", "forest", "mtp", "eagle3"))]
+        return serve(requests, config, MixedDraft(history), _between(arm, []), world=world)  # type: ignore[arg-type]
+    if arm.draft != "swap":
+        return serve(requests, config, made[arm.draft](), _between(arm, []), world=world)
+    drafts = [draft for name in made if "tree" not in name and (draft := made[name]()) is not None]
+    return serve(requests, config, drafts[seed % len(drafts)], _between(arm, drafts), world=world)
 
 
-def random_arms(rng: random.Random) -> Iterator[Arm]:
+def _between(arm: Arm, drafts: list[Draft | DraftModel]) -> Callable[[EngineCore, int], list[Delivery]]:
+    """What disturbs an engine between its steps: other drafts, other weights of the draft, and an emptied batch."""
+
+    def disturb(core: EngineCore, step: int) -> list[Delivery]:
+        if drafts and step % 3 == 0:
+            assert core.speculator is not None
+            draft = drafts[step // 3 % len(drafts)]
+            core.speculator.use(draft)
+            if isinstance(draft, DraftModel):
+                draft.load_named([(n, t * 1.01 if t.is_floating_point() else t) for n, t in draft.named_state()])
+                core.speculator.forget()
+        return core.retract_all() if arm.shaken and step in (5, 12, 40, 100) else []
+
+    return disturb
+
+
+def random_arms(rng: random.Random, world: World = _CPU) -> Iterator[Arm]:
     """Every draft with every length and both kinds of control, over and over, in engines of all sizes."""
+    on_cpu = world.device == "cpu"
     while True:
         every = [(d, k, a) for d in DRAFTS for k in range(1, 9) for a in (False, True)]
         rng.shuffle(every)
         for draft, num_draft, adaptive in every:
-            running = rng.choice([1, 4, 16])
+            running = rng.choice([1, 4, 16] if on_cpu else [16, 48, 64])
             config = EmbeddedConfig(
-                num_pages=rng.choice([20, 26, 64, 200]),
+                num_pages=rng.choice([20, 26, 64, 200] if on_cpu else [60, 200, 800]),
                 max_running=running,
-                max_batched_tokens=running + rng.choice([0, 8, 60, 400]),
+                max_batched_tokens=running + rng.choice([0, 8, 60, 400] if on_cpu else [60, 400, 1000]),
                 prefill_chunk=rng.choice([5, 64]),
                 prefix_cache=rng.random() < 0.7,
+                draft_tree=rng.choice(TREES) if draft.endswith("tree") else (),
+                cuda_graphs=rng.random() < 0.6,
             )
-            yield Arm(draft, num_draft, adaptive, config)
+            yield Arm(draft, num_draft, adaptive, config, rng.random() < 0.15)
 
 
 def verify_lossless(
-    num_tokens: int, seed: int = 0, arms_per_round: int = 8, report: Callable[[str], Any] = lambda line: None
+    num_tokens: int,
+    seed: int = 0,
+    arms_per_round: int = 8,
+    report: Callable[[str], Any] = lambda line: None,
+    *,
+    world: World = _CPU,
+    seconds: float = 1e9,
 ) -> Report:
-    """Compare engines with drafts against one without until `num_tokens` tokens were compared."""
+    """Compare engines with drafts against one without until `num_tokens` tokens were compared, or `seconds` have passed."""
     rng = random.Random(seed)
-    arms, out, started = random_arms(rng), Report(), time.perf_counter()
-    plain = EmbeddedConfig(num_pages=200, max_running=32, max_batched_tokens=512)
-    while out.num_tokens < num_tokens:
-        requests = random_requests(rng, 12)
-        reference, _ = serve(requests, plain)
+    arms, out, started = random_arms(rng, world), Report(), time.perf_counter()
+    plain = EmbeddedConfig(num_pages=200 if world.device == "cpu" else 2000, max_running=32, max_batched_tokens=512)
+    while out.num_tokens < num_tokens and time.perf_counter() - started < seconds:
+        requests = random_requests(rng, world.num_requests, world.shape)
+        reference, _ = serve(requests, plain, world=world)
         expected = digest(reference)
         size = sum(len(c.token_ids) for result in reference.values() for c in result.completions)
         for _ in range(arms_per_round):
             arm = next(arms)
-            results, metrics = run_arm(arm, requests, reference, rng.randrange(2**30))
+            results, metrics = run_arm(arm, requests, reference, rng.randrange(2**30), world)
             out.num_tokens += size
             out.arms.add(f"{arm.draft} x{arm.num_draft}{' adaptive' if arm.adaptive else ''}")
             out.num_retractions += int(metrics["num_retractions"])
@@ -216,14 +295,14 @@ def verify_lossless(
                 out.num_different += 1
                 out.differing.append(str(arm))
                 report(f"DIFFERENT: {arm}")
-            if out.num_tokens >= num_tokens:
+            if out.num_tokens >= num_tokens or time.perf_counter() - started > seconds:
                 break
     return replace(out, seconds=time.perf_counter() - started)
 
 
-def main(num_tokens: int, seed: int = 0) -> int:
+def main(num_tokens: int, seed: int = 0, device: str = "cpu") -> int:
     """Print the comparison; exit code 1 when anything differs."""
-    out = verify_lossless(num_tokens, seed, report=print)
+    out = verify_lossless(num_tokens, seed, report=print, world=world_of(device))
     print(
         f"{out.num_tokens} tokens with drafts compared with plain decoding: {out.num_different} runs differ "
         f"({len(out.arms)} combinations of draft, length and control; {out.num_drafted} drafted, {out.num_accepted} accepted, "
