@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,10 +17,17 @@ from engine_cases import SHAPE, batch_of
 
 from miles_kernels.nn.checkpoint import random_decoder
 from miles_kernels.nn.config import DecoderConfig
-from miles_kernels.nn.parallel import local_config, shard_decoder
+from miles_kernels.nn.parallel import fold_decoder, local_config, shard_decoder
+from miles_rollout.engines.embedded import EmbeddedConfig
+from miles_rollout.engines.embedded.engine import EmbeddedEngine
+from miles_rollout.engines.embedded.reply import EngineFailure
+from miles_rollout.engines.embedded.weights import make_manifest
+from miles_rollout.text import CharTokenizer
+from miles_rollout.wire import GenerateRequest
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 WIDE = replace(SHAPE, num_attention_heads=8, num_key_value_heads=2, head_dim=16, intermediate_size=128)
+MOE = replace(WIDE, family="qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, mlp_only_layers=(1,))
 
 
 def ranks_of(folder: Path, ranks: int) -> list[dict[str, Any]]:
@@ -72,11 +81,83 @@ def test_a_sharded_model_is_another_contract_with_other_bits(tmp_path: Path):
     assert torch.allclose(plain, folded, atol=1e-4) and not torch.equal(plain, folded)
 
 
+async def served(engine: EmbeddedEngine, requests: list[GenerateRequest]) -> list[Any]:
+    return [result.completions for result in await asyncio.gather(*map(engine.generate, requests))]
+
+
+def of_one(shape: DecoderConfig, **config: Any) -> EmbeddedEngine:
+    """An engine of as many processes as the settings say."""
+    settings = EmbeddedConfig(num_pages=40, max_running=8, max_batched_tokens=48, **config)
+    return EmbeddedEngine(fold_decoder(random_decoder(shape, 0)), CharTokenizer("abcdefghijklmnopqrst"), settings)
+
+
+def test_an_engine_of_two_processes_is_one_of_one_also_after_new_weights_and_lost_memory():
+    """A mixture of experts with a dense layer: heads, inner units and experts are divided."""
+    requests, new = batch_of(8, 3, most_new=12), random_decoder(MOE, 1)
+
+    async def run(ranks: int) -> list[Any]:
+        async with of_one(MOE, tensor_parallel=ranks) as engine:
+            first = await served(engine, requests)
+            digest = engine.info().contract_digest
+            manifest = make_manifest(new.hf_state(), version=1, contract_digest=digest)
+            await engine.update_weights(manifest, new.hf_state())
+            second = await served(engine, requests)
+            await engine.release_memory(["kv_cache"])
+            with pytest.raises(ValueError, match="'kv_cache' has been released already"):
+                await engine.release_memory(["kv_cache"])
+            await engine.resume_memory(["kv_cache"])
+            assert await engine.flush_cache()
+            assert await served(engine, requests) != first
+            last = manifest.tensors[-1]
+            wrong = msgspec.structs.replace(
+                manifest, version=2, tensors=(*manifest.tensors[:-1], msgspec.structs.replace(last, hash="0" * 16))
+            )
+            with pytest.raises(ValueError, match=f"{last.name} hashes to"):
+                await engine.update_weights(wrong, new.hf_state())
+            third = await served(engine, requests)
+            return [first, second, third, digest, engine.info().weight_version]
+
+    one, two = asyncio.run(run(1)), asyncio.run(run(2))
+    assert two == one and one[0] != one[1] and one[4] == 1
+
+
+def test_the_end_of_a_rank_ends_the_engine_and_no_process_stays():
+    async def run() -> list[int]:
+        engine = of_one(WIDE, tensor_parallel=2)
+        (process,) = engine._core.peers._processes  # type: ignore[union-attr]
+        await served(engine, batch_of(2, 3, most_new=3))
+        os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(EngineFailure, match="rank 1 of the tensor-parallel engine has ended|the engine has failed"):
+            await asyncio.wait_for(served(engine, batch_of(2, 3, most_new=30)), 60)
+        await engine.close()
+        return [process.pid]
+
+    for pid in asyncio.run(run()):
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_ranks_that_computed_different_things_are_told_apart():
+    """The control of the comparison that every weight update makes."""
+    engine = of_one(WIDE, tensor_parallel=2)
+    try:
+        core: Any = engine._core
+        core.delivered += 1
+        whole = random_decoder(WIDE, 1)
+        manifest = make_manifest(whole.hf_state(), version=1, contract_digest=core.decoder.contract.digest)
+        with pytest.raises(RuntimeError, match="the ranks have computed different things"):
+            core.swap_whole(manifest, dict(whole.hf_state()))
+    finally:
+        asyncio.run(engine.close())
+
+
 def test_what_cannot_be_divided_is_refused_by_name():
     with pytest.raises(ValueError, match=r"num_key_value_heads=2 is no multiple of 4; .*head_dim=64 is no multiple of 16 \* 8"):
         local_config(replace(SHAPE, intermediate_size=128), 4)
     with pytest.raises(ValueError, match="6 shards must be a power of two and a multiple of the 2 ranks"):
         local_config(WIDE, 2, 6)
-    moe = replace(WIDE, family="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-    with pytest.raises(ValueError, match="experts are not divided; serve a mixture of experts on one device"):
-        shard_decoder(random_decoder(moe, 0))
+    with pytest.raises(ValueError, match="num_experts=6 is no multiple of 4"):
+        local_config(replace(MOE, num_experts=6), 4)
+    with pytest.raises(ValueError, match="tensor_parallel=3 must be 1, 2, 4 or 8"):
+        EmbeddedConfig(tensor_parallel=3).validate()
+    with pytest.raises(ValueError, match="tensor_parallel=2 knows no drafts yet"):
+        EmbeddedConfig(tensor_parallel=2, draft="ngram").validate()

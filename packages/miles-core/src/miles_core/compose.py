@@ -45,6 +45,8 @@ Say = Callable[[str], None]
 
 FREE_ON_RESUME = ("run.num_steps", "run.threads", "run.dir", "eval.", "checkpoint.", "engine.")
 """What a resumed run may change: none of it alters a step that is already done, or the bits of the next."""
+FIXED_ON_RESUME = "engine.tensor_parallel"
+"""The exception: it is part of the numeric contract."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +260,8 @@ def _report(lines: list[str], what: str, say: Say) -> None:
 def _resumable(config: RunConfig, run_dir: RunDir, say: Say) -> Checkpoint | None:
     """The verified checkpoint to go on from; None when the run never came that far."""
     run_dir.check_resumable()
-    changed = [line for line in differences(read_config(run_dir.root), config) if not line.startswith(FREE_ON_RESUME)]
+    lines = differences(read_config(run_dir.root), config)
+    changed = [line for line in lines if line.startswith(FIXED_ON_RESUME) or not line.startswith(FREE_ON_RESUME)]
     if changed:
         shown = "\n".join(f"  {line}" for line in changed)
         raise ValueError(

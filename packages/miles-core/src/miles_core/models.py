@@ -16,6 +16,7 @@ from miles_kernels.contract import Contract
 from miles_kernels.nn.checkpoint import load_config, load_decoder, random_decoder
 from miles_kernels.nn.config import DecoderConfig
 from miles_kernels.nn.decoder import Decoder
+from miles_kernels.nn.parallel import fold_decoder
 from miles_rollout.text import Tokenizer, load_tokenizer
 
 
@@ -100,6 +101,8 @@ def load_model(config: RunConfig, say: Callable[[str], None]) -> LoadedModel:
     else:
         shape, tokenizer = load_shape(config.model, say)
         decoder, name = random_decoder(shape, config.run.seed, contract=contract, dtype=dtype, device=device), "random"
+    if config.engine.tensor_parallel > 1:
+        fold_decoder(decoder)
     if tokenizer.vocab_size > decoder.config.vocab_size:
         raise ValueError(
             f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {decoder.config.vocab_size}; "

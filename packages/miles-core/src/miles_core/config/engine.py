@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class EngineConfig(Section):
-    """How much the embedded engine holds and does at once. No field changes a result, only speed and memory."""
+    """How much the embedded engine holds and does at once. No field but `tensor_parallel` changes a result."""
 
     page_size: int | None = None
     """Tokens per page of the KV cache; a positive multiple of 16. Left out: 64 on an accelerator, 16 on the CPU."""
@@ -58,6 +58,9 @@ class EngineConfig(Section):
     """Capture small steps that prefill, too."""
     record_routed_experts: bool = False
     """Keep which experts every token went to, so that requests may ask for it."""
+    tensor_parallel: int = 1
+    """Processes of one machine, each with a GPU of its own, that the model is divided over: 1, 2, 4 or 8. With more than one the
+    trainer computes the same folded sums, which are another numeric contract than that of 1."""
 
     @model_validator(mode="after")
     def _as_the_engine_sees_it(self) -> EngineConfig:

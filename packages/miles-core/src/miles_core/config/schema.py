@@ -45,6 +45,8 @@ class RunConfig(Section):
             raise ValueError("eval.every is set, but data.eval names no held-out prompts")
         if self.draft.model != "none":
             self._admit_draft()
+        if self.engine.tensor_parallel > 1:
+            self._check_tensor_parallel()
         if self.trainer.backend == "fsdp":
             ProcessLayout.of(self.trainer, self.num_trainers)
         return self
@@ -56,6 +58,15 @@ class RunConfig(Section):
             raise ValueError('draft.model needs trainer.backend = "fsdp": the other does not show the states a draft learns from')
         if self.cluster.kind == "ray" or self.cluster.num_trainers is not None or self.cluster.num_engines is not None:
             raise ValueError("draft.model needs trainer and engine in one process: leave [cluster] as it is")
+
+    def _check_tensor_parallel(self) -> None:
+        what = f"engine.tensor_parallel = {self.engine.tensor_parallel}"
+        if self.trainer.backend != "fsdp":
+            raise ValueError(f"{what}: the {self.trainer.backend} trainer does not fold its sums as several GPUs do; use fsdp")
+        if self.model.precision != "full":
+            raise ValueError(f"{what}: float8 products are quantised by whole rows; set model.precision to full")
+        if self.cluster.kind == "ray":
+            raise ValueError(f"{what}: an engine's processes share a machine, which Ray is not asked for; use cluster.kind local")
 
     @property
     def num_trainers(self) -> int:

@@ -107,7 +107,7 @@ class _RowParallel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        dx = _mm(grad, weight.t().contiguous()).to(x.dtype) if ctx.needs_input_grad[0] else None
+        dx = _dgrad(grad, weight, x) if ctx.needs_input_grad[0] else None
         return dx, _wgrad(grad, x, weight) if ctx.needs_input_grad[1] else None, None, None
 
 
@@ -127,6 +127,19 @@ class _ColumnParallel(torch.autograd.Function):
         return dx, _wgrad(grad, x, weight) if ctx.needs_input_grad[1] else None, None, None
 
 
+def _dgrad(grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """grad weight, the gradient of a part of the columns of x."""
+    if grad.is_cuda:
+        from miles_kernels.cuda.dispatch import product
+
+        return product(grad.contiguous(), weight, torch.empty_like(x), b_t=True)
+    return _mm(grad, weight.t().contiguous()).to(x.dtype)
+
+
 def _wgrad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """grad^T x: a column of the whole weight's gradient never leaves its rank, so its bits are those of one rank."""
+    if grad.is_cuda:
+        from miles_kernels.cuda.dispatch import product
+
+        return product(grad.contiguous(), x, torch.empty_like(weight), a_t=True, b_t=True)
     return _mm(grad.t().contiguous(), x.t().contiguous()).to(weight.dtype)

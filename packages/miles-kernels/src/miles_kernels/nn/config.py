@@ -81,6 +81,8 @@ class DecoderConfig:
     norm_topk_prob: bool = False
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
+    expert_ranks: int = 1
+    """Processes a layer's experts are dealt to (`nn.parallel`); each holds `num_experts / expert_ranks`. Not of config.json."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -234,6 +236,7 @@ _MOE_POSITIVE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", 
 # Fields of ours that config.json spells otherwise or holds for some families only.
 _OWN_FIELDS = {
     "family",
+    "expert_ranks",
     "rope",
     "layer_types",
     "mlp_only_layers",

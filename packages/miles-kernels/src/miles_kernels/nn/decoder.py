@@ -71,6 +71,9 @@ class DecoderLayer(nn.Module):
         self.quantized = fp8.Store() if precision == "fp8" else None
         self.row_parallel: Any = None
         """Makes the products whose sum runs over several ranks (`nn.parallel`)."""
+        self.spread_experts: Any = None
+        """Computes the experts when they are dealt to several ranks (`nn.parallel`); this block's begin with `first_expert`."""
+        self.first_expert = 0
         self.scale = config.head_dim**-0.5
         self.window = config.window(index)
         self.is_moe = config.is_moe_layer(index)
@@ -86,8 +89,8 @@ class DecoderLayer(nn.Module):
         self.o_bias = _parameter(hidden) if config.output_bias else None
         self.post_norm = _parameter(hidden)
         if self.is_moe:
-            experts, inner = config.num_experts, config.moe_intermediate_size
-            self.router = _parameter(experts, hidden)
+            experts, inner = config.num_experts // config.expert_ranks, config.moe_intermediate_size
+            self.router = _parameter(config.num_experts, hidden)
             self.expert_gate_up_proj = _parameter(experts, 2 * inner, hidden)
             self.expert_down_proj = _parameter(experts, hidden, inner)
         else:
@@ -152,6 +155,8 @@ class DecoderLayer(nn.Module):
         if routed is not None:
             routed[self.index] = ids
         first, second = self.expert_gate_up_proj, self.expert_down_proj
+        if self.spread_experts is not None:
+            return self.spread_experts(x, first, second, ids, weights, mode)
         if self.quantized is None:
             return moe_mlp(x, first, second, ids, weights, mode=mode)
         kept = (self.quantized.of("expert_gate_up_proj", first), self.quantized.of("expert_down_proj", second))
@@ -352,8 +357,8 @@ def layer_state(layer: DecoderLayer) -> Iterator[tuple[str, Tensor]]:
     if layer.is_moe:
         yield "mlp.gate.weight", layer.router.detach()
         inner = config.moe_intermediate_size
-        for expert in range(config.num_experts):
-            prefix = f"mlp.experts.{expert}"
+        for expert in range(layer.expert_gate_up_proj.shape[0]):
+            prefix = f"mlp.experts.{layer.first_expert + expert}"
             yield from _parts(prefix, ("gate_proj", "up_proj"), ".weight", layer.expert_gate_up_proj[expert], (inner, inner))
             yield f"{prefix}.down_proj.weight", layer.expert_down_proj[expert].detach()
         return

@@ -66,6 +66,9 @@ def serve(
     draft: Annotated[str, typer.Option(help="Speculation: none, ngram, suffix, mtp or eagle3. Tokens stay the same.")] = "none",
     draft_path: Annotated[str | None, typer.Option(help="Directory of the draft model, for mtp and eagle3.")] = None,
     draft_tokens: Annotated[int, typer.Option(help="Most draft tokens of a sequence in one step.")] = 4,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="GPUs the model is divided over. More than 1: a contract of its own, the same for 2, 4, 8.")
+    ] = 1,
     sglang_url: Annotated[str, typer.Option(help="Engine sglang: attach to this server instead of starting one.")] = "",
     sglang_python: Annotated[str, typer.Option(help="Engine sglang: interpreter of an environment that has SGLang.")] = "",
     seeds: Annotated[bool, typer.Option(help="Engine sglang: seeds hold (deterministic inference), at some cost.")] = True,
@@ -100,6 +103,7 @@ def serve(
                 draft=draft,
                 draft_path=draft_path,
                 draft_tokens=draft_tokens,
+                tensor_parallel=tensor_parallel,
             )
             settings.validate()
         else:

@@ -11,7 +11,7 @@ MAX_DRAFT = 15
 
 
 class EmbeddedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How much the embedded engine holds and does at once. No field changes a result, only speed and memory.
+    """How much the embedded engine holds and does at once. No field but `tensor_parallel` changes a result.
 
     Example: EmbeddedConfig(max_running=32, kv_memory_bytes=256 << 20)
     """
@@ -61,6 +61,9 @@ class EmbeddedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Capture small steps that prefill, too."""
     record_routed_experts: bool = False
     """Keep which experts every token went to, so that requests may ask for it."""
+    tensor_parallel: int = 1
+    """Processes of this machine, each with a GPU of its own, that the model is divided over: 1, 2, 4 or 8. More than one is
+    another numeric contract than one (`miles_kernels.nn.parallel`), the same for all numbers; `kv_memory_bytes` is each one's."""
 
     def validate(self) -> None:
         """Raise ValueError naming every field outside its range."""
@@ -79,6 +82,10 @@ class EmbeddedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if not 1 <= self.draft_tokens <= MAX_DRAFT:
             wrong.append(f"draft_tokens={self.draft_tokens} must lie in 1..{MAX_DRAFT}")
         wrong += self._wrong_drafts()
+        if self.tensor_parallel not in (1, 2, 4, 8):
+            wrong.append(f"tensor_parallel={self.tensor_parallel} must be 1, 2, 4 or 8")
+        elif self.tensor_parallel > 1 and self.draft != "none":
+            wrong.append(f"tensor_parallel={self.tensor_parallel} knows no drafts yet; set draft to none")
         if self.max_batched_tokens < self.max_running:
             wrong.append(
                 f"max_batched_tokens={self.max_batched_tokens} must be at least max_running={self.max_running}, "

@@ -28,6 +28,7 @@ from miles_rollout.engines.embedded.tail import Tokens
 from miles_rollout.engines.embedded.verification import Verifier
 from miles_rollout.engines.embedded.weights import Staged, swap
 from miles_rollout.text import Tokenizer
+from miles_rollout.wire import WeightManifest
 from miles_spec.draft import Draft
 from miles_spec.models.base import DraftModel
 from miles_spec.verifiers import Verifier as Rule
@@ -166,13 +167,23 @@ class EngineCore:
         again; their tokens stay, and their weight spans tell which version sampled what.
         """
         ready = self.retract_all()
-        swap(self._decoder.hf_state(), staged)
+        self._take(staged)
         self._decoder.freeze_quantized()
         self.weight_version = version
         self.released.discard("new weights")
         for seq in self._scheduler.waiting:
             seq.start_version(version)
         return ready
+
+    def swap_whole(self, manifest: WeightManifest, staged: Staged) -> list[Delivery]:
+        """`swap_weights` with the whole model's tensors, of which this core may hold a part only."""
+        return self.swap_weights(staged, manifest.version)
+
+    def close(self) -> None:
+        """End what belongs to this core outside this process: nothing, here."""
+
+    def _take(self, staged: Staged) -> None:
+        swap(self._decoder.hf_state(), staged)
 
     def release(self, tags: Iterable[str]) -> None:
         """Give back the memory that `tags` name. Raises ValueError for an unknown or released tag, or while sequences run."""

@@ -76,9 +76,16 @@ class EmbeddedEngine:
         self._model = model
         self._version = weight_version
         self._eos = frozenset(eos)
-        self._core: EngineCore | None = EngineCore(
-            decoder, tokenizer, config, num_pages=num_pages, weight_version=weight_version, draft=draft
-        )
+        self._core: EngineCore | None = None
+        if config.tensor_parallel == 1:
+            self._core = EngineCore(
+                decoder, tokenizer, config, num_pages=num_pages, weight_version=weight_version, draft=draft
+            )
+        else:
+            from miles_rollout.engines.embedded.lead import lead
+
+            core = lead(decoder, tokenizer, config, num_pages=num_pages, weight_version=weight_version)
+            self._core, self._decoder, self._digest = core, core.decoder, core.decoder.contract.digest
         self._metrics = self._core.metrics()
         self._arrivals = itertools.count()
         self._lock = threading.Condition()
@@ -175,7 +182,12 @@ class EmbeddedEngine:
         await self._refusable(lambda core: core.restore(tags))
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(HF name, tensor) of the weights held, as views; do not change them, and do not keep them over an update."""
+        """(HF name, tensor) of the weights held, as views; do not change them, and do not keep them over an update.
+
+        Raises ValueError where they are divided over several processes: those take whole updates only.
+        """
+        if self.config.tensor_parallel > 1:
+            raise ValueError(f"the weights are divided over {self.config.tensor_parallel} processes; send a full update")
         for name, tensor in self._decoder.hf_state():
             yield name, tensor.detach()
 
@@ -304,11 +316,20 @@ class EmbeddedEngine:
             check_manifest(manifest, self._held, version=self._version, contract_digest=self._digest)
             staged = stage(manifest, tensors, self.device)
 
+            refusal: list[ValueError] = []
+
             def swap(core: EngineCore) -> None:
-                self._dispatch(core.swap_weights(staged, manifest.version))
+                try:
+                    ready = core.swap_whole(manifest, staged)
+                except ValueError as error:  # another rank got other bytes; nothing has changed
+                    refusal.append(error)
+                    return
+                self._dispatch(ready)
                 self._version = manifest.version
 
             self._run_command(swap)
+            if refusal:
+                raise refusal[0]
 
     def _check_alive(self) -> None:
         if self._failure is not None:
@@ -388,6 +409,7 @@ class EmbeddedEngine:
     def _finish_closing(self) -> None:
         if self._core is not None:
             self._metrics = self._core.metrics()
+            self._core.close()
         self._core = None
 
 
@@ -396,7 +418,7 @@ def _num_pages(decoder: Decoder, config: EmbeddedConfig, page_size: int) -> int:
     shape = decoder.config
     page_bytes = PagedKV.page_bytes(
         layers=shape.num_hidden_layers,
-        kv_heads=shape.num_key_value_heads,
+        kv_heads=max(1, shape.num_key_value_heads // config.tensor_parallel),
         head_dim=shape.head_dim,
         page_size=page_size,
         dtype=next(decoder.parameters()).dtype,
