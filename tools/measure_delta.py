@@ -26,7 +26,7 @@ def main(run: Path) -> None:
     for number, step in enumerate(steps):
         weights = dict(iter_tensors(step / "trainer" / "model"))
         manifest = make_manifest(weights.items(), version=number + 1, contract_digest="")
-        stream = to_stream(manifest, weights.values())
+        stream, _ = to_stream(manifest, weights.values())
         if last is not None:
             before, base, old = last
             with tempfile.TemporaryDirectory() as folder:

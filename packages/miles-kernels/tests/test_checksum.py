@@ -7,10 +7,12 @@ import random
 import pytest
 import torch
 
-from miles_kernels.checksum import BLOCK_WORDS, GOLDEN, ODD, copy_hashed, dtype_name, mix, tensor_hash, tensor_hashes
+from miles_kernels import checksum
+from miles_kernels.checksum import BLOCK_BYTES as BLOCK
+from miles_kernels.checksum import BLOCK_WORDS, GOLDEN, HIGH, LOW, as_hex, dtype_name, mix, tensor_hash, tensor_hashes
+from miles_kernels.mover import Mover, copy_hashed
 
 MASK = (1 << 64) - 1
-BLOCK = 8 * BLOCK_WORDS
 
 
 def naive(data: bytes) -> str:
@@ -19,8 +21,8 @@ def naive(data: bytes) -> str:
     for block in range(0, len(words), BLOCK_WORDS):
         inner = 0
         for j, word in enumerate(words[block : block + BLOCK_WORDS]):
-            x = ((word ^ ((j + 1) * GOLDEN & MASK)) * ODD) & MASK
-            inner += x ^ (x >> 32)
+            x, y = (word % 2**32 + (j + 1) * LOW) % 2**32, (word // 2**32 + (j + 1) * HIGH) % 2**32
+            inner += (x + 2**32) * (y + 1) - 2**32
         total += mix((inner + (block // BLOCK_WORDS + 1) * GOLDEN) & MASK)
     return f"{mix((total + len(data) * GOLDEN) & MASK):016x}"
 

@@ -38,7 +38,7 @@ def stepped(weights: Weights, share: float, seed: int) -> Weights:
 
 def stated(weights: Weights, version: int) -> tuple[WeightManifest, Tensor]:
     manifest = make_manifest(weights.items(), version=version, contract_digest="x")
-    return manifest, to_stream(manifest, weights.values())
+    return manifest, to_stream(manifest, weights.values())[0]
 
 
 def digest(weights: Weights) -> str:

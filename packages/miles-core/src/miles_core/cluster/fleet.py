@@ -10,6 +10,7 @@ from miles_core.trainer.base import NonFiniteStep
 from miles_rollout.waits import expired
 
 POLL_S = 0.2
+BLAME_S = 2.0
 
 
 class WorkerDied(ChildProcessError):
@@ -66,7 +67,11 @@ class Fleet:
         while len(replies) < len(self.handles):
             waiting = [number for number in range(len(self.handles)) if number not in replies]
             for number in waiting:
-                reply = self.handles[number].poll(POLL_S if len(waiting) == 1 else POLL_S / len(waiting) / 10)
+                try:
+                    reply = self.handles[number].poll(POLL_S if len(waiting) == 1 else POLL_S / len(waiting) / 10)
+                except WorkerFailed as error:
+                    self._blame(error)
+                    raise
                 if reply is not None:
                     replies[number] = reply
             if len(replies) < len(self.handles) and time.monotonic() > end:
@@ -74,6 +79,18 @@ class Fleet:
                 stacks = "\n".join(f"{h.name}:\n{h.dump()}" for n, h in enumerate(self.handles) if n not in replies)
                 raise expired(f"{', '.join(names)} to answer {method!r}", limit, stacks)
         return [replies[number] for number in range(len(self.handles))]
+
+    def _blame(self, error: WorkerFailed) -> None:
+        """Raise WorkerDied if somebody has died: what a survivor says then is only that its connection broke."""
+        end = time.monotonic() + BLAME_S
+        while time.monotonic() < end:  # the connection may break a moment before the process is gone
+            try:
+                self.check()
+            except WorkerFailed:
+                pass  # another survivor with the same complaint
+            except WorkerDied as death:
+                raise death from error
+            time.sleep(0.05)
 
     def check(self) -> None:
         """Raise WorkerDied when one has ended. Needs no call."""

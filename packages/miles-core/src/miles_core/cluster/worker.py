@@ -90,6 +90,7 @@ class TrainerWorker:
         self._trainer = make_trainer(config, build.mode, model.decoder)
         self._runner = asyncio.Runner()
         self._publisher: Any = None
+        self._published = False
 
     def call(self, method: str, payload: bytes) -> bytes:
         """Do one thing. Raises ValueError for a method this worker does not know."""
@@ -140,9 +141,10 @@ class TrainerWorker:
 
     def _publish(self, payload: bytes) -> bytes:
         if self._build.rank > 0:
-            for _ in range(2):  # putting the tensors together takes all processes: for the manifest, and for the transfer
+            for _ in range(1 if self._published else 2):  # putting tensors together takes all processes; see Publisher
                 for _ in self._trainer.export_weights():
                     pass
+            self._published = True
             return b""
         order = msgspec.msgpack.decode(payload, type=PublishTo)
         if self._publisher is None:

@@ -6,16 +6,18 @@ import asyncio
 import threading
 from collections.abc import Sequence
 
-from miles_core.sync.inprocess import manifest
 from miles_core.sync.links import Link
 from miles_core.sync.transports import Transport
 from miles_core.trainer.base import Trainer
 from miles_rollout.waits import WaitGivenUp
-from miles_rollout.wire import EngineInfo, WeightManifest
+from miles_rollout.weights.stage import outline
+from miles_rollout.wire import EngineInfo, TensorSpec, WeightManifest
 
 
 class Publisher:
     """Brings the weights of one trainer to some engines over one transport.
+
+    Names, shapes and dtypes are asked for once; after that an update takes one pass over the weights, which sends and sums them.
 
     Example:
         publisher = Publisher(trainer, [HttpLink("http://127.0.0.1:30000")], SlotsTransport())
@@ -27,6 +29,7 @@ class Publisher:
         self._links = list(links)
         self._transport = transport
         self._connected = False
+        self._specs: tuple[TensorSpec, ...] | None = None
 
     async def publish(self, version: int) -> WeightManifest:
         """Every engine serves `version` when this returns.
@@ -38,10 +41,13 @@ class Publisher:
             self._check(await asyncio.gather(*(link.info() for link in self._links)), version)
             await self._transport.connect(self._links)
             self._connected = True
-        stated = await asyncio.to_thread(manifest, self._trainer, version)
-        offers = await asyncio.to_thread(self._transport.offers, stated, self._trainer.export_weights)
-        await self._transfer(stated, offers)
-        return stated
+        if self._specs is None:
+            first = await asyncio.to_thread(outline, self._trainer.export_weights(), version=0, contract_digest="")
+            self._specs = first.tensors
+        digest = self._trainer.contract.digest
+        planned = WeightManifest(version=version, tensors=self._specs, contract_digest=digest)
+        told, offers = await asyncio.to_thread(self._transport.prepare, planned, self._trainer.export_weights)
+        return await self._transfer(told, offers)
 
     async def close(self) -> None:
         """Close transport and links. Idempotent."""
@@ -49,15 +55,15 @@ class Publisher:
         for link in self._links:
             await link.close()
 
-    async def _transfer(self, stated: WeightManifest, offers: Sequence[object]) -> None:
+    async def _transfer(self, told: WeightManifest, offers: Sequence[object]) -> WeightManifest:
         from miles_rollout.weights.offer import WeightUpdate
 
         over = threading.Event()
         updates = [
-            asyncio.ensure_future(link.update(WeightUpdate(manifest=stated, offer=offer)))  # type: ignore[arg-type]
+            asyncio.ensure_future(link.update(WeightUpdate(manifest=told, offer=offer)))  # type: ignore[arg-type]
             for link, offer in zip(self._links, offers, strict=True)
         ]
-        send = asyncio.ensure_future(asyncio.to_thread(self._transport.send, stated, self._trainer.export_weights, over.is_set))
+        send = asyncio.ensure_future(asyncio.to_thread(self._transport.send, told, self._trainer.export_weights, over.is_set))
         try:
             await asyncio.wait([*updates, send], return_when=asyncio.FIRST_EXCEPTION)
         finally:
@@ -67,11 +73,14 @@ class Publisher:
             results = await asyncio.gather(*updates, send, return_exceptions=True)
         *answers, sent = results
         try:
-            self._judge(stated, answers, sent)
+            self._judge(told, answers, sent)
         except BaseException:
             await self._transport.close()  # whatever is half sent is forgotten; the next update begins afresh
             self._connected = False
+            self._specs = None
             raise
+        assert isinstance(sent, WeightManifest)
+        return sent
 
     def _judge(self, stated: WeightManifest, answers: Sequence[object], sent: object) -> None:
         """Raise the first failure, saying who has which weights now."""

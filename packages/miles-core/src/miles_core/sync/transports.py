@@ -15,8 +15,9 @@ from miles_core.config.sections import SyncConfig
 from miles_core.sync.links import Link
 from miles_rollout.weights.group import BroadcastGroup
 from miles_rollout.weights.lent import Lender
-from miles_rollout.weights.offer import BroadcastOffer, DiskOffer, GroupInvitation, Offer, layout
+from miles_rollout.weights.offer import BroadcastOffer, DiskOffer, GroupInvitation, Offer, layout, window_bytes
 from miles_rollout.weights.slots import SlotWriter
+from miles_rollout.weights.stage import matching, seal
 from miles_rollout.weights.store import WeightStore, to_stream
 from miles_rollout.wire import WeightManifest
 
@@ -45,7 +46,7 @@ def make_transport(
     if kind == "cuda_ipc":
         return SlotsTransport(**limits, device=_own_gpu())
     if kind == "lent":
-        return LentTransport()
+        return LentTransport(config.deadline_s)
     if kind == "broadcast":
         return BroadcastTransport(**limits, host=host, device=_own_gpu() if on_gpu else "cpu")
     assert config.directory is not None
@@ -63,12 +64,14 @@ class Transport(Protocol):
         """Called once, before the first update. Raises ValueError when an engine cannot be reached this way."""
         ...
 
-    def offers(self, manifest: WeightManifest, export: Export) -> list[Offer]:
-        """What each engine is told, in the order of the links. May write files first. Blocking."""
+    def prepare(self, outline: WeightManifest, export: Export) -> tuple[WeightManifest, list[Offer]]:
+        """What each engine is told, offers in the order of the links. The manifest has its checksums already, or is the outline
+        as given and the checksums travel behind the bytes. May write files first. Blocking."""
         ...
 
-    def send(self, manifest: WeightManifest, export: Export, given_up: Callable[[], bool]) -> None:
-        """Send the bytes; returns when every engine has them. Raises WaitGivenUp once `given_up()`. Blocking."""
+    def send(self, manifest: WeightManifest, export: Export, given_up: Callable[[], bool]) -> WeightManifest:
+        """Send the bytes; returns when every engine has them, with the checksums of what was sent. Raises WaitGivenUp once
+        `given_up()`. Blocking."""
         ...
 
     def give_up(self) -> None:
@@ -94,21 +97,24 @@ class SlotsTransport:
         """See `Transport`."""
         self._num_receivers = len(links)
 
-    def offers(self, manifest: WeightManifest, export: Export) -> list[Offer]:
+    def prepare(self, outline: WeightManifest, export: Export) -> tuple[WeightManifest, list[Offer]]:
         """See `Transport`. The slots are made at the first update and kept."""
+        if self._writer is not None and self._writer.num_tensors != len(outline.tensors):
+            self._writer.close()
+            self._writer = None
         if self._writer is None:
             bucket_bytes, num_slots, deadline_s, device = self._settings
-            size = max(1, min(bucket_bytes, layout(manifest).total_bytes))
             self._writer = SlotWriter(
-                slot_bytes=size, num_slots=num_slots, num_receivers=self._num_receivers, device=device, deadline_s=deadline_s
-            )
+                slot_bytes=min(bucket_bytes, window_bytes(layout(outline).total_bytes)), num_slots=num_slots,
+                num_receivers=self._num_receivers, num_tensors=len(outline.tensors), device=device, deadline_s=deadline_s,
+            )  # fmt: skip
         self._writer.begin()
-        return list(self._writer.offers())
+        return outline, list(self._writer.offers())
 
-    def send(self, manifest: WeightManifest, export: Export, given_up: Callable[[], bool]) -> None:
+    def send(self, manifest: WeightManifest, export: Export, given_up: Callable[[], bool]) -> WeightManifest:
         """See `Transport`."""
         assert self._writer is not None
-        self._writer.send(layout(manifest), (tensor for _, tensor in export()), given_up)
+        return seal(manifest, self._writer.send(layout(manifest), matching(manifest, export()), given_up))
 
     def give_up(self) -> None:
         """See `Transport`."""
@@ -125,29 +131,30 @@ class SlotsTransport:
 class LentTransport:
     """The trainer's own tensors, read by engines on the same GPU while it waits: no staging on this side, one copy in all."""
 
-    def __init__(self) -> None:
-        self._lender = Lender()
+    def __init__(self, deadline_s: float = 60.0) -> None:
+        self._lender = Lender(deadline_s)
         self._num_links = 0
 
     async def connect(self, links: Sequence[Link]) -> None:
         """See `Transport`."""
         self._num_links = len(links)
 
-    def offers(self, manifest: WeightManifest, export: Export) -> list[Offer]:
+    def prepare(self, outline: WeightManifest, export: Export) -> tuple[WeightManifest, list[Offer]]:
         """See `Transport`. Raises ValueError when the weights are not whole, contiguous CUDA tensors of this process."""
-        tensors = [tensor for _, tensor in export()]
-        offer = self._lender.offer(tensors)
-        torch.cuda.current_stream(tensors[0].device).synchronize()
-        return [offer] * self._num_links
+        offer = self._lender.offer(list(matching(outline, export())))
+        return outline, [offer] * self._num_links
 
-    def send(self, manifest: WeightManifest, export: Export, given_up: Callable[[], bool]) -> None:
-        """Nothing: the engines fetch."""
+    def send(self, manifest: WeightManifest, export: Export, given_up: Callable[[], bool]) -> WeightManifest:
+        """The engines fetch; they are given the checksums."""
+        return seal(manifest, self._lender.seal())
 
     def give_up(self) -> None:
-        """Nothing to tell."""
+        """See `Transport`."""
+        self._lender.give_up()
 
     async def close(self) -> None:
-        """Nothing to release."""
+        """See `Transport`."""
+        self._lender.close()
 
 
 class BroadcastTransport:
@@ -161,7 +168,8 @@ class BroadcastTransport:
         deadline_s: float = 60.0,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._host, self._bucket_bytes, self._deadline_s, self._device = host, bucket_bytes, deadline_s, torch.device(device)
+        self._host, self._deadline_s, self._device = host, deadline_s, torch.device(device)
+        self._bucket_bytes = window_bytes(bucket_bytes)
         self._name = f"weights-{secrets.token_hex(4)}"
         self._links: list[Link] = []
         self._group: BroadcastGroup | None = None
@@ -185,15 +193,16 @@ class BroadcastTransport:
                 raise result
         self._group = own.result()
 
-    def offers(self, manifest: WeightManifest, export: Export) -> list[Offer]:
+    def prepare(self, outline: WeightManifest, export: Export) -> tuple[WeightManifest, list[Offer]]:
         """See `Transport`."""
         offer = BroadcastOffer(group=self._name, bucket_bytes=self._bucket_bytes, deadline_s=self._deadline_s)
-        return [offer] * len(self._links)
+        return outline, [offer] * len(self._links)
 
-    def send(self, manifest: WeightManifest, export: Export, given_up: Callable[[], bool]) -> None:
+    def send(self, manifest: WeightManifest, export: Export, given_up: Callable[[], bool]) -> WeightManifest:
         """See `Transport`."""
         assert self._group is not None
-        self._group.send(layout(manifest), (tensor for _, tensor in export()), self._bucket_bytes, given_up)
+        tensors = matching(manifest, export())
+        return seal(manifest, self._group.send(layout(manifest), tensors, self._bucket_bytes, given_up))
 
     def give_up(self) -> None:
         """Engines notice at their deadline; a broadcast has no way to say more."""
@@ -224,9 +233,10 @@ class DiskTransport:
         """See `Transport`."""
         self._num_links = len(links)
 
-    def offers(self, manifest: WeightManifest, export: Export) -> list[Offer]:
+    def prepare(self, outline: WeightManifest, export: Export) -> tuple[WeightManifest, list[Offer]]:
         """Write the update; see `Transport`."""
-        stream = to_stream(manifest, (tensor for _, tensor in export()))
+        stream, checksums = to_stream(outline, matching(outline, export()))
+        manifest = seal(outline, checksums)
         last, self._last = self._last, None
         if last is None or self._since_full >= self._full_every - 1:
             self._store.write_full(manifest, stream)
@@ -236,10 +246,11 @@ class DiskTransport:
             self._store.write_delta(manifest, stream, *last)
             self._since_full += 1
         self._last = (manifest, stream)
-        return [DiskOffer(directory=str(self._store.root), version=manifest.version)] * self._num_links
+        return manifest, [DiskOffer(directory=str(self._store.root), version=manifest.version)] * self._num_links
 
-    def send(self, manifest: WeightManifest, export: Export, given_up: Callable[[], bool]) -> None:
+    def send(self, manifest: WeightManifest, export: Export, given_up: Callable[[], bool]) -> WeightManifest:
         """Nothing: it is on the disk already."""
+        return manifest
 
     def give_up(self) -> None:
         """Nothing to tell."""

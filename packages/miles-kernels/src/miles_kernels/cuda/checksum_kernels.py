@@ -1,7 +1,7 @@
 """Triton kernel of the checksum in `miles_kernels.checksum`, alone or while copying.
 
-One program takes one block of one tensor, so a table of addresses serves any number of tensors in one launch. Sums are of
-integers modulo 2^64, and so are the atomic additions: their order does not change a bit.
+One program takes one block of one stretch. Sums are of integers modulo 2^64, and so are the atomic additions: their order changes
+no bit. Whole blocks have a variant without masks: half the registers, 16 bytes at a time.
 """
 
 from __future__ import annotations
@@ -18,48 +18,45 @@ def _mix(x):
 
 
 @triton.jit
-def checksum_blocks(
-    table_ptr, owner_ptr, sum_ptr, GOLDEN: tl.constexpr, ODD: tl.constexpr, BLOCK: tl.constexpr, COPY: tl.constexpr,
-    HASH: tl.constexpr, ALIGN: tl.constexpr,
+def _terms(word, j, LOW: tl.constexpr, HIGH: tl.constexpr):
+    x = word.to(tl.uint32) + (j + 1).to(tl.uint32) * tl.full((), LOW, tl.uint32)
+    y = (word >> 32).to(tl.uint32) + (j + 1).to(tl.uint32) * tl.full((), HIGH, tl.uint32)
+    wide = x.to(tl.uint64)
+    return wide * y.to(tl.uint64) + ((y.to(tl.uint64) << 32) | wide)
+
+
+@triton.jit(do_not_specialize=["first"])
+def move_blocks(
+    block_ptr, first, source_ptr, target_ptr, size_ptr, sum_ptr, GOLDEN: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    BLOCK: tl.constexpr, COPY: tl.constexpr, HASH: tl.constexpr, FULL: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """sum[t] += mix(block sum + (b + 1) * GOLDEN). table[t] = source and target address, bytes, first block, blocks."""
-    program = tl.program_id(0)
-    owner = tl.load(owner_ptr + program).to(tl.int64)
-    row = table_ptr + owner * 5
-    num_bytes = tl.load(row + 2)
-    block = program - tl.load(row + 3)
-    start = block * BLOCK
-    source = tl.load(row).to(tl.pointer_type(tl.uint64))
-    target = tl.load(row + 1).to(tl.pointer_type(tl.uint64))
-    source = tl.multiple_of(source + start, ALIGN)
-    target = tl.multiple_of(target + start, ALIGN)
-    left = num_bytes // 8 - start
+    """target = source; sum[t] += mix(block sum + (b + 1) * GOLDEN). block[p] = (t << 32) + b, from p = first on."""
+    entry = tl.load(block_ptr + (first + tl.program_id(0)).to(tl.int64))
+    owner = entry >> 32
+    block = entry & 0xFFFFFFFF
+    source = tl.multiple_of(tl.load(source_ptr + owner).to(tl.pointer_type(tl.uint64)) + block * BLOCK, ALIGN)
+    target = tl.multiple_of(tl.load(target_ptr + owner).to(tl.pointer_type(tl.uint64)) + block * BLOCK, ALIGN)
     j = tl.arange(0, BLOCK)
-    golden = tl.full((), GOLDEN, tl.uint64)
-    odd = tl.full((), ODD, tl.uint64)
-    if left >= BLOCK:  # without a mask, so that 16 bytes move at a time
+    if FULL:
         word = tl.load(source + j)
         if COPY:
             tl.store(target + j, word)
-    else:
-        word = tl.load(source + j, mask=j < left, other=0)
-        if COPY:
-            tl.store(target + j, word, mask=j < left)
-    total = tl.full((), 0, tl.uint64)
-    if HASH:
-        x = (word ^ ((j + 1).to(tl.uint64) * golden)) * odd
-        total = tl.sum(tl.where(j < left, x ^ (x >> 32), 0), 0)
-    rest = num_bytes % 8
-    if (left < BLOCK) & (rest > 0):  # the last bytes of the tensor make a word of their own
-        k = tl.arange(0, 8)
-        at = left * 8 + k
-        byte = tl.load(source.to(tl.pointer_type(tl.uint8)) + at, mask=k < rest, other=0)
-        if COPY:
-            tl.store(target.to(tl.pointer_type(tl.uint8)) + at, byte, mask=k < rest)
+        total = tl.full((), 0, tl.uint64)
         if HASH:
-            last = tl.sum(byte.to(tl.uint64) << (k.to(tl.uint64) * 8), 0)
-            y = (last ^ ((left + 1).to(tl.uint64) * golden)) * odd
-            total += y ^ (y >> 32)
+            total = tl.sum(_terms(word, j, LOW, HIGH), 0)
+    else:  # the last bytes of a stretch make a word of their own
+        left = tl.load(size_ptr + owner) - block * (BLOCK * 8)
+        words = left // 8
+        rest = left % 8
+        k = tl.arange(0, 8)
+        byte = tl.load(source.to(tl.pointer_type(tl.uint8)) + words * 8 + k, mask=k < rest, other=0)
+        word = tl.load(source + j, mask=j < words, other=0)
+        if COPY:
+            tl.store(target + j, word, mask=j < words)
+            tl.store(target.to(tl.pointer_type(tl.uint8)) + words * 8 + k, byte, mask=k < rest)
+        last = tl.sum(byte.to(tl.uint64) << (k.to(tl.uint64) * 8), 0)
+        word = tl.where(j == words, last, word)
+        total = tl.sum(tl.where(j * 8 < left, _terms(word, j, LOW, HIGH), 0), 0)
     if HASH:
-        value = _mix(total + (block + 1).to(tl.uint64) * golden)
-        tl.atomic_add(sum_ptr + owner, value.to(tl.int64, bitcast=True))
+        value = _mix(total + (block + 1).to(tl.uint64) * tl.full((), GOLDEN, tl.uint64))
+        tl.atomic_add(sum_ptr + owner, value.to(tl.int64, bitcast=True), sem="relaxed")

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).parent / "src"
+CHECKSUM = Path(__file__).parent / "checksum"
+"""A library of its own: it has no part in the numeric contract, whose digest is over the other sources."""
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-fPIC", "-shared", "-pthread")
 """No flag lets the compiler reorder or fuse arithmetic: the bits are those the source writes."""
 COMPILE_TIMEOUT_S = 120.0
@@ -31,22 +33,22 @@ def cache_folder() -> Path:
     return (Path(chosen) if chosen else Path.home() / ".cache" / "miles") / "native"
 
 
-def source_digest() -> str:
+def source_digest(folder: Path = SOURCES) -> str:
     """12 hex digits over the sources: kernels with equal digests compute equal bits."""
     digest = hashlib.sha256()
-    for file in sorted(SOURCES.iterdir()):
+    for file in sorted(folder.iterdir()):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def load() -> ctypes.CDLL:
-    """The compiled kernels of this machine, from the cache or compiled now (a few seconds). Raises Unavailable."""
+def load(folder: Path = SOURCES, entry: str = "kernels") -> ctypes.CDLL:
+    """`entry`.c of a folder of sources, compiled for this machine: from the cache, or now (seconds). Raises Unavailable."""
     instructions = _instruction_flags()
     compiler = _compiler()
-    key = "\n".join((source_digest(), *compiler, *FLAGS, *instructions, platform.machine(), sys.platform))
-    target = cache_folder() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    key = "\n".join((source_digest(folder), *compiler, *FLAGS, *instructions, platform.machine(), sys.platform))
+    target = cache_folder() / f"{entry}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not target.exists():
-        _compile((*compiler, *FLAGS, *instructions), target)
+        _compile((*compiler, *FLAGS, *instructions, str(folder / f"{entry}.c")), target)
     try:
         return ctypes.CDLL(str(target))
     except OSError as error:
@@ -82,7 +84,7 @@ def _compile(command: tuple[str, ...], target: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / "kernels.so"
             done = subprocess.run(
-                (*command, str(SOURCES / "kernels.c"), "-o", str(made), "-lm"),
+                (*command, "-o", str(made), "-lm"),
                 capture_output=True,
                 text=True,
                 timeout=COMPILE_TIMEOUT_S,

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_kernels.checksum import byte_view
 from miles_rollout.waits import wait_until
-from miles_rollout.weights.offer import GroupInvitation, Layout
+from miles_rollout.weights.offer import WINDOW, GroupInvitation, Layout, layout, window_bytes
+from miles_rollout.weights.pack import Packer
+from miles_rollout.weights.stage import stage
+from miles_rollout.wire import WeightManifest
 
 _SLOTS = 2
 
@@ -82,62 +84,32 @@ class BroadcastGroup:
                 f"{invitation.deadline_s:g} s: {error}"
             ) from error
 
-    def send(self, where: Layout, tensors: Iterable[Tensor], bucket_bytes: int, given_up: Callable[[], bool]) -> None:
-        """Rank 0: pack the tensors of a layout into buckets and broadcast them; one is packed while the last one travels."""
-        size = min(bucket_bytes, max(1, where.total_bytes))
+    def send(self, where: Layout, tensors: Iterable[Tensor], bucket_bytes: int, given_up: Callable[[], bool]) -> Tensor:
+        """Rank 0: pack the tensors of a layout into buckets and broadcast them; one is packed while the last one travels.
+
+        Returns their checksums, int64 [n], which are broadcast behind them.
+        """
+        size = min(bucket_bytes, window_bytes(where.total_bytes))
         slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(_SLOTS)]
-        works: list[Any] = [None] * _SLOTS
-        number, last = 0, -(-where.total_bytes // size) - 1
+        packer = Packer(where, tensors, size, self.device)
+        works: list[Any] = []
 
-        def go_to(window: int) -> None:
-            nonlocal number
-            while number < window:
-                works[number % _SLOTS] = self._start(slots[number % _SLOTS])
-                number += 1
-                self._finish(works[number % _SLOTS], number - _SLOTS, given_up)
+        def room(number: int) -> Tensor:
+            if number >= _SLOTS:
+                self._finish(works[number - _SLOTS], number - _SLOTS, given_up)
+            return slots[number % _SLOTS]
 
-        for start, count, tensor in zip(where.offsets, where.sizes, tensors, strict=True):
-            data, at = byte_view(tensor), 0
-            assert data.numel() == count, f"{data.numel()} bytes, the layout has {count}"
-            while at < count:
-                window, inside = divmod(start + at, size)
-                go_to(window)
-                part = min(count - at, size - inside)
-                slots[number % _SLOTS][inside : inside + part].copy_(data[at : at + part], non_blocking=True)
-                at += part
-        if where.total_bytes:
-            go_to(last)  # the last window may hold nothing but the padding of the last tensor
-            works[last % _SLOTS] = self._start(slots[last % _SLOTS][: where.total_bytes - last * size])
-            for window in range(max(0, last - _SLOTS + 1), last + 1):
-                self._finish(works[window % _SLOTS], window, given_up)
+        for _, window in packer.windows(room):
+            works.append(self._start(window))
+        found = packer.checksums()
+        works.append(self._start(found.to(self.device)))
+        for number in range(max(0, len(works) - _SLOTS - 1), len(works)):
+            self._finish(works[number], number, given_up)
+        return found
 
-    def receive(self, stream: Tensor, bucket_bytes: int) -> Iterator[int]:
-        """Other ranks: fill `stream` (a `StreamSource`); the next bucket travels while the last one is looked at."""
-        size = min(bucket_bytes, max(1, stream.numel()))
-        windows = [stream[start : start + size] for start in range(0, stream.numel(), size)]
-        works = [self._start(window) for window in windows[:1]]
-        done = 0
-        try:
-            for number, window in enumerate(windows):
-                if number + 1 < len(windows):
-                    works.append(self._start(windows[number + 1]))
-                self._finish(works[number], number, lambda: False)
-                done = number + 1
-                yield number * size + window.numel()
-            if not windows:
-                yield 0
-        except GeneratorExit:  # refused half way: take the rest all the same, or the publisher and the others are stuck
-            for number in range(done, len(windows)):
-                work = works[number] if number < len(works) else self._start(windows[number])
-                self._finish(work, number, lambda: False)
-            raise
-
-    def discard(self, total_bytes: int, bucket_bytes: int) -> None:
-        """Other ranks: take part in an update that is not wanted, so that the publisher and the others can finish theirs."""
-        size = min(bucket_bytes, max(1, total_bytes))
-        scratch = torch.empty(size, dtype=torch.uint8, device=self.device)
-        for number, start in enumerate(range(0, total_bytes, size)):
-            self._finish(self._start(scratch[: min(size, total_bytes - start)]), number, lambda: False)
+    def source(self, manifest: WeightManifest, bucket_bytes: int) -> BroadcastSource:
+        """Other ranks: one update."""
+        return BroadcastSource(self, manifest, bucket_bytes)
 
     def close(self) -> None:
         """Leave the group; what is under way is cut off."""
@@ -155,8 +127,6 @@ class BroadcastGroup:
         return self._group.broadcast([data], options)
 
     def _finish(self, work: Any, number: int, given_up: Callable[[], bool]) -> None:
-        if work is None:
-            return
         what = f"bucket {number} of broadcast {self.name}"
         if self.device.type == "cuda":
             work.wait()  # only orders streams
@@ -175,3 +145,58 @@ class BroadcastGroup:
         if data.is_cuda:
             event = torch.cuda.current_stream(self.device).record_event()
             wait_until(event.query, what, self.deadline_s)
+
+
+class BroadcastSource:
+    """One update as the other ranks see it: a `StreamSource` that is `Sealed`.
+
+    Whatever becomes of it here, all its broadcasts must be taken, or the publisher and the other engines are stuck: `abandon`.
+    """
+
+    def __init__(self, group: BroadcastGroup, manifest: WeightManifest, bucket_bytes: int) -> None:
+        if bucket_bytes < 1 or bucket_bytes % WINDOW:
+            raise ValueError(f"weight update: buckets of {bucket_bytes} bytes, not a multiple of {WINDOW}")
+        self._group, self._manifest = group, manifest
+        self._total = layout(manifest).total_bytes
+        self._size = min(bucket_bytes, window_bytes(self._total))
+        self._sizes = [min(self._size, self._total - start) for start in range(0, self._total, self._size)]
+        self._works: list[Any] = []
+        self._finished = 0
+
+    def into(self, stream: Tensor) -> Iterator[int]:
+        """See `weights.stage.StreamSource`. On a GPU only the streams wait for each other here; `seals` waits for the device."""
+        for number, count in enumerate(self._sizes):
+            ahead = min(number + 2, len(self._sizes)) if stream.device.type == "cpu" else len(self._sizes)
+            while len(self._works) < ahead:  # the next bucket travels while the last one is looked at
+                start = len(self._works) * self._size
+                self._works.append(self._group._start(stream[start : start + self._sizes[len(self._works)]]))
+            if stream.device.type == "cpu":
+                self._finish()
+            else:
+                self._works[number].wait()
+            yield number * self._size + count
+
+    def seals(self) -> Tensor:
+        """See `weights.stage.Sealed`."""
+        room = torch.empty(len(self._manifest.tensors), dtype=torch.int64, device=self._group.device)
+        self._works.append(self._group._start(room))
+        while self._finished < len(self._works):
+            self._finish()
+        return room.cpu()
+
+    def abandon(self) -> None:
+        """The update was refused: take what is still to come."""
+        scratch = torch.empty(self._size, dtype=torch.uint8, device=self._group.device)
+        for count in self._sizes[len(self._works) :]:
+            self._works.append(self._group._start(scratch[:count]))
+            self._finish()
+        if len(self._works) == len(self._sizes):
+            self.seals()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """For engines that take tensors one by one: all of them, verified."""
+        yield from stage(self._manifest, self, self._group.device).items()
+
+    def _finish(self) -> None:
+        self._group._finish(self._works[self._finished], self._finished, lambda: False)
+        self._finished += 1

@@ -14,6 +14,10 @@ HEADER_COUNTERS = 512
 ALIGN = 256
 """Every tensor starts at a multiple of this many bytes of the stream."""
 
+WINDOW = 16384
+"""Windows of the stream are multiples of this many bytes, and a tensor is cut by one only at a multiple of it from its start: a
+block of `miles_kernels.checksum`, so that the checksum of a tensor is a sum over windows."""
+
 WIDTHS = {
     "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
     "float8_e4m3fn": 1, "float8_e5m2": 1,
@@ -38,7 +42,7 @@ class CudaStorage(Wire, frozen=True, kw_only=True):
 class SlotsOffer(Wire, frozen=True, kw_only=True, tag="slots", tag_field="kind"):
     """The stream in windows of `slot_bytes`, through `num_slots` slots that are filled and drained in turn.
 
-    Slots and counters lie in a file of shared memory; with `cuda` the slots lie in GPU memory instead.
+    Slots, counters and the checksums of all tensors lie in a file of shared memory; with `cuda` the slots lie in GPU memory.
     """
 
     name: str
@@ -58,10 +62,14 @@ class LentOffer(Wire, frozen=True, kw_only=True, tag="lent", tag_field="kind"):
     storages: tuple[CudaStorage, ...]
     places: tuple[tuple[int, int], ...]
     """Per tensor of the manifest: number of its storage, offset in bytes."""
+    seals: str
+    """File of shared memory that takes the checksums of all tensors when the publisher has computed them; no path."""
+    deadline_s: float = 60.0
 
 
 class BroadcastOffer(Wire, frozen=True, kw_only=True, tag="broadcast", tag_field="kind"):
-    """The stream in windows of `bucket_bytes`, broadcast by rank 0 of a group that the receiver has joined."""
+    """The stream in windows of `bucket_bytes`, and the checksums of all tensors, broadcast by rank 0 of a group that the receiver
+    has joined."""
 
     group: str
     bucket_bytes: int
@@ -80,6 +88,8 @@ Offer = SlotsOffer | LentOffer | BroadcastOffer | DiskOffer
 
 class WeightUpdate(Wire, frozen=True, kw_only=True):
     """One update: everything the receiver must hold in the end, and where it is.
+
+    Where the offer brings checksums behind the bytes, those of the manifest are empty.
 
     Example: WeightUpdate(manifest=manifest, offer=DiskOffer(directory="/mnt/weights", version=7))
     """
@@ -119,11 +129,18 @@ def size_bytes(spec: TensorSpec) -> int:
     return count * WIDTHS[spec.dtype]
 
 
+def window_bytes(wanted: int) -> int:
+    """The size of windows nearest above what was asked for."""
+    return max(1, -(-wanted // WINDOW)) * WINDOW
+
+
 def layout(manifest: WeightManifest) -> Layout:
-    """The tensors one after the other in the manifest's order, each aligned."""
+    """The tensors one after the other in the manifest's order, aligned; the start of a window is skipped to, not crossed."""
     offsets, sizes, at = [], [], 0
     for spec in manifest.tensors:
         size = size_bytes(spec)
+        if at % WINDOW + size > WINDOW:
+            at += -at % WINDOW
         offsets.append(at)
         sizes.append(size)
         at += -(-size // ALIGN) * ALIGN

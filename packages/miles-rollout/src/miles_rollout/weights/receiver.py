@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from miles_rollout.engine import Engine
-from miles_rollout.weights.group import BroadcastGroup
+from miles_rollout.weights.group import BroadcastGroup, BroadcastSource
 from miles_rollout.weights.lent import LentSource
 from miles_rollout.weights.offer import BroadcastOffer, DiskOffer, GroupInvitation, LentOffer, SlotsOffer, WeightUpdate, layout
 from miles_rollout.weights.slots import SlotSource
@@ -55,7 +55,7 @@ class WeightReceiver:
             try:
                 await self._engine.update_weights(manifest, source)
             except BaseException:
-                if isinstance(source, _Streamed):
+                if isinstance(source, BroadcastSource):
                     await asyncio.to_thread(source.abandon)
                 raise
             return self._engine.info()
@@ -90,7 +90,7 @@ class WeightReceiver:
         manifest, offer = update.manifest, update.offer
         match offer:
             case SlotsOffer():
-                return manifest, _Streamed(manifest, SlotSource(offer).into)
+                return manifest, SlotSource(manifest, offer)
             case LentOffer():
                 return manifest, LentSource(manifest, offer)
             case BroadcastOffer():
@@ -98,11 +98,7 @@ class WeightReceiver:
                 if group is None:
                     joined = ", ".join(sorted(self._groups)) or "none"
                     raise ValueError(f"weight group {offer.group!r}: this engine has not joined it; joined: {joined}")
-                return manifest, _Streamed(
-                    manifest,
-                    lambda stream: group.receive(stream, offer.bucket_bytes),
-                    lambda total: group.discard(total, offer.bucket_bytes),
-                )
+                return manifest, group.source(manifest, offer.bucket_bytes)
             case DiskOffer():
                 return self._from_disk(manifest, offer)
 
@@ -115,34 +111,3 @@ class WeightReceiver:
         if stored != manifest:
             raise ValueError(f"{offer.directory}: version {offer.version} there is not the one announced")
         return manifest, stream_views(manifest, layout(manifest), stream).items()
-
-
-class _Streamed:
-    """A stream as both kinds of input: filled in place by engines that can, else collected and handed out tensor by tensor."""
-
-    def __init__(
-        self, manifest: WeightManifest, fill: Callable[[Tensor], Iterator[int]], discard: Callable[[int], None] | None = None
-    ) -> None:
-        self._manifest, self._fill, self._discard = manifest, fill, discard
-        self._filling: Iterator[int] | None = None
-
-    def into(self, stream: Tensor) -> Iterator[int]:
-        """See `weights.stage.StreamSource`."""
-        self._filling = self._fill(stream)
-        return self._filling
-
-    def abandon(self) -> None:
-        """The update was refused: let the publisher finish what it has begun."""
-        if self._filling is not None:
-            close = getattr(self._filling, "close", None)
-            if close is not None:
-                close()
-        elif self._discard is not None:
-            self._discard(layout(self._manifest).total_bytes)
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        where = layout(self._manifest)
-        stream = torch.empty(where.total_bytes, dtype=torch.uint8)
-        for _ in self.into(stream):
-            pass
-        yield from stream_views(self._manifest, where, stream).items()

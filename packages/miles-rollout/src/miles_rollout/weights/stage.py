@@ -6,20 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
-from miles_kernels.checksum import (
-    as_hex,
-    as_numbers,
-    copy_hashed,
-    copy_spans,
-    device_spans,
-    dtype_name,
-    span_hashes,
-    tensor_hash,
-    tensor_hashes,
-    triton_available,
-)
+from miles_kernels.checksum import as_hex, as_numbers, dtype_name, tensor_hashes
+from miles_kernels.mover import Mover, copy_hashed
 from miles_rollout.weights.offer import Layout, layout
 from miles_rollout.wire import TensorSpec, WeightManifest
 
@@ -29,10 +20,19 @@ _GROUP_BYTES = 1 << 30
 
 @runtime_checkable
 class StreamSource(Protocol):
-    """Tensors that arrive as one stream of bytes (`weights.offer.layout`)."""
+    """Tensors that arrive as one stream of bytes (`weights.offer.layout`), written where they are to be."""
 
     def into(self, stream: Tensor) -> Iterator[int]:
-        """Fill the flat uint8 `stream` from its start; yields how many bytes are there now, ending with all of them."""
+        """Fill the flat uint8 `stream` from its start; yields how many bytes are there now: multiples of `WINDOW`, and all."""
+        ...
+
+
+@runtime_checkable
+class WindowSource(Protocol):
+    """Tensors that arrive as one stream of bytes, window by window, in memory of the source."""
+
+    def windows(self) -> Iterator[tuple[int, Tensor]]:
+        """(place in the stream, bytes) of every window in turn; valid until the next one is asked for."""
         ...
 
 
@@ -43,6 +43,35 @@ def make_manifest(tensors: Iterable[tuple[str, Tensor]], *, version: int, contra
         for (name, tensor), found in zip(group, tensor_hashes([tensor for _, tensor in group]), strict=True):
             specs.append(TensorSpec(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), hash=found))
     return WeightManifest(version=version, tensors=tuple(specs), contract_digest=contract_digest)
+
+
+def outline(tensors: Iterable[tuple[str, Tensor]], *, version: int, contract_digest: str) -> WeightManifest:
+    """The same without checksums, which then come behind the bytes: `seal`."""
+    specs = [
+        TensorSpec(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), hash="") for name, tensor in tensors
+    ]
+    return WeightManifest(version=version, tensors=tuple(specs), contract_digest=contract_digest)
+
+
+def seal(manifest: WeightManifest, checksums: Tensor) -> WeightManifest:
+    """An outline with its checksums, int64 [n]."""
+    specs = [replace(spec, hash=each) for spec, each in zip(manifest.tensors, as_hex(checksums), strict=True)]
+    return replace(manifest, tensors=tuple(specs))
+
+
+def matching(manifest: WeightManifest, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Tensor]:
+    """The tensors, which must be those of the manifest, in its order. Raises ValueError naming the first that is not."""
+    given = iter(tensors)
+    for spec in manifest.tensors:
+        name, tensor = next(given, (None, None))
+        if name != spec.name or tensor is None:
+            raise ValueError(f"the trainer's export gives {name or 'nothing more'} where it gave {spec.name} before")
+        if tuple(tensor.shape) != spec.shape or dtype_name(tensor.dtype) != spec.dtype:
+            now = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
+            raise ValueError(f"the trainer's export gives {name} as {now}, before as {spec.dtype} {list(spec.shape)}")
+        yield tensor
+    if (more := next(given, None)) is not None:
+        raise ValueError(f"the trainer's export gives {more[0]} behind all that it gave before")
 
 
 def grouped(tensors: Iterable[tuple[str, Tensor]], limit_bytes: int = _GROUP_BYTES) -> Iterator[list[tuple[str, Tensor]]]:
@@ -90,18 +119,29 @@ def check_manifest(
 
 @runtime_checkable
 class SpanSource(Protocol):
-    """Tensors that lie in memory of the engine's own device, as addresses."""
+    """Tensors that lie in memory of one device, as addresses."""
 
-    def spans(self) -> list[tuple[int, int]]:
-        """(address, bytes) of every tensor of the manifest, in its order; valid as long as the source is."""
+    device: torch.device
+
+    def addresses(self) -> list[int]:
+        """Of every tensor of the manifest, in its order; valid as long as the source is."""
         ...
 
 
-class Staged:
+@runtime_checkable
+class Sealed(Protocol):
+    """A source that brings the publisher's checksums itself, because they are only known when the bytes have been sent."""
+
+    def seals(self) -> Tensor:
+        """int64 [n], one per tensor of the manifest, in its order; called when all bytes are there. May wait."""
+        ...
+
+
+class Staged(Mapping[str, Tensor]):
     """A staged model: one flat stretch of memory, and the tensors in it by name, made when they are asked for."""
 
     def __init__(self, manifest: WeightManifest, where: Layout, stream: Tensor) -> None:
-        self.stream = stream
+        self.stream, self.where = stream, where
         self._places = {
             spec.name: (spec, start, size)
             for spec, start, size in zip(manifest.tensors, where.offsets, where.sizes, strict=True)
@@ -117,15 +157,10 @@ class Staged:
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
-    def address(self, name: str) -> tuple[int, int]:
-        """Where a tensor starts in memory, and its bytes."""
-        _, start, size = self._places[name]
-        return self.stream.data_ptr() + start, size
-
 
 def stage(
     manifest: WeightManifest,
-    tensors: Iterable[tuple[str, Tensor]] | StreamSource | SpanSource,
+    tensors: Iterable[tuple[str, Tensor]] | StreamSource | WindowSource | SpanSource,
     device: torch.device | str = "cpu",
 ) -> Staged:
     """Copy and verify every tensor of a checked manifest; the result is one copy of the model on `device`.
@@ -136,23 +171,44 @@ def stage(
     where = layout(manifest)
     stream = torch.empty(where.total_bytes, dtype=torch.uint8, device=device)
     staged = Staged(manifest, where, stream)
-    if isinstance(tensors, SpanSource) and stream.is_cuda and triton_available():
-        base = stream.data_ptr()
-        found = span_hashes(tensors.spans(), stream.device, [base + start for start in where.offsets])
-        _verify_all(manifest.tensors, found)
+    device = stream.device
+    if isinstance(tensors, SpanSource) and tensors.device == device:
+        mover = Mover(where.sizes, device, where.offsets)
+        mover.move(mover.places(tensors.addresses()), mover.places_in(stream.data_ptr()))
+    elif isinstance(tensors, WindowSource):
+        mover = Mover(where.sizes, device, where.offsets)
+        target = mover.places_in(stream.data_ptr())
+        for start, window in tensors.windows():
+            here = window.to(device)
+            mover.move(mover.places_in(here.data_ptr() - start), target, start=start, stop=start + here.numel())
     elif isinstance(tensors, StreamSource):
-        _stage_stream(manifest, where, tensors, stream)
+        mover, done = Mover(where.sizes, device, where.offsets), 0
+        places = mover.places_in(stream.data_ptr())
+        for there in tensors.into(stream):
+            mover.move(places, start=done, stop=there)
+            done = there
     else:
-        assert not isinstance(tensors, SpanSource) or isinstance(tensors, Iterable)
         _stage_tensors(manifest, tensors, staged)  # type: ignore[arg-type]
+        return staged
+    _verify_all(manifest.tensors, mover.checksums(), _stated(manifest, tensors))
     return staged
 
 
-def _verify_all(specs: Sequence[TensorSpec], found: Tensor) -> None:
-    """The same as `_verify`, for many at once and fast when all is well."""
-    if not torch.equal(found, as_numbers([spec.hash for spec in specs])):
-        for spec, each in zip(specs, as_hex(found), strict=True):
-            _verify(spec, each)
+def _stated(manifest: WeightManifest, source: object) -> Tensor:
+    """The checksums that the publisher states: in the manifest, or behind the bytes. int64 [n]."""
+    if all(spec.hash for spec in manifest.tensors):
+        return as_numbers([spec.hash for spec in manifest.tensors])
+    if not isinstance(source, Sealed):
+        first = next(spec.name for spec in manifest.tensors if not spec.hash)
+        raise ValueError(f"weight update: the manifest states no checksum of {first}, and the transport brings none")
+    return source.seals()
+
+
+def _verify_all(specs: Sequence[TensorSpec], found: Tensor, stated: Tensor) -> None:
+    """Raise ValueError naming the first tensor whose checksum is not the one stated."""
+    if not torch.equal(found, stated):
+        number = int((found != stated).nonzero()[0])
+        _verify(specs[number].name, as_hex(found[number : number + 1])[0], as_hex(stated[number : number + 1])[0])
 
 
 def stream_views(manifest: WeightManifest, where: Layout, stream: Tensor) -> dict[str, Tensor]:
@@ -163,51 +219,39 @@ def stream_views(manifest: WeightManifest, where: Layout, stream: Tensor) -> dic
     return views
 
 
-def _stage_stream(manifest: WeightManifest, where: Layout, source: StreamSource, stream: Tensor) -> None:
-    done = 0
-    fast = stream.is_cuda and triton_available()
-    for there in source.into(stream):
-        first = done
-        while done < len(where.offsets) and where.offsets[done] + where.sizes[done] <= there:
-            done += 1
-        arrived = manifest.tensors[first:done]
-        places = list(zip(where.offsets[first:done], where.sizes[first:done], strict=True))
-        if fast:
-            _verify_all(arrived, span_hashes([(stream.data_ptr() + start, size) for start, size in places], stream.device))
-        else:
-            for spec, (start, size) in zip(arrived, places, strict=True):
-                _verify(spec, tensor_hash(stream[start : start + size]))
-    assert done == len(where.offsets), f"the stream ended after {done} of {len(where.offsets)} tensors"
-
-
 def _stage_tensors(manifest: WeightManifest, tensors: Iterable[tuple[str, Tensor]], views: Staged) -> None:
     specs = {spec.name: spec for spec in manifest.tensors}
-    staged: set[str] = set()
+    at_once = all(spec.hash for spec in manifest.tensors)
+    found: dict[str, str] = {}
     for group in grouped(tensors):
         for name, tensor in group:
             spec = specs.get(name)
             if spec is None:
                 raise ValueError(f"weight update: tensor {name} is not in the manifest of version {manifest.version}")
-            if name in staged:
+            if name in found:
                 raise ValueError(f"weight update: tensor {name} arrived twice")
             if tuple(tensor.shape) != tuple(spec.shape) or dtype_name(tensor.dtype) != spec.dtype:
                 raise ValueError(
                     f"weight update: {name} arrived as {dtype_name(tensor.dtype)} {list(tensor.shape)}, "
                     f"the manifest says {spec.dtype} {list(spec.shape)}"
                 )
-            staged.add(name)
+            found[name] = ""
         hashes = copy_hashed([tensor for _, tensor in group], [views[name] for name, _ in group])
-        for (name, _), found in zip(group, hashes, strict=True):
-            _verify(specs[name], found)
-    missing = sorted(specs.keys() - staged)
+        for (name, _), each in zip(group, hashes, strict=True):
+            found[name] = each
+            if at_once:
+                _verify(name, each, specs[name].hash)
+    missing = sorted(specs.keys() - found.keys())
     if missing:
         raise ValueError(f"weight update: {len(missing)} tensors did not arrive: {_some(missing)}")
+    if not at_once:
+        _verify_all(manifest.tensors, as_numbers([found[name] for name in specs]), _stated(manifest, tensors))
 
 
-def _verify(spec: TensorSpec, found: str) -> None:
-    if found != spec.hash:
+def _verify(name: str, found: str, stated: str) -> None:
+    if found != stated:
         raise ValueError(
-            f"weight update: {spec.name} hashes to {found}, the manifest says {spec.hash}; the transfer is damaged, send it again"
+            f"weight update: {name} hashes to {found}, the publisher states {stated}; the transfer is damaged, send it again"
         )
 
 
@@ -218,12 +262,14 @@ def swap(held: Iterable[tuple[str, Tensor]], staged: Staged) -> None:
         names.append(name)
         targets.append(tensor)
     assert len(names) == len(staged) and set(names) == set(staged), "staged tensors are not those held"
-    spans = device_spans(targets) if staged.stream.is_cuda else None
     with torch.no_grad():
-        if spans is None:
-            torch._foreach_copy_(targets, [staged[name] for name in names])
+        if all(t.is_contiguous() and t.device == staged.stream.device and t.data_ptr() % 8 == 0 for t in targets):
+            mover = Mover(staged.where.sizes, staged.stream.device, staged.where.offsets)
+            at = dict(zip(names, targets, strict=True))
+            into = mover.places([at[name].data_ptr() for name in staged])
+            mover.move(mover.places_in(staged.stream.data_ptr()), into, hashed=False)
         else:
-            copy_spans([(staged.address(name), place) for name, place in zip(names, spans, strict=True)], staged.stream.device)
+            torch._foreach_copy_(targets, [staged[name] for name in names])
 
 
 def _some(names: list[str]) -> str:

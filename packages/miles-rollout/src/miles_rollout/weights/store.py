@@ -23,9 +23,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from miles_kernels.checksum import byte_view
 from miles_rollout.weights import delta
-from miles_rollout.weights.offer import WIDTHS, layout
+from miles_rollout.weights.offer import WIDTHS, layout, window_bytes
+from miles_rollout.weights.pack import Packer
 from miles_rollout.wire import SCHEMA, WeightManifest, Wire, check_schema
 
 _LINK = re.compile(r"(\d{6,})-(full|delta)")
@@ -257,17 +257,18 @@ class _Hashed:
         return str(self._digest.hexdigest())
 
 
-def to_stream(manifest: WeightManifest, tensors: Iterable[Tensor]) -> Tensor:
-    """The stream of a manifest's tensors, given in its order, on the CPU."""
+def to_stream(manifest: WeightManifest, tensors: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """The stream of a manifest's tensors, given in its order, on the CPU, and their checksums, int64 [n]."""
     where = layout(manifest)
     stream = torch.zeros(where.total_bytes, dtype=torch.uint8)
-    for start, size, tensor in zip(where.offsets, where.sizes, tensors, strict=True):
-        stream[start : start + size].copy_(byte_view(tensor))
-    return stream
+    packer = Packer(where, tensors, window_bytes(where.total_bytes), "cpu")
+    for _ in packer.windows(lambda number: stream):
+        pass
+    return stream, packer.checksums()
 
 
 def _stream_of(manifest: WeightManifest, held: Mapping[str, Tensor]) -> Tensor:
     missing = sorted(spec.name for spec in manifest.tensors if spec.name not in held)
     if missing:
         raise ValueError(f"weight update: the engine does not hold {', '.join(missing[:5])}")
-    return to_stream(manifest, (held[spec.name] for spec in manifest.tensors))
+    return to_stream(manifest, (held[spec.name] for spec in manifest.tensors))[0]

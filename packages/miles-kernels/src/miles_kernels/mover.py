@@ -1,0 +1,144 @@
+"""Copies and checksums of many stretches of memory at once, in one kernel launch on a GPU: what a weight update is made of.
+
+The stretches (tensors of a model) have fixed sizes and fixed places in one stream of bytes; a window of the stream is moved at a
+time. Sources and targets are addresses, because at a few microseconds a tensor torch's own views would take longer than the copy.
+A byte is read once: what is copied is also what is summed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miles_kernels.checksum import BLOCK_BYTES, aligned, as_hex, blocks_sum, byte_view, finals, native
+
+
+@dataclass(frozen=True)
+class Places:
+    """An address for every stretch, where the mover can use them."""
+
+    host: Tensor
+    """int64 [n] on the CPU."""
+    device: Tensor
+    """The same on the mover's device."""
+
+
+class Mover:
+    """Moves stretches of `sizes` bytes, each at its place of a stream, and sums their blocks (`miles_kernels.checksum`).
+
+    `offsets` are their places in the stream, ascending and not overlapping; one after the other when left out. Windows that cut a
+    stretch must cut it at a multiple of `BLOCK_BYTES` from its start. All memory is of `device`, starts at multiples of 8, and
+    is kept alive by the caller. Nothing waits for the device but `checksums`.
+
+    Example: mover = Mover([a.nbytes], a.device); mover.move(mover.places([a.data_ptr()])); mover.checksums()
+    """
+
+    def __init__(self, sizes: Sequence[int], device: torch.device | str, offsets: Sequence[int] | None = None) -> None:
+        self.device = torch.device(device)
+        self.sizes = tuple(sizes)
+        self.offsets = tuple(offsets) if offsets is not None else _one_after_the_other(self.sizes)
+        self._stop = max((a + size for a, size in zip(self.offsets, self.sizes, strict=True)), default=0)
+        self._cuda: Any = None
+        if self.device.type == "cuda":
+            from miles_kernels.cuda import checksum
+
+            if checksum.available():
+                self._cuda = checksum.tables(self.sizes, self.offsets, self.device)
+        self._sums = torch.zeros(len(self.sizes), dtype=torch.int64, device=self.device if self._cuda else "cpu")
+
+    def places(self, addresses: Sequence[int] | Tensor) -> Places:
+        """Where every stretch lies now; reusable for as long as that is so. Addresses of stretches not moved may be anything."""
+        host = addresses if isinstance(addresses, Tensor) else torch.tensor(addresses, dtype=torch.int64)
+        assert host.shape == self._sums.shape and not bool((host % 8).any()), "an address for each, at multiples of 8"
+        return Places(host, host.to(self.device, non_blocking=True) if self._cuda else host)
+
+    def places_in(self, base: int) -> Places:
+        """Where they lie in a stream that begins at address `base`."""
+        return self.places(torch.tensor(self.offsets, dtype=torch.int64) + base)
+
+    def move(
+        self, source: Places, target: Places | None = None, *, start: int = 0, stop: int | None = None, hashed: bool = True
+    ) -> None:
+        """Copy to `target`, where given, and sum what lies in bytes [start, stop) of the stream (default: all of it)."""
+        stop = self._stop if stop is None else stop
+        if self._cuda is not None:
+            into = None if target is None else target.device
+            odd = source.host if target is None else source.host | target.host
+            self._cuda.launch(source.device, into, self._sums if hashed else None, start, stop, 16 if not (odd % 16).any() else 8)
+            return
+        first = max(0, bisect_right(self.offsets, start) - 1)
+        for number in range(first, len(self.sizes)):
+            begin = self.offsets[number]
+            if begin >= stop:
+                break
+            a, b = max(start, begin), min(stop, begin + self.sizes[number])
+            if a < b:
+                self._move_one(number, a - begin, b - a, source, target, hashed)
+
+    def checksums(self) -> Tensor:
+        """int64 [n] on the CPU, of all that was moved since this object was made or `reset`. Waits for the device."""
+        return finals(self._sums.cpu(), torch.tensor(self.sizes, dtype=torch.int64))
+
+    def reset(self) -> None:
+        """Sums to zero."""
+        self._sums.zero_()
+
+    def _move_one(self, number: int, at: int, size: int, source: Places, target: Places | None, hashed: bool) -> None:
+        """Bytes [at, at + size) of one stretch without the kernel; the target is read again, so that it is what is summed."""
+        assert at % BLOCK_BYTES == 0, f"a window begins {at} bytes into a tensor, which is inside a block"
+        block = at // BLOCK_BYTES
+        from_ = int(source.host[number]) + at
+        into = None if target is None else int(target.host[number]) + at
+        function = native() if self.device.type == "cpu" and hashed else None
+        if function is not None:
+            found = function(from_, into, size, block)
+        else:
+            data = _view(from_, size, self.device)
+            if into is not None:
+                data = _view(into, size, self.device).copy_(data)
+            found = blocks_sum(data, block) if hashed else 0
+        self._sums[number] += found - (1 << 64) if found >> 63 else found
+
+
+def copy_hashed(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> list[str]:
+    """Copy each source over its target (same bytes, contiguous, of any devices): the checksums of what was written, in hex."""
+    flat, into = [aligned(tensor) for tensor in sources], [byte_view(tensor) for tensor in targets]
+    for source, target in zip(flat, into, strict=True):
+        assert source.numel() == target.numel(), f"{source.numel()} bytes do not fit {target.numel()}"
+    if not into:
+        return []
+    device = into[0].device
+    assert all(target.device == device and target.data_ptr() % 8 == 0 for target in into), "targets of one device, aligned"
+    flat = [source.to(device) for source in flat]
+    mover = Mover([target.numel() for target in into], device)
+    mover.move(mover.places([each.data_ptr() for each in flat]), mover.places([each.data_ptr() for each in into]))
+    return as_hex(mover.checksums())
+
+
+class _CudaMemory:
+    """GPU memory as torch takes it from others (the CUDA array interface, version 2)."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 2}
+
+
+def _view(address: int, size: int, device: torch.device) -> Tensor:
+    """Memory at an address as flat uint8; nothing keeps it alive."""
+    if device.type == "cuda":
+        return torch.as_tensor(_CudaMemory(address, size), device=device)
+    return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
+
+
+def _one_after_the_other(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Offsets that leave every stretch whole blocks, so that any window at a multiple of a block cuts well."""
+    offsets, at = [], 0
+    for size in sizes:
+        offsets.append(at)
+        at += -(-size // BLOCK_BYTES) * BLOCK_BYTES
+    return tuple(offsets)
