@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,30 +115,25 @@ def estimate_acceptance(
     counts = torch.tensor([last - first + 1 for _, _, (first, last) in chosen])
     ids = torch.tensor([rollout.sample_id for rollout, _, _ in chosen]).repeat_interleave(counts).to(device)
     heat = torch.tensor([rollout.temperature for rollout, _, _ in chosen]).repeat_interleave(counts).to(device)
-    on = rows.to(device)
-    where = place.to(device)
-    proposed = []
-    own_head = draft.head(head)
-    for depth, states in enumerate(hidden):
-        key = (seed, ids, where + depth + 2)
-        proposed.append(_draw(draft, states, on, own_head, head.shape[0], key, heat).cpu())
-    best, entropy = _policy(stream, on, head, heat)
-    drawn, likely = torch.stack(proposed).numpy(), best.cpu().numpy()
-    entropy = entropy.cpu()
-    found.entropy_sum, found.num_rows = float(entropy.double().sum()), len(entropy)
-    at = 0
-    for rollout, _, (first, last) in chosen:
-        tokens, size = rollout.token_ids, last - first + 1
-        ended = int(tokens[last]) in stop_ids
-        right = [tokens_match(drawn[k, at : at + size], tokens, first + k + 1) for k in range(len(hidden))]
-        walk(right, first, last, ended, found.stats)
-        greedy = [tokens_match(likely[at + k + 1 : at + size], tokens, first + k + 1) for k in range(len(hidden))]
-        walk(greedy, first, last, ended, found.greedy)
-        band = torch.bucketize(entropy[at + 1 : at + size], torch.tensor(_EDGES)).tolist()
-        for b, hit in zip(band, right[0], strict=False):
-            found.right[b] += hit
-            found.seen[b] += 1
-        at += size
+    on, where, own_head = rows.to(device), place.to(device), draft.head(head)
+    keys = [(seed, ids, where + depth + 2) for depth in range(len(hidden))]
+    proposed = [
+        _draw(draft, states, on, own_head, head.shape[0], key, heat).cpu().numpy()
+        for states, key in zip(hidden, keys, strict=True)
+    ]
+    best, entropy = (part.cpu().numpy() for part in _policy(stream, on, head, heat))
+    tokens = torch.cat([rollout.token_ids[first : last + 1] for rollout, _, (first, last) in chosen]).numpy()
+    ended = np.array([int(rollout.token_ids[last]) in stop_ids for rollout, _, (_, last) in chosen])
+    left = _left(counts.numpy())
+    right = np.stack([_ahead(drawn, tokens, left, depth) for depth, drawn in enumerate(proposed, 1)])
+    walk(right, counts.numpy(), ended, found.stats)
+    likely = best == tokens
+    walk(np.stack([_shifted(likely, left, depth) for depth in range(1, len(hidden) + 1)]), counts.numpy(), ended, found.greedy)
+    found.entropy_sum, found.num_rows = float(entropy.sum(dtype=np.float64)), len(entropy)
+    starts = np.flatnonzero(left >= 1)  # rows with a first draft token to judge, by the entropy it is drawn at
+    bands = np.searchsorted(_EDGES, entropy[starts + 1], side="right")
+    found.right = np.bincount(bands, right[0, starts], minlength=3).tolist()
+    found.seen = np.bincount(bands, minlength=3).tolist()
     return found
 
 
@@ -153,27 +149,55 @@ def sampled_runs(rollout: Rollout) -> list[tuple[int, int]]:
     ]
 
 
-def tokens_match(proposed: object, tokens: Tensor, first: int) -> list[bool]:
-    """Whether each proposal equals the token from `first` on; proposals past the end are left out."""
-    given = tokens[first : first + len(proposed)].tolist()  # type: ignore[arg-type]
-    return [int(a) == b for a, b in zip(proposed, given, strict=False)]  # type: ignore[call-overload]
+def walk(right: np.ndarray, counts: np.ndarray, ended: np.ndarray, stats: AcceptStats) -> None:
+    """Step along stretches of `counts` [S] sampled tokens, one after the other, as decoding does; adds to `stats`.
 
-
-def walk(right: Sequence[Sequence[bool]], first: int, last: int, ended: bool, stats: AcceptStats) -> None:
-    """Step along the tokens `first` .. `last` as decoding does, with `right[k][j]`: depth k + 1 from row first - 1 + j is right.
-
-    The first token is drawn by the prefill. A sequence that did not end by itself was at its longest at `last`.
+    `right` [K, M]: whether what is drafted K deep behind a token is what follows it. The first token of a stretch is drawn by the
+    prefill. A stretch that has not `ended` [S] by itself was at its longest: nothing is drafted for its last token.
     """
-    newest, depths = first, len(right)
-    while newest < last:
-        room = depths if ended else min(depths, last - newest - 1)
-        row = newest - first
-        accepted = 0
-        while accepted < min(room, last - newest) and right[accepted][row]:
-            accepted += 1
-        if room:
-            stats.add(accepted, room)
-        newest += accepted + 1
+    depths = len(right)
+    good = np.cumprod(right, axis=0).sum(axis=0)  # accepted if the draft starts behind this token
+    starts = np.cumsum(counts) - counts
+    at, last = starts.copy(), starts + counts - 1
+    proposed, accepted = np.zeros(depths, np.int64), np.zeros(depths, np.int64)
+    going = at < last
+    while going.any():
+        here, behind = at[going], (last - at)[going]
+        room = np.where(ended[going], depths, np.minimum(depths, behind - 1))
+        took = np.minimum(good[here], room)
+        stats.num_steps += int((room > 0).sum())
+        for depth in range(depths):
+            proposed[depth] += int((room > depth).sum())
+            accepted[depth] += int((took > depth).sum())
+        at[going] += took + 1
+        going = at < last
+    stats.num_proposed += int(proposed.sum())
+    stats.num_accepted += int(accepted.sum())
+    for counted, total in ((proposed, stats.proposed_at), (accepted, stats.accepted_at)):
+        for depth, number in enumerate(counted.tolist()):
+            total[depth] = total.get(depth, 0) + number
+
+
+def _left(counts: np.ndarray) -> np.ndarray:
+    """How many tokens of its stretch follow each one."""
+    ends = np.repeat(np.cumsum(counts), counts)
+    return ends - np.arange(len(ends)) - 1
+
+
+def _shifted(values: np.ndarray, left: np.ndarray, by: int) -> np.ndarray:
+    """`values[i + by]`, false behind the end of a stretch."""
+    out = np.zeros(len(values), bool)
+    inside = np.flatnonzero(left >= by)
+    out[inside] = values[inside + by]
+    return out
+
+
+def _ahead(drawn: np.ndarray, tokens: np.ndarray, left: np.ndarray, by: int) -> np.ndarray:
+    """Whether `drawn[i]` is the token `by` places further on."""
+    out = np.zeros(len(drawn), bool)
+    inside = np.flatnonzero(left >= by)
+    out[inside] = drawn[inside] == tokens[inside + by]
+    return out
 
 
 def _draw(
