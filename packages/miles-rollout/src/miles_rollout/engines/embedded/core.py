@@ -279,6 +279,7 @@ class EngineCore:
             widths=self._config.draft_tree,
             wants_probs=self._config.verification == "rejection",
             number=self._num_drafts,
+            graphs=self._runner.graphs,
         )
 
     # ------------------------------------------------------------------ one step

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_NULL = 64
+"""Slots from the null page's first one that rows which pad a step may read, and must find to be numbers."""
 Taps = dict[int, Tensor | None]
 
 
@@ -23,6 +25,7 @@ class FeatureStore:
         self.layers = layers
         """Layers whose incoming residual streams are the features; empty: the state after the final norm."""
         self.values = torch.empty(num_slots, width, dtype=dtype, device=device)
+        self.values[:_NULL] = 0
         self.tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.known: np.ndarray = np.zeros(num_slots, bool)
         """Slots whose features are here; those computed before this store was made are not."""
@@ -68,3 +71,4 @@ class FeatureStore:
     def restore(self) -> None:
         """Take memory again, without the old contents."""
         self.values.untyped_storage().resize_(self.values.numel() * self.values.itemsize)
+        self.values[:_NULL] = 0

@@ -30,6 +30,8 @@ class Readback:
     def __init__(self, packed: Tensor, count: int) -> None:
         """`packed` int32 [2 or 3, at least S]: token ids, then bits of the log-probabilities; two rows when both are the same."""
         self._count = count
+        self.index: np.ndarray | None = None
+        """Which of them are wanted, in this order; all when None."""
         self._event: Any = None
         if packed.is_cuda:
             self._host = packed.to("cpu", non_blocking=True)
@@ -43,6 +45,8 @@ class Readback:
         if self._event is not None:
             _wait_for(self._event)
         packed = self._host.numpy()[:, : self._count]
+        if self.index is not None:
+            packed = np.ascontiguousarray(packed[:, self.index])
         logprobs = packed[1].view(np.float32)
         return Tokens(packed[0].astype(np.int64), logprobs, packed[2].view(np.float32) if len(packed) > 2 else logprobs)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from miles_kernels.nn.decoder import Decoder
+from miles_rollout.engines.embedded.config import MAX_DRAFT
 from miles_rollout.engines.embedded.experts import ExpertStore
 from miles_rollout.engines.embedded.features import FeatureStore
 from miles_rollout.engines.embedded.flight import Readback
@@ -78,7 +79,7 @@ class StepGraphs:
         self._known = np.zeros(rows, np.int64)
         """Pages of each row that `_pages` holds, for the use of the row that `_serial` names."""
         self._serial = np.zeros(rows, np.int64)
-        room = max(7 * rows, 3 * MIXED_TOKENS[-1] + 9 * MIXED_SEQUENCES[-1])
+        room = max((3 * (MAX_DRAFT + 1) + 9) * rows, 3 * MIXED_TOKENS[-1] + 9 * MIXED_SEQUENCES[-1])
         self._inputs = torch.zeros(room, dtype=torch.int64, device=self._device)
         staging = torch.zeros((_RING, room), dtype=torch.int64, pin_memory=self._device.type == "cuda")
         self._staging = [(part, part.numpy()) for part in staging]

@@ -21,7 +21,7 @@ from miles_rollout.engines.embedded.features import FeatureStore
 from miles_rollout.engines.embedded.flight import Flight, Readback, pack
 from miles_rollout.engines.embedded.kv import PagedKV
 from miles_rollout.engines.embedded.paging import context_slots, paged_batch, slot_batch, tree_slots
-from miles_rollout.engines.embedded.replay import StepGraphs
+from miles_rollout.engines.embedded.replay_spec import SpecGraphs
 from miles_rollout.engines.embedded.sampling import Sampler, upload
 from miles_rollout.engines.embedded.scheduler import Batch, Fork
 from miles_rollout.engines.embedded.tables import Tables
@@ -78,11 +78,11 @@ class Runner:
         self._device = decoder.embed_tokens.device
         self._sampler = Sampler(tables, self._device)
         self._last: Tensor | None = None
-        self.graphs: StepGraphs | None = None
+        self.graphs: SpecGraphs | None = None
         if self._device.type == "cuda":
             self._last = torch.zeros(len(tables.position) + 1, dtype=torch.int64, device=self._device)
             if cuda_graphs and not _is_sharded(decoder):  # waiting for other ranks inside a graph has not been proven
-                self.graphs = StepGraphs(decoder, kv, tables, self._last, max_context, experts)
+                self.graphs = SpecGraphs(decoder, kv, tables, self._last, max_context, experts)
 
     def forget_addresses(self) -> None:
         """Drop everything that holds the address of a weight or of the cache: graphs, and the C call's model."""
@@ -104,8 +104,10 @@ class Runner:
         Returns what `forward` does, with the flight of the decode rows and the finished chunks. `tokens_known`: the host has
         the tokens drawn last, in the tables; otherwise those on the device are meant.
         """
-        if self.graphs is None or batch.is_empty or batch.drafts is not None:
+        if self.graphs is None or batch.is_empty:
             return None
+        if batch.drafts is not None:
+            return None if batch.chunks or self.verifier is not None else self._launch_verify(batch.rows, batch.drafts)
         if any(chunk.seq.job.prompt_logprobs is not None for chunk in batch.chunks):
             return None
         rows, tables = batch.rows, self._tables
@@ -127,6 +129,23 @@ class Runner:
         if not len(rows) or self._sampler.is_plain(rows):
             return logits, Flight(rows, tables.tail.serial[rows], None, readback)
         return logits, self._draw(logits, rows, position, None, rows)
+
+    def _launch_verify(self, rows: np.ndarray, drafts: Drafts) -> tuple[Tensor, Flight] | None:
+        """The same for rows with drafts and nothing else."""
+        assert self.graphs is not None
+        made = self.graphs.verify(rows, drafts)
+        if made is None:
+            return None
+        logits, readback, places = made
+        tables = self._tables
+        of, place, depth = drafts.spread(rows)
+        self.num_tokens += len(of)
+        if self.features is not None:
+            self.features.mark(tables.slots_at(of, tables.position[of] + place))
+        if self._sampler.is_plain(rows):
+            return logits, Flight(rows, tables.tail.serial[rows], drafts, readback)
+        chosen = logits.index_select(0, upload(places, self._device))
+        return logits, self._draw(chosen, of, tables.position[of] + 1 + depth, drafts, rows)
 
     def forward(self, batch: Batch, *, tokens_known: bool) -> Tensor | None:
         """Logits fp32 [R + D + finished chunks, V] of a batch: decode rows first, then chunks that reach their last token."""

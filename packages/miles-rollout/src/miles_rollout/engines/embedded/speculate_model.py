@@ -26,6 +26,7 @@ from miles_rollout.engines.embedded.drafts import Drafts
 from miles_rollout.engines.embedded.features import FeatureStore
 from miles_rollout.engines.embedded.kv import PagedKV
 from miles_rollout.engines.embedded.paging import paged_batch, slot_batch
+from miles_rollout.engines.embedded.replay_spec import GraphDrafter, SpecGraphs
 from miles_rollout.engines.embedded.sampling import upload
 from miles_rollout.engines.embedded.state import Sequence
 from miles_rollout.engines.embedded.tables import Tables
@@ -79,6 +80,7 @@ class ModelProposer:
         widths: tuple[int, ...] = (),
         wants_probs: bool = False,
         number: int = 1,
+        graphs: SpecGraphs | None = None,
     ) -> None:
         block, weight = model.config.block, decoder.embed_tokens
         parameter = next(model.parameters())
@@ -111,6 +113,9 @@ class ModelProposer:
             device=str(self._device),
         )
         self.kv.clear()
+        self._graphs = graphs if model.config.recycled and not widths and not wants_probs else None
+        head, size = decoder.head, tables.page_size
+        self._drafter = GraphDrafter(model, self.kv, store, weight, head, size, number)
 
     def forget(self) -> None:
         """Make every entry again: the weights have changed."""
@@ -128,6 +133,10 @@ class ModelProposer:
             lengths = np.minimum(lengths, depth)
         if not len(done):
             return None
+        if self._graphs is not None:
+            drafts = self._captured(rows, done, ready, last, lengths)
+            if drafts is not None:
+                return drafts
         keys = self._keys_of(rows[done])
         with torch.inference_mode():
             if self.model.config.recycled:
@@ -214,6 +223,22 @@ class ModelProposer:
             level = self._next_level(level, mine[which], nodes, width, drawn, keys, state)
             start += len(nodes)
         return self._collect(done, lengths, tokens, parents, probs)
+
+    def _captured(
+        self, rows: np.ndarray, done: np.ndarray, ready: np.ndarray, last: np.ndarray, lengths: np.ndarray
+    ) -> Drafts | None:
+        """The same as one graph; None when a row lacks more entries than a step leaves, or has fewer tokens than that."""
+        assert self._graphs is not None
+        entries = int(lengths.max()) + 1
+        if (last[done] - ready[done] > entries).any() or (last[done] < entries).any():
+            return None
+        tokens = self._graphs.draft(self._drafter, rows[done], lengths[done])
+        if tokens is None:
+            return None
+        self._note(rows[done], ready[done], last[done])
+        self.num_computed += len(done) * (2 * entries - 2)
+        has = np.arange(tokens.shape[1]) < lengths[done][:, None]
+        return Drafts(tokens[has], lengths)
 
     def _first(self, rows: np.ndarray, first: np.ndarray, stop: np.ndarray) -> DraftState:
         """Entries up to the last feature of every row; what comes out behind the last one [A, H]."""
