@@ -60,6 +60,8 @@ class State:
         self.step_s = 0.0
         self.count = 0
         self.fail_update = False
+        self.company_filters = False
+        """Whether another request of the batch filters tokens, as a greedy one does."""
 
     @staticmethod
     def _read(model: Path) -> bytes:
@@ -75,6 +77,10 @@ class State:
             if key is None:
                 self.count += 1
                 key = ("unseeded", self.count)
+            filters = sampling.get("top_k", -1) not in (-1, 1 << 30) or sampling.get("top_p", 1.0) < 1
+            if sampling.get("min_p", 0.0) > 0 and self.deterministic:
+                self.dead = "AssertionError: With sampling seed, multinomial_with_seed will provide wrong results"
+            key = (key, filters or self.company_filters)
         data = repr((self.weights, key, position)).encode()
         return 4 + int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") % (VOCAB - 4)
 

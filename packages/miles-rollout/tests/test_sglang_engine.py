@@ -118,6 +118,22 @@ def test_tokens_depend_on_seed_and_sample_id_alone(model: Path) -> None:
     run(main)
 
 
+def test_seeds_hold_in_any_company(model: Path) -> None:
+    """SGLang draws otherwise as soon as anybody in the batch filters, were it a health check."""
+
+    async def main() -> None:
+        async with attached(model) as (engine, state):
+            found = []
+            for state.company_filters in (False, True):
+                found.append((await engine.generate(ask(f"c{state.company_filters}", seed=3))).completions[0].token_ids)
+            assert found[0] == found[1]
+            with pytest.raises(EngineRefusal, match="min_p"):
+                await engine.generate(ask("m", min_p=0.1))
+            assert not state.dead
+
+    run(main)
+
+
 def test_stops_hold_with_ignore_eos_too(model: Path) -> None:
     async def main() -> None:
         async with attached(model) as (engine, state):

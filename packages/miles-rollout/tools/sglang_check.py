@@ -100,6 +100,10 @@ async def repeats(engine: SglangEngine) -> Any:
     demand(first.completions[2].token_ids == again.completions[0].token_ids, "sample 3 differs alone")
     demand(first.completions[2].logprobs == again.completions[0].logprobs, "log-probabilities of sample 3 differ alone")
     demand(crowd[3].completions[0].token_ids == again.completions[0].token_ids, "sample 3 differs among 32")
+    greedy = [asyncio.ensure_future(engine.generate(ask(f"g{i}", temperature=0.0, max_new_tokens=20 + i))) for i in range(4)]
+    mixed = await engine.generate(ask("r5", sample_ids=(3,)))
+    await asyncio.gather(*greedy)
+    demand(mixed.completions[0].token_ids == again.completions[0].token_ids, "sample 3 differs beside greedy requests")
     parts = [chunk async for chunk in engine.stream(ask("r3", sample_ids=(3,)))]
     demand(tuple(i for part in parts for i in part.token_ids) == again.completions[0].token_ids, "the stream differs")
     demand("".join(part.text for part in parts) == again.completions[0].text, "the stream's text differs")

@@ -137,6 +137,8 @@ class SglangEngine:
             request.sampling.validate()
         except ValueError as error:
             raise EngineRefusal(str(error)) from None
+        if self.config.seeds and request.sampling.min_p > 0 and request.sampling.temperature > 0:
+            raise EngineRefusal("min_p does not come with seeds on SGLang, whose process would end; ask without, or use top_p")
         if not request.input_ids:
             raise EngineRefusal("the prompt is empty; it needs at least one token")
         vocab = self._shape.vocab_size

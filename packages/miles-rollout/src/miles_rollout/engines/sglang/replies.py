@@ -21,6 +21,12 @@ DIGESTED = (
 """Server arguments that decide which bits come out."""
 
 
+EVERY_TOKEN = 1 << 29
+"""A top_k that filters nothing and is not SGLang's own word for that. With seeds SGLang has two ways from noise to token, one for
+batches in which somebody filters (a greedy request, such as a health check, does) and one for the others: the same seed gives
+another token when the company changes. Whoever sends this always gets the first."""
+
+
 class SglangFailure(RuntimeError):
     """The server is gone, failed, or is in a state nobody can vouch for."""
 
@@ -101,6 +107,8 @@ def body(request: GenerateRequest, index: int, rid: str, *, seeds: bool, stop_id
         params["stop_token_ids"] = list(sampling.stop_token_ids)
     if seeds:
         params["sampling_seed"] = seed_of(sampling.seed, sample_id(request, index))
+        if sampling.top_k == -1 and sampling.temperature > 0:
+            params["top_k"] = EVERY_TOKEN
     found: dict[str, Any] = {"rid": rid, "input_ids": list(request.input_ids), "sampling_params": params, "return_logprob": True}
     found["logprob_start_len"] = 0 if request.return_prompt_logprobs and index == 0 else -1
     if filtered and sampling.temperature > 0:
