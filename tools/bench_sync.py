@@ -17,13 +17,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from miles_kernels import checksum
+from miles_kernels.mover import Mover, copy_hashed
 from miles_rollout.weights import stage as staging
 from miles_rollout.wire import EngineInfo, WeightManifest
 
@@ -61,7 +63,7 @@ class Holder:
         self.held, self.version = held, 0
         self.device = next(iter(held.values())).device
         self.shapes = {name: (tuple(t.shape), checksum.dtype_name(t.dtype)) for name, t in held.items()}
-        self.seconds = {"stage_s": 0.0, "swap_s": 0.0}
+        self.seconds = {"check_s": 0.0, "stage_s": 0.0, "swap_s": 0.0}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.held.items()
@@ -75,6 +77,7 @@ class Holder:
 
     async def update_weights(self, manifest: WeightManifest, given: Iterable[tuple[str, Any]]) -> None:
         def work() -> None:
+            begun = time.perf_counter()
             staging.check_manifest(manifest, self.shapes, version=self.version, contract_digest=DIGEST)
             started = time.perf_counter()
             staged = staging.stage(manifest, given, self.device)
@@ -82,7 +85,8 @@ class Holder:
             middle = time.perf_counter()
             staging.swap(self.held.items(), staged)
             wait(self.device)
-            self.seconds = {"stage_s": middle - started, "swap_s": time.perf_counter() - middle}
+            ended = time.perf_counter()
+            self.seconds = {"check_s": started - begun, "stage_s": middle - started, "swap_s": ended - middle}
             self.version = manifest.version
 
         await asyncio.to_thread(work)
@@ -111,20 +115,15 @@ def wait(device: torch.device | str) -> None:
 
 
 def unchecked() -> None:
-    """Switch hashing off in this process, to see what it costs."""
+    """Switch summing and comparing off in this process, to see what they cost."""
+    moved = Mover.move
 
-    def copy_only(spans: list[tuple[int, int]], device: torch.device, into: list[int] | None = None) -> Tensor:
-        if into is not None:
-            checksum.copy_spans([(span, (place, span[1])) for span, place in zip(spans, into, strict=True)], device)
-        return torch.zeros(len(spans), dtype=torch.int64)
+    def move(self: Mover, source: Any, target: Any = None, *, hashed: bool = True, **window: Any) -> None:
+        if target is not None:  # what only sums is not done at all
+            moved(self, source, target, hashed=False, **window)
 
-    def plain(sources: list[Tensor], targets: list[Tensor]) -> list[str]:
-        torch._foreach_copy_(targets, sources)
-        return ["0" * 16] * len(sources)
-
-    staging.span_hashes = copy_only
-    staging.copy_hashed = plain
-    staging.tensor_hash = lambda tensor: "0" * 16
+    Mover.move = move  # type: ignore[method-assign, assignment]
+    staging._verify_all = lambda specs, found, stated: None
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -147,13 +146,14 @@ def serve(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def engine_process(args: argparse.Namespace, *, gpu: int, off: bool) -> Iterator[str]:
-    """The address of an engine in another process."""
+def engine_process(args: argparse.Namespace, *, gpu: int, off: bool) -> Iterator[Any]:
+    """An engine in another process; call what is given for its address, once it is there."""
     command = [sys.executable, __file__, "serve", "--device", args.device, "--shape", args.shape, "--gpu", str(gpu)]
     process = subprocess.Popen([*command, *(["--unchecked"] if off else [])], stdout=subprocess.PIPE, text=True, env=os.environ)
-    assert process.stdout is not None
+    output = process.stdout
+    assert output is not None
     try:
-        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        yield lambda: f"http://127.0.0.1:{int(output.readline())}"
     finally:
         process.terminate()
         process.wait(60)
@@ -181,76 +181,113 @@ def kernels(given: dict[str, Tensor], device: str) -> float:
     tensors = list(given.values())
     room = [torch.empty_like(t) for t in tensors]
     cases: dict[str, Any] = {"_foreach_copy_ of all tensors": lambda: torch._foreach_copy_(room, tensors)}
-    if device.startswith("cuda"):
-        spans, targets = checksum.device_spans(tensors), [t.data_ptr() for t in room]
-        assert spans is not None
-        pairs = [(span, (place, span[1])) for span, place in zip(spans, targets, strict=True)]
-        where = torch.device(device)
-        cases["our kernel: copy"] = lambda: checksum.copy_spans(pairs, where)
-        cases["our kernel: copy and checksum"] = lambda: checksum.span_hashes(spans, where, targets)
-        cases["our kernel: checksum"] = lambda: checksum.span_hashes(spans, where)
+    mover = Mover([t.nbytes for t in tensors], device)
+    source, target = mover.places([t.data_ptr() for t in tensors]), mover.places([t.data_ptr() for t in room])
+    cases["mover: copy"] = lambda: mover.move(source, target, hashed=False)
+    cases["mover: copy and checksum"] = lambda: mover.move(source, target)
+    cases["mover: checksum"] = lambda: mover.move(source)
     cases["tensor_hashes"] = lambda: checksum.tensor_hashes(tensors)
     for name, call in cases.items():
         found = rate(call, total, device)
         print(f"  {name:44} {found / 1e9:9.1f} GB/s  {found / plain:.2f}", flush=True)
     few, target = tensors[-6:], room[-6:]
     host = checksum.tensor_hashes([t.cpu() for t in few])
-    assert host == checksum.tensor_hashes(few) == checksum.copy_hashed(few, target), "CPU and device disagree"
+    assert host == checksum.tensor_hashes(few) == copy_hashed(few, target), "CPU and device disagree"
     return plain
 
 
-async def updates(trainer: Trained, url: str, transport: Any, total: int, reference: float, off: bool, times: int = 8) -> float:
-    """Publish several times; print the medians; returns the seconds of one update."""
+async def updates(
+    trainer: Trained, urls: dict[bool, str], make: Any, total: int, reference: float, times: int = 10
+) -> dict[bool, float]:
+    """Publish to an engine that checks and to one that does not (key True), in turn; print medians, return seconds each."""
     import httpx
 
     from miles_core.sync import publisher as publishing
     from miles_core.sync.links import HttpLink
-    from miles_rollout.wire import TensorSpec
 
-    checked = publishing.manifest
-    if off:
-
-        def unhashed(trainer: Any, version: int) -> WeightManifest:
-            specs = [
-                TensorSpec(name=name, dtype=checksum.dtype_name(t.dtype), shape=tuple(t.shape), hash="0" * 16)
-                for name, t in trainer.export_weights()
-            ]
-            return WeightManifest(version=version, tensors=tuple(specs), contract_digest=DIGEST)
-
-        publishing.manifest = unhashed
-    publisher = publishing.Publisher(trainer, [HttpLink(url, deadline_s=60)], transport)  # type: ignore[arg-type]
-    rows = []
+    publishers = {off: publishing.Publisher(trainer, [HttpLink(url, deadline_s=60)], make()) for off, url in urls.items()}  # type: ignore[arg-type]
+    rows: dict[bool, list[tuple[float, ...]]] = {off: [] for off in urls}
+    kept = Mover.move, staging._verify_all
     try:
-        for version in range(1, times + 1):
-            started = time.perf_counter()
-            await publisher.publish(version)
-            whole = time.perf_counter() - started
-            async with httpx.AsyncClient(timeout=30) as http:
-                figures = (await http.get(f"{url}/get_server_info")).json()["metrics"]
-            rows.append((whole, figures["stage_s"], figures["swap_s"]))
+        async with httpx.AsyncClient(timeout=30) as http:
+            for version in range(1, times + 3):
+                for off, publisher in publishers.items():
+                    if off:
+                        unchecked()
+                    prepared = publisher._transport.prepare
+                    spent = 0.0
+
+                    def prepare(*given: Any, prepared: Any = prepared) -> Any:
+                        nonlocal spent
+                        before = time.perf_counter()
+                        made = prepared(*given)
+                        spent = time.perf_counter() - before
+                        return made
+
+                    publisher._transport.prepare = prepare  # type: ignore[method-assign]
+                    started = time.perf_counter()
+                    await publisher.publish(version)
+                    whole = time.perf_counter() - started
+                    publisher._transport.prepare = prepared  # type: ignore[method-assign]
+                    Mover.move, staging._verify_all = kept  # type: ignore[method-assign]
+                    figures = (await http.get(f"{urls[off]}/get_server_info")).json()["metrics"]
+                    rows[off].append((whole, figures["check_s"], figures["stage_s"], figures["swap_s"], spent))
     finally:
-        publishing.manifest = checked
-        await publisher.close()
-    whole, stage, swap = (statistics.median(column) for column in zip(*rows[2:], strict=True))
-    rates = f"transfer {total / stage / 1e9:8.1f} GB/s = {total / stage / reference:.2f} of the reference"
-    print(f"    update {whole * 1e3:8.2f} ms (first {rows[0][0] * 1e3:.0f}), {rates}, swap {swap * 1e3:.2f} ms", flush=True)
-    return whole
+        Mover.move, staging._verify_all = kept  # type: ignore[method-assign]
+        for publisher in publishers.values():
+            await publisher.close()
+    found = {}
+    for off, table in rows.items():
+        whole, check, stage, swap, spent = (statistics.median(column) for column in zip(*table[2:], strict=True))
+        found[off] = whole
+        named = {
+            "prepare": spent,
+            "manifest": check,
+            "transfer": stage,
+            "swap": swap,
+            "messages": whole - check - stage - swap - spent,
+        }
+        parts = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in named.items())
+        speed = f"transfer {total / stage / 1e9:.1f} GB/s = {total / stage / reference:.3f} of the reference"
+        print(f"    {'not checked' if off else 'checked':11} update {whole * 1e3:.2f} ms ({parts}); {speed}", flush=True)
+    return found
+
+
+async def measure(
+    args: argparse.Namespace, name: str, make: Any, trainer: Trained, total: int, reference: float, gpu: int
+) -> None:
+    """Both engines at once, their updates in turn, then a fault."""
+    print(f"  {name}", flush=True)
+    with ExitStack() as stack:
+        ports = {off: stack.enter_context(engine_process(args, gpu=gpu, off=off)) for off in (False, True)}
+        urls = {off: await asyncio.to_thread(port) for off, port in ports.items()}
+        found = await updates(trainer, urls, make, total, reference)
+        print(f"  {name}: checking costs {found[False] / found[True] - 1:+.1%} of an update", flush=True)
+        await faults(trainer, urls[False], make())
 
 
 async def faults(trainer: Trained, url: str, transport: Any) -> None:
-    """A bit flipped between manifest and transfer must be refused by name."""
+    """A bit that flips after it was summed must be refused by name: in the trainer's memory if that is lent, else in a bucket."""
     from miles_core.sync import publisher as publishing
     from miles_core.sync.links import HttpLink
+    from miles_rollout.weights.lent import Lender
+    from miles_rollout.weights.pack import Packer
 
     name, tensor = next(iter(trainer.given.items()))
-    checked = publishing.manifest
+    packed, lent = Packer.windows, Lender.offer
 
-    def then_flip(trainer: Any, version: int) -> WeightManifest:
-        stated = checked(trainer, version)
-        tensor.view(torch.int16)[0].bitwise_xor_(1) if tensor.dim() == 1 else tensor.view(torch.int16)[0, 0].bitwise_xor_(1)
-        return stated
+    def windows(self: Packer, room: Any) -> Iterator[tuple[int, Tensor]]:
+        for number, window in packed(self, room):
+            if number == 0:
+                window[1000] ^= 4
+            yield number, window
 
-    publishing.manifest = then_flip
+    def offer(self: Lender, tensors: Any) -> Any:
+        made = lent(self, tensors)
+        tensor.view(torch.int16).view(-1)[500] ^= 4
+        return made
+
+    Packer.windows, Lender.offer = windows, offer  # type: ignore[method-assign]
     try:
         await publishing.Publisher(trainer, [HttpLink(url)], transport).publish(1000)  # type: ignore[arg-type]
         raise SystemExit("a flipped bit was not noticed")
@@ -258,7 +295,7 @@ async def faults(trainer: Trained, url: str, transport: Any) -> None:
         assert name in str(error) and "hashes to" in str(error), error
         print(f"    flipped bit refused: {str(error)[:140]}", flush=True)
     finally:
-        publishing.manifest = checked
+        Packer.windows, Lender.offer = packed, lent  # type: ignore[method-assign]
 
 
 def colocated(args: argparse.Namespace) -> None:
@@ -274,18 +311,10 @@ def colocated(args: argparse.Namespace) -> None:
     if args.device == "cuda":
         cases = {"lent": LentTransport} | cases
     for name, make in cases.items():
-        seconds = {}
-        for off in (False, True):
-            print(f"  {name}, {'not checked' if off else 'checked'}", flush=True)
-            try:
-                with engine_process(args, gpu=0, off=off) as url:
-                    seconds[off] = asyncio.run(updates(trainer, url, make(), total, reference, off))
-                    if not off:
-                        asyncio.run(faults(trainer, url, make()))
-            except Exception as error:  # one variant must not end the others
-                print(f"    FAILED: {type(error).__name__}: {error}", flush=True)
-        if len(seconds) == 2:
-            print(f"  {name}: checking costs {seconds[False] / seconds[True] - 1:+.1%} of an update", flush=True)
+        try:
+            asyncio.run(measure(args, name, make, trainer, total, reference, 0))
+        except Exception as error:  # one variant must not end the others
+            print(f"    FAILED: {type(error).__name__}: {error}", flush=True)
 
 
 def broadcast(args: argparse.Namespace) -> None:
@@ -298,20 +327,12 @@ def broadcast(args: argparse.Namespace) -> None:
     print(f"broadcast, Qwen3-{args.shape}: {len(trainer.given)} tensors, {total / 1e9:.3f} GB", flush=True)
     reference = plain_broadcast(args, total)
     print(f"  {'NCCL' if args.device == 'cuda' else 'gloo'} broadcast of one tensor: {reference / 1e9:.1f} GB/s", flush=True)
-    for mib in (64, 256) if args.device == "cuda" else (4,):
-        seconds = {}
-        for off in (False, True):
-            print(f"  buckets of {mib} MiB, {'not checked' if off else 'checked'}", flush=True)
-            try:
-                with engine_process(args, gpu=1, off=off) as url:
-                    transport = BroadcastTransport(bucket_bytes=mib << 20, device=device)
-                    seconds[off] = asyncio.run(updates(trainer, url, transport, total, reference, off))
-                    if not off:
-                        asyncio.run(faults(trainer, url, BroadcastTransport(bucket_bytes=mib << 20, device=device)))
-            except Exception as error:  # one variant must not end the others
-                print(f"    FAILED: {type(error).__name__}: {error}", flush=True)
-        if len(seconds) == 2:
-            print(f"  buckets of {mib} MiB: checking costs {seconds[False] / seconds[True] - 1:+.1%} of an update", flush=True)
+    for mib in (256, 64) if args.device == "cuda" else (4,):
+        try:
+            make = partial(BroadcastTransport, bucket_bytes=mib << 20, device=device)
+            asyncio.run(measure(args, f"buckets of {mib} MiB", make, trainer, total, reference, 1))
+        except Exception as error:  # one variant must not end the others
+            print(f"    FAILED: {type(error).__name__}: {error}", flush=True)
 
 
 PLAIN = """
