@@ -20,7 +20,6 @@ from torch import Tensor
 from miles_kernels.nn.decoder import Decoder
 from miles_kernels.ops.attention import decode_plan, table_plan
 from miles_kernels.ops.attention_plan import KEY_MULTIPLE
-from miles_kernels.ops.noise import gumbel, row_keys
 from miles_kernels.ops.sample import sample
 from miles_rollout.engines.embedded.drafts import Drafts
 from miles_rollout.engines.embedded.features import FeatureStore
@@ -376,19 +375,23 @@ class ModelProposer:
             whole = logits.new_full((len(logits), self._decoder.config.vocab_size), -torch.inf)
             logits = whole.index_copy_(1, ids, logits)
         place = upload(positions, self._device)
-        if width > 1:
-            heat = torch.where(keys.temperature == 0, 1.0, keys.temperature)[:, None]
-            noise = gumbel(row_keys(keys.seed, keys.sample_id, place), logits.shape[1])
-            scores = logits / heat + torch.where(keys.temperature[:, None] == 0, 0.0, noise)
-            return scores.topk(width, dim=-1).indices.flatten(), None
+        if width == 1:
+            probs = target_probs(logits, keys.temperature) if self._wants_probs else None
+            return self._draw(logits, keys, place), probs
+        tokens = []
+        for _ in range(width):  # the draw that is likeliest the policy's, then what it would be without that token, and so on
+            tokens.append(self._draw(logits, keys, place))
+            logits = logits.scatter(1, tokens[-1][:, None], -torch.inf)
+        return torch.stack(tokens, 1).flatten(), None
+
+    @staticmethod
+    def _draw(logits: Tensor, keys: _Keys, place: Tensor) -> Tensor:
+        named = {"seed": keys.seed, "sample_id": keys.sample_id, "temperature": keys.temperature}
         if logits.is_cuda:
             from miles_kernels.cuda.sample import draw
 
-            token = draw(logits, seed=keys.seed, sample_id=keys.sample_id, position=place, temperature=keys.temperature).token
-        else:
-            named = {"seed": keys.seed, "sample_id": keys.sample_id, "temperature": keys.temperature}
-            token = sample(logits, position=place, **named).token
-        return token.clamp(min=0), target_probs(logits, keys.temperature) if self._wants_probs else None
+            return draw(logits, position=place, **named).token.clamp(min=0)
+        return sample(logits, position=place, **named).token.clamp(min=0)
 
     def _collect(self, done: np.ndarray, lengths: np.ndarray, tokens: Tensor, parents: np.ndarray, probs: list[Tensor]) -> Drafts:
         """Of every row its first `lengths` tokens."""
