@@ -14,7 +14,7 @@ from miles_core.memory.activations import kept_per_token
 from miles_core.memory.check import require_room
 from miles_core.memory.knobs import remedies
 from miles_core.memory.parameters import count_parameters
-from miles_core.memory.plan import FRAGMENTATION, Job, make_plan
+from miles_core.memory.plan import FRAGMENTATION, ROUNDING_BYTES, Job, make_plan
 from miles_core.memory.shapes import GIB, SHAPES, find_device, find_shape
 from miles_core.memory.show import plan_text, reasons_text, verdict
 from miles_kernels.nn.checkpoint import random_decoder
@@ -86,13 +86,18 @@ def test_bytes_by_hand() -> None:
     assert "weights" not in items and items["float32 masters"] == count and items["AdamW moments"] == count * 2
     assert items["engine weights"] == count * 2 and items["KV cache"] == 8 << 30
     assert "new gradient" not in items and items["gradient sums"] == count
-    assert items["activations"] == 16384 * (36 * 2 * 4096 * 2 + 2 * 4096 * 2 + 16)
+    assert "activations" not in items  # gone, layer by layer, before the last gradient is there
+    ahead = {item.name: item.num_bytes for phase in plan.phases if phase.name == "forward" for item in phase.items}
+    assert ahead["activations"] == 16384 * (36 * 2 * 4096 * 2 + 2 * 4096 * 2 + 16)
     allocated = sum(size for name, size in items.items() if name not in ("CUDA context", "workspaces", "NCCL", "fragmentation"))
     assert items["fragmentation"] == int(FRAGMENTATION * allocated)
     assert plan.disk[0].num_bytes == count * 14
     alone = {item.name: item.num_bytes for phase in make_plan(_job()).phases if phase.name == "backward" for item in phase.items}
     assert alone["weights"] == count * 2 and alone["gradient sums"] == count * 4
     assert alone["new gradient"] == 151936 * 4096 * 2  # one at a time, the output projection's being the largest
+    rounded = make_plan(_job(master="stochastic"))
+    last = {item.name: item.num_bytes for phase in rounded.phases if phase.name == "optimizer" for item in phase.items}
+    assert last["rounding by chance"] == 151936 * 4096 * 6 + ROUNDING_BYTES and "float32 masters" not in last
 
 
 def test_what_every_setting_saves() -> None:
