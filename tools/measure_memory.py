@@ -352,6 +352,8 @@ def trainer_asleep(bench: Bench) -> None:
     before = combined_hash(trainer.export_weights())
     empty_device(bench.device)
     awake = bench.used() - bench.options.base
+    trainer.memory.sleep()  # the first time makes room on the host
+    trainer.memory.wake()
     seconds, moved = bench.timed(trainer.memory.sleep)
     asleep = bench.used() - bench.options.base
     report = {
@@ -360,14 +362,17 @@ def trainer_asleep(bench: Bench) -> None:
         "GB/s": [(m.tag, m.target, round(m.bytes_per_s / 1e9, 1)) for m in moved if m.num_bytes],
     }  # fmt: skip
     if bench.cuda:
+        backend = dist.group.WORLD._get_backend(torch.device("cuda"))
+        report["nccl"] = (torch.cuda.nccl.version(), hasattr(backend, "suspend"))
         report["torch allocated, reserved MiB"] = (torch.cuda.memory_allocated() >> 20, torch.cuda.memory_reserved() >> 20)
     seconds, moved = bench.timed(trainer.memory.wake)
     report["wake s"] = round(seconds, 3)
+    report["wake GB/s"] = [(m.tag, round(m.bytes_per_s / 1e9, 1)) for m in moved if m.num_bytes]
     report["unchanged"] = combined_hash(trainer.export_weights()) == before
     bench.note(f"rank {rank}", report)
     if bench.cuda:
         trainer.step(batch)
-        bench.note(f"rank {rank} steps again", True)
+        bench.note(f"rank {rank} steps again, s", round(bench.timed(lambda: trainer.step(batch))[0], 3))
     dist.barrier()
     dist.destroy_process_group()
 

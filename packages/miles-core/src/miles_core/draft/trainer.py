@@ -111,6 +111,10 @@ class DraftingTrainer:
         if found is not None:
             self._held.append(found)
 
+    def forget(self) -> None:
+        """Drop what was kept."""
+        self._held = []
+
     def before_update(self) -> None:
         """Train every draft on what was kept."""
         policy = self._policy()

@@ -31,7 +31,7 @@ class Moved(NamedTuple):
     seconds: float
     """Of the copy itself."""
     checked_s: float = 0.0
-    """Of hashing before or after it."""
+    """Of hashing before or after it, and of making room on the host."""
 
     @property
     def bytes_per_s(self) -> float:
@@ -110,6 +110,7 @@ class Mover:
         away = _Away(target, storages, sizes, hashes)
         if target == "host":
             away.host = self._host_parts(tag, sizes)
+            hashed = time.perf_counter()  # the first move makes its room on the host; that is no copying
             for storage, part in zip(storages, away.host, strict=True):
                 part.copy_(_bytes(storage), non_blocking=True)
         elif target == "disk":

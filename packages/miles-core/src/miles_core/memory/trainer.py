@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from miles_core.memory.config import MemoryConfig
-from miles_core.memory.homes import StateHome
+from miles_core.memory.evidence import Refusal, refusal
+from miles_core.memory.homes import PAD, StateHome
+from miles_core.memory.ladder import Ladder, Rung
 from miles_core.memory.regions import Moved, Mover, Region, Target
+from miles_core.memory.together import Together
 
 TRAINER_TAGS = ("masters", "moments", "weights", "reference")
 """In the order they come back: weights may be computed from masters."""
+
+
+PASSES = "forward and backward"
+"""The phase of a step that is done again as a whole."""
+T = TypeVar("T")
+
+
+class Recomputing(Protocol):
+    """A model that can trade time for memory without changing a bit."""
+
+    gradient_checkpointing: bool
 
 
 class _Optimizer(Protocol):
@@ -25,13 +40,19 @@ class _Optimizer(Protocol):
     exp_avg_sq: list[Tensor]
     home: StateHome | None
 
+    @property
+    def is_between_updates(self) -> bool: ...
+
     def rebuild_weights(self) -> None: ...
 
     def rehouse(self, home: Callable[[Sequence[int], int], StateHome]) -> None: ...
 
 
 class TrainerMemory:
-    """Moves what a trainer holds by tag. `weights` and `reference` yield the tensors of model and frozen policy.
+    """Moves what a trainer holds by tag, and makes room when there is none.
+
+    `weights` and `reference` yield the tensors of model and frozen policy; `model` is what can recompute its layers. `rank` is
+    set when several processes work together.
 
     Example: memory.sleep(); ...; memory.wake()
     """
@@ -43,8 +64,24 @@ class TrainerMemory:
         reference: Callable[[], Iterable[Tensor]],
         device: torch.device,
         config: MemoryConfig,
+        *,
+        model: Recomputing | None = None,
+        rank: int | None = None,
     ) -> None:
         self.optimizer, self.device, self.config = optimizer, device, config
+        self._model = model
+        self.saves_on_host = False
+        """Whether what the forward pass keeps for the backward one waits on the host."""
+        self.facts = Refusal(device)
+        self._together = None if rank is None else Together(rank, on_cuda=device.type == "cuda")
+        rungs = [
+            Rung("free cached blocks", self._free),
+            Rung("optimizer state to the host", self._rehouse),
+            Rung("smaller pieces of the update", self._smaller_pieces),
+            Rung("recompute layers", self._recompute),
+            Rung("activations to the host", self._activations_away),
+        ]
+        self.ladder = Ladder(rungs, report=self._report, enabled=config.recover)
         rebuild = optimizer.rebuild_weights if self._has_masters else None
         self.mover = Mover(
             [
@@ -94,6 +131,62 @@ class TrainerMemory:
         self.onload(("masters", "moments"))
         self.optimizer.rehouse(make_home(MemoryConfig(optimizer="host"), self.device))
 
+    def run(self, phase: str, work: Callable[[], T], *, undo: Callable[[], None] | None = None, alone: bool = False) -> T:
+        """Work that may be done again when memory runs out, with the same result.
+
+        With several processes only what needs no other process (`alone`) is done again; the rest ends in OutOfRoom for all.
+        """
+        if self._together is None or alone:
+            return self.ladder.run(phase, work, undo=undo)
+        return self._together.run(phase, work, self._report)
+
+    def keeping(self) -> AbstractContextManager[object]:
+        """Around a forward pass: where its activations wait."""
+        if not self.saves_on_host:
+            return nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
+
+    def _report(self, phase: str, error: str, tried: list[str]) -> str:
+        text = refusal(phase, error, tried, self.num_bytes(), dict(self.mover.away), self.facts)
+        if not self.optimizer.is_between_updates:
+            text += "\nThe update is half done: the weights in memory belong to no step"
+        return text
+
+    def _free(self, phase: str) -> bool:
+        empty_device(self.device, collect=True)
+        return True
+
+    def _rehouse(self, phase: str) -> bool:
+        """For good: the state then streams through the device."""
+        optimizer = self.optimizer
+        if optimizer.home is not None or not optimizer.is_between_updates or self.mover.away.keys() & {"masters", "moments"}:
+            return False
+        self.rehouse()
+        empty_device(self.device)
+        return True
+
+    def _smaller_pieces(self, phase: str) -> bool:
+        home = self.optimizer.home
+        if phase != "optimizer" or home is None or home.piece <= PAD:
+            return False
+        home.piece = max(PAD, home.piece // 8 // PAD * PAD)
+        empty_device(self.device)
+        return True
+
+    def _recompute(self, phase: str) -> bool:
+        if phase != PASSES or self._model is None or self._model.gradient_checkpointing:
+            return False
+        self._model.gradient_checkpointing = True
+        empty_device(self.device)
+        return True
+
+    def _activations_away(self, phase: str) -> bool:
+        if phase != PASSES or self.saves_on_host:
+            return False
+        self.saves_on_host = True
+        empty_device(self.device)
+        return True
+
     def num_bytes(self) -> dict[str, int]:
         """Device bytes by tag, whether there or away."""
         return {tag: self.mover.num_bytes(tag) for tag in TRAINER_TAGS}
@@ -108,11 +201,15 @@ def make_home(config: MemoryConfig, device: torch.device) -> Callable[[Sequence[
     return lambda counts, columns: StateHome(counts, columns=columns, device=device, directory=directory)
 
 
-def empty_device(device: torch.device) -> None:
-    """Give what the allocator keeps but nobody uses back to the driver, once everything in flight is done."""
+def empty_device(device: torch.device, *, collect: bool = False) -> None:
+    """Give what the allocator keeps but nobody uses back to the driver, once everything in flight is done.
+
+    `collect` looks for tensors in reference cycles first, which takes a tenth of a second.
+    """
+    if collect:
+        gc.collect()
     if device.type != "cuda":
         return
-    gc.collect()
     torch.cuda.synchronize(device)
     clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
     if clear is not None:

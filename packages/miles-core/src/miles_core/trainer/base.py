@@ -85,6 +85,10 @@ class TrainObserver(Protocol):
         """All forward and backward passes of an update are done; the weights are still those they were made with."""
         ...
 
+    def forget(self) -> None:
+        """The passes since the last update are done again from the first one: memory had run out."""
+        ...
+
 
 @runtime_checkable
 class Trainer(Protocol):

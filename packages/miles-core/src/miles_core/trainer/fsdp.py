@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from miles_core.algorithm.config import AlgorithmConfig
 from miles_core.algorithm.loss import LOSSES, LossInputs
 from miles_core.memory.config import MemoryConfig
-from miles_core.memory.trainer import TRAINER_TAGS, TrainerMemory, make_home
+from miles_core.memory.trainer import PASSES, TRAINER_TAGS, TrainerMemory, make_home
 from miles_core.trainer.base import StepStats, TrainObserver
 from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
@@ -88,7 +89,10 @@ class FsdpTrainer:
         memory = memory or MemoryConfig()
         home = None if memory.optimizer == "device" else make_home(memory, self.model.device)
         self.optimizer = AdamW(self.model.optimized(), optimizer, total_updates, stochastic=stochastic, home=home)
-        self.memory = TrainerMemory(self.optimizer, self._weights, self._frozen, self.model.device, memory)
+        self.memory = TrainerMemory(
+            self.optimizer, self._weights, self._frozen, self.model.device, memory,
+            model=self.decoder, rank=self.parallel.rank if several else None,
+        )  # fmt: skip
         self._observer: TrainObserver | None = None
 
     def observe(self, observer: TrainObserver, layers: Sequence[int] = ()) -> None:
@@ -140,7 +144,7 @@ class FsdpTrainer:
 
         With several processes each of them has to walk to the end: a tensor is put together when its turn comes.
         """
-        self.memory.onload(["weights"])
+        self.memory.run("wake", lambda: self.memory.onload(["weights"]), alone=True)
         return self.model.export()
 
     def offload(self, tags: Sequence[str] = TRAINER_TAGS) -> None:
@@ -156,8 +160,8 @@ class FsdpTrainer:
     def forward_logprobs(self, batch: TrainBatch) -> Tensor:
         """log p [N] fp32 of every trained token, in batch order, without gradient."""
         self._admit(batch)
-        self.memory.onload(["weights"])
-        return self._forward_all(self.model, batch)
+        self.memory.run("wake", lambda: self.memory.onload(["weights"]), alone=True)
+        return self.memory.run("forward", lambda: self._forward_all(self.model, batch))
 
     def step(self, batch: TrainBatch) -> StepStats:
         """Train on the batch, in one update or in `updates_per_step` of them.
@@ -167,17 +171,37 @@ class FsdpTrainer:
         record is compared with. Raises NonFiniteStep if so configured; the refused update has changed nothing.
         """
         self._admit(batch)
-        self.memory.wake()
+        self.memory.run("wake", self.memory.wake, alone=True)
         policy = batch.kind == "policy"
         parts = batch.split(self.config.updates_per_step if policy else 1)
-        old_N = self._forward_all(self.model, batch) if len(parts) > 1 else None
-        seen_N = torch.zeros(batch.num_tokens)
+        old_N = self.memory.run("forward", lambda: self._forward_all(self.model, batch)) if len(parts) > 1 else None
+        seen_N = self.memory.run("step", lambda: torch.zeros(batch.num_tokens), alone=True)
         updates = [self._update(batch, blocks, old_N, seen_N) for blocks in parts]
         start_N = self.parallel.merge(seen_N) if old_N is None else old_N
-        return summary(batch, updates, start_N)
+        return self.memory.run("step", lambda: summary(batch, updates, start_N), alone=True)
 
     def _update(self, batch: TrainBatch, blocks: Sequence[int], old_N: Tensor | None, seen_N: Tensor) -> _Update:
-        """Accumulate over the micro-batches of `blocks`, then one optimizer update. Sets `seen_N` where it has been."""
+        """Accumulate over the micro-batches of `blocks`, then one optimizer update. Sets `seen_N` where it has been.
+
+        What fails for want of memory is done again: the passes from the first one, the update from where it stopped.
+        """
+        passes = partial(self._accumulate, batch, blocks, old_N, seen_N)
+        result, gradients = self.memory.run(PASSES, passes, undo=self._forget_passes)
+        if self._observer is not None:
+            self._observer.before_update()
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            self._refuse(result, gradients)
+        else:
+            if 0 < self.config.grad_clip < result.grad_norm:
+                torch._foreach_mul_(gradients, self.config.grad_clip / result.grad_norm)
+            result.lr = self.memory.run("optimizer", lambda: self.optimizer.step(gradients), alone=True)
+        self.optimizer.clear()
+        return result
+
+    def _accumulate(
+        self, batch: TrainBatch, blocks: Sequence[int], old_N: Tensor | None, seen_N: Tensor
+    ) -> tuple[_Update, list[Tensor]]:
+        """The summed gradients of `blocks`, and what is known of their loss. Changes no weights."""
         self.optimizer.clear()
         result = _Update()
         for micro in self._microbatches(batch, blocks):
@@ -185,21 +209,17 @@ class FsdpTrainer:
             if self._speaks and not micro.idle:
                 result.num_microbatches += 1
                 result.num_forward_tokens += sum(micro.lengths)
-        if self._observer is not None:
-            self._observer.before_update()
         gradients = self.optimizer.gradients()
         self.model.reduce(gradients)
         norm = self.model.norm(gradients)
         self._read(result, seen_N)
         result.grad_norm = float(norm)
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            self._refuse(result, gradients)
-        else:
-            if 0 < self.config.grad_clip < result.grad_norm:
-                torch._foreach_mul_(gradients, self.config.grad_clip / result.grad_norm)
-            result.lr = self.optimizer.step(gradients)
+        return result, gradients
+
+    def _forget_passes(self) -> None:
         self.optimizer.clear()
-        return result
+        if self._observer is not None:
+            self._observer.forget()
 
     def _backward(self, batch: TrainBatch, micro: Microbatch, old_N: Tensor | None, result: _Update) -> None:
         """Add one micro-batch's gradients, and to `result` what is known of it. Nothing here waits for the device."""
@@ -209,7 +229,8 @@ class FsdpTrainer:
 
         advantage, old, rollout = (of_tokens(values_N) for values_N in (batch.advantage, old_N, batch.rollout_logprobs))
         reference = self._reference_logprob(micro) if batch.kind == "policy" else None
-        out = self.model(micro)
+        with self.memory.keeping():
+            out = self.model(micro)
         logprob = out.logprob.detach()
         inputs = LossInputs(
             logprob=out.logprob,
@@ -304,9 +325,10 @@ class FsdpTrainer:
 
         Collective: the first process writes, the others send their parts, a tensor at a time.
         """
-        self.memory.wake()
+        self.memory.run("wake", self.memory.wake, alone=True)
         facts = self._facts() | {"num_updates": self.num_updates}
-        write_state(directory, self.model, self.optimizer, facts, writer=self.parallel.rank == 0)
+        writer = self.parallel.rank == 0
+        self.memory.run("save", lambda: write_state(directory, self.model, self.optimizer, facts, writer=writer))
         self.parallel.barrier("the checkpoint is written")
 
     def load(self, directory: Path) -> None:
@@ -331,8 +353,8 @@ class FsdpTrainer:
                 "the run goes on, but not with the bits it would have had there",
                 stacklevel=2,
             )
-        self.memory.wake()
-        read_state(directory, self.model, self.optimizer)
+        self.memory.run("wake", self.memory.wake, alone=True)
+        self.memory.run("load", lambda: read_state(directory, self.model, self.optimizer), alone=True)
         self.optimizer.num_updates = int(stated["num_updates"])
 
     def _facts(self) -> dict[str, Any]:

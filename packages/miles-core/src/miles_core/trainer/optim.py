@@ -132,6 +132,11 @@ class AdamW:
         """Numbers of the parameters that have a master beside what is held."""
         return [i for i, (low, rounded) in enumerate(zip(self._low, self._rounded, strict=True)) if low and not rounded]
 
+    @property
+    def is_between_updates(self) -> bool:
+        """Whether no update is half done."""
+        return self._done == 0 and not self._wide
+
     def rehouse(self, home: Callable[[Sequence[int], int], StateHome]) -> None:
         """Move masters and moments into a home; no bit changes. Nothing has changed when it raises for want of memory."""
         assert self.home is None, "the state has a home already"
