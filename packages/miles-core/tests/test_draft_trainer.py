@@ -22,7 +22,7 @@ from miles_kernels.nn.checkpoint import random_decoder
 from miles_kernels.nn.config import DecoderConfig
 from miles_kernels.nn.decoder import PackedKV
 from miles_kernels.ops.attention import packed_plan
-from miles_spec.models import MtpDraft
+from miles_spec.models import Eagle3Draft, MtpDraft
 from miles_spec.train import UPSTREAM, DraftStream, DraftTrainConfig, DraftTrainer, Policy
 
 TINY = DecoderConfig(
@@ -61,6 +61,9 @@ def test_the_policy_has_the_same_bits_with_and_without_drafts(config: dict[str, 
     """Parameters, moments and every reported number, after steps with three drafts in training."""
     alone, inner = policy(**config), policy(**config)
     beside = drafting(inner, lr=1e-2, ema=0.5, replay_rows=60, max_rows=50)
+    eagle = DraftTrainer(Eagle3Draft.from_trunk(inner.decoder), DraftTrainConfig(lr=1e-2))
+    with pytest.raises(ValueError, match="other layers of the policy"):
+        DraftingTrainer(inner, {"draft": beside.arms["draft"], "eagle": Arm(trainer=eagle)})
     for name, fields in (("upstream", UPSTREAM), ("lk", {"loss": "lk_lambda", "depths": 2})):
         beside.arms[name] = Arm(trainer=DraftTrainer(MtpDraft.from_trunk(inner.decoder), DraftTrainConfig(lr=1.0, **fields)))
     before = combined_hash(beside.draft_weights())
@@ -71,6 +74,21 @@ def test_the_policy_has_the_same_bits_with_and_without_drafts(config: dict[str, 
     expected, found = state(alone), state(inner)
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
     assert combined_hash(beside.draft_weights()) != before
+
+
+def test_a_draft_over_three_layers_is_shown_them() -> None:
+    """EAGLE-3: the same bits of the policy, and a smaller loss than that of a draft that stays as it was."""
+    alone, inner = policy(), policy()
+    eagle = DraftTrainer(Eagle3Draft.from_trunk(inner.decoder), DraftTrainConfig(lr=3e-3, warmup_steps=0), num_draft=2)
+    frozen = Arm(trainer=DraftTrainer(Eagle3Draft.from_trunk(inner.decoder), DraftTrainConfig()), train=False)
+    beside = DraftingTrainer(inner, {"draft": Arm(trainer=eagle), "frozen": frozen})
+    for _ in range(6):
+        alone.step(batch(1))
+        row = beside.step(batch(1)).metrics()
+    expected, found = state(alone), state(inner)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert row["draft/loss_depth_2"] < 0.8 * row["draft/frozen/loss_depth_2"]
+    assert row["draft/age"] == 0 and row["draft/frozen/age"] == 6
 
 
 def test_an_observer_that_leaks_is_noticed() -> None:

@@ -1,4 +1,4 @@
-"""The estimate of serving: the vectorised walk against a plain one, and against decoding itself with a draft that is looked up."""
+"""The estimate of serving: the vectorised walk against a plain one, what counts as sampled, counts as numbers."""
 
 from __future__ import annotations
 

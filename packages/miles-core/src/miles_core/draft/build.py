@@ -13,7 +13,7 @@ from miles_core.trainer.base import Trainer
 from miles_core.trainer.fsdp import FsdpTrainer
 from miles_kernels.nn.decoder import Decoder
 from miles_rollout.engines.embedded.config import EmbeddedConfig
-from miles_spec.models import DraftModel, MtpConfig, MtpDraft
+from miles_spec.models import DraftModel, Eagle3Draft, MtpConfig, MtpDraft
 from miles_spec.train import UPSTREAM, DraftTrainConfig, DraftTrainer
 
 
@@ -21,13 +21,18 @@ def load_draft(config: RunConfig, policy: Decoder) -> DraftModel | None:
     """The draft a run starts from; None without one. Raises ValueError naming file and tensor when it does not fit the policy."""
     if config.draft.model == "none":
         return None
+    if config.draft.path is None and config.draft.model == "eagle3":
+        return Eagle3Draft.from_trunk(policy)
     if config.draft.path is None:
         return MtpDraft.from_trunk(policy, MtpConfig.of(policy.config))
     from miles_spec.models.store import load_draft as load
 
     folder = draft_dir(config.draft.path)
     weight = policy.embed_tokens
-    return load(folder, policy.config, policy.contract, dtype=weight.dtype, device=weight.device)
+    draft = load(folder, policy.config, policy.contract, dtype=weight.dtype, device=weight.device)
+    if draft.config.kind != config.draft.model:
+        raise ValueError(f'draft.model = "{config.draft.model}", but {folder} holds a draft of kind {draft.config.kind}')
+    return draft
 
 
 def draft_dir(path: str) -> Path:

@@ -64,12 +64,14 @@ def streams_of(
     wanted: Collection[int],
     hidden: Tensor,
     taps: Mapping[int, Tensor],
+    layers: Sequence[int] = (),
     context: tuple[int, int] = (0, 1),
     group: Any = None,
 ) -> tuple[list[int], DraftStream] | None:
     """The `wanted` sequences of a micro-batch as a stream, with their numbers; None when this process gets none.
 
-    `hidden` [rows of this process, H] and `taps` are the trainer's. With `context` = (rank, ranks) every rank of `group` calls.
+    `hidden` [rows of this process, H] and `taps` are the trainer's; the draft reads the taps of `layers`, in that order.
+    With `context` = (rank, ranks) every rank of `group` calls.
     """
     rank, ranks = context
     if micro.part is not None:
@@ -87,5 +89,5 @@ def streams_of(
     def take(x: Tensor) -> Tensor:
         return x if whole else x.index_select(0, index.to(x.device))
 
-    features = torch.cat([take(taps[layer]) for layer in sorted(taps)], 1) if taps else None
+    features = torch.cat([take(taps[layer]) for layer in layers], 1) if layers else None
     return mine, DraftStream.of([rollouts[n] for n in mine], take(hidden), features)

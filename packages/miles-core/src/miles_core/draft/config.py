@@ -20,8 +20,9 @@ class DraftConfig(Section):
     """A draft model for speculative decoding, trained on the policy's own forward passes. It changes no token and no weight of
     the policy, only how fast tokens come."""
 
-    model: Literal["none", "mtp"] = "none"
-    """"mtp": one multi-token-prediction layer, recycled at every depth."""
+    model: Literal["none", "mtp", "eagle3"] = "none"
+    """"mtp": one multi-token-prediction layer, recycled at every depth. "eagle3": a layer over three of the policy's, with a
+    head of its own."""
     path: str | None = None
     """Folder of a trained draft; "recipe:NAME" is one shipped with Miles. None: made of the policy's last layer."""
     train: bool = True

@@ -59,6 +59,9 @@ class DraftingTrainer:
         self._wanted: dict[str, set[int]] = {}
         self._held: list[tuple[list[int], DraftStream]] = []
         self._made: dict[str, list[DraftStep]] = {}
+        other = [name for name, arm in self.arms.items() if tuple(arm.trainer.draft.config.feature_layers) != self._layers]
+        if other:
+            raise ValueError(f"drafts {', '.join(other)} read other layers of the policy than the one that is served")
         inner.observe(self, self._layers)
 
     @property
@@ -107,7 +110,7 @@ class DraftingTrainer:
         model = self.inner.model
         group = getattr(model, "context_group", None)
         numbers = members(micro, self._owner_N)
-        found = streams_of(micro, numbers, self._rollouts, wanted, hidden, taps, model.context, group)
+        found = streams_of(micro, numbers, self._rollouts, wanted, hidden, taps, self._layers, model.context, group)
         if found is not None:
             self._held.append(found)
 
@@ -196,11 +199,14 @@ class DraftingTrainer:
         return self.arms[arm].trainer.serving.named_state()
 
     def save(self, directory: Path) -> None:
-        """The policy's state, and that of every draft in `drafts/NAME/`."""
+        """The policy's state, and that of every draft in `drafts/NAME/`, with what is served of it in `model/` there."""
+        from miles_spec.models.store import save_draft
+
         self.inner.save(directory)
         if self.inner.parallel.rank == 0:
             for name, arm in self.arms.items():
                 arm.trainer.save(directory / "drafts" / name)
+                save_draft(arm.trainer.serving, directory / "drafts" / name / "model")
         self.inner.parallel.barrier("the drafts are written")
 
     def load(self, directory: Path) -> None:

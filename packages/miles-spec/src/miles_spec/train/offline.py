@@ -72,7 +72,7 @@ def stream_of(policy: Decoder, rollouts: Sequence[Rollout], layers: Sequence[int
         plan = KVBatch.packed(lengths, str(device))
     taps: dict[int, torch.Tensor | None] = dict.fromkeys(layers)
     hidden = policy(tokens.to(device), positions.to(device), PackedKV(plan), taps=taps or None)
-    features = torch.cat([x for layer in sorted(taps) if (x := taps[layer]) is not None], 1) if taps else None
+    features = torch.cat([x for layer in layers if (x := taps[layer]) is not None], 1) if taps else None
     return DraftStream.of(rollouts, hidden, features)
 
 
