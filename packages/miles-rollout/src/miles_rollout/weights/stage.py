@@ -143,8 +143,7 @@ class Staged(Mapping[str, Tensor]):
     def __init__(self, manifest: WeightManifest, where: Layout, stream: Tensor) -> None:
         self.stream, self.where = stream, where
         self._places = {
-            spec.name: (spec, start, size)
-            for spec, start, size in zip(manifest.tensors, where.offsets, where.sizes, strict=True)
+            spec.name: (spec, start, size) for spec, start, size in zip(manifest.tensors, where.offsets, where.sizes, strict=True)
         }
 
     def __getitem__(self, name: str) -> Tensor:

@@ -24,7 +24,7 @@ import xxhash
 from torch import Tensor
 
 from miles_rollout.weights import delta
-from miles_rollout.weights.offer import WIDTHS, layout, window_bytes
+from miles_rollout.weights.offer import layout, window_bytes
 from miles_rollout.weights.pack import Packer
 from miles_rollout.wire import SCHEMA, WeightManifest, Wire, check_schema
 
@@ -95,6 +95,7 @@ class WeightStore:
 
     def write_full(self, manifest: WeightManifest, stream: Tensor) -> Path:
         """All tensors. `stream` is the flat uint8 CPU tensor of the manifest's layout."""
+
         def everything(file: _Hashed) -> tuple[ChangedTensor, ...]:
             for start in range(0, stream.numel(), delta.CHUNK_BYTES):
                 file.write(stream[start : start + delta.CHUNK_BYTES].numpy())
@@ -111,7 +112,7 @@ class WeightStore:
             zstd, where, found = delta.compressor(), layout(manifest), []
             for spec, start, size in zip(manifest.tensors, where.offsets, where.sizes, strict=True):
                 chunks = []
-                for chunk in delta.encode(old[start : start + size], stream[start : start + size], WIDTHS[spec.dtype], zstd):
+                for chunk in delta.encode(old[start : start + size], stream[start : start + size], spec.dtype, zstd):
                     chunks.append((file.size, len(chunk)))
                     file.write(chunk)
                 if chunks:
@@ -227,14 +228,15 @@ class WeightStore:
             if changed.name not in places:
                 raise ValueError(f"{file}: changes {changed.name}, which is not in its manifest")
             spec = facts.manifest.tensors[places[changed.name]]
-            start, size, width = where.offsets[places[changed.name]], where.sizes[places[changed.name]], WIDTHS[spec.dtype]
-            if len(changed.chunks) != delta.num_chunks(size, width):
-                raise ValueError(f"{file}: {changed.name} has {len(changed.chunks)} chunks, not {delta.num_chunks(size, width)}")
+            start, size = where.offsets[places[changed.name]], where.sizes[places[changed.name]]
+            wanted, step = delta.num_chunks(size, spec.dtype), delta.chunk_bytes(spec.dtype)
+            if len(changed.chunks) != wanted:
+                raise ValueError(f"{file}: {changed.name} has {len(changed.chunks)} chunks, not {wanted}")
             for number, (offset, length) in enumerate(changed.chunks):
-                at = number * delta.chunk_bytes(width)
-                part = stream[start + at : start + min(size, at + delta.chunk_bytes(width))]
+                at = number * step
+                part = stream[start + at : start + min(size, at + step)]
                 try:
-                    part.copy_(delta.decode(data[offset : offset + length], part, width, zstd))
+                    part.copy_(delta.decode(data[offset : offset + length], part, spec.dtype, zstd))
                 except ValueError as error:
                     raise ValueError(f"{file}: {changed.name}: {error}") from None
         return stream
