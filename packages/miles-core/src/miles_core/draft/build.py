@@ -56,7 +56,7 @@ def with_draft(trainer: Trainer, config: RunConfig, draft: DraftModel) -> Drafti
     if "upstream" in section.compare:
         upstream = replace(DraftTrainConfig(**UPSTREAM), lr=config.optimizer.lr)  # type: ignore[arg-type]
         arms["upstream"] = _arm(deepcopy(draft), upstream, section.num_draft, train=True)
-    return DraftingTrainer(trainer, arms, seed=config.run.seed, alarm=section.alarm)
+    return DraftingTrainer(trainer, arms, seed=config.run.seed, alarm=section.alarm, measure_every=section.measure_every)
 
 
 def _arm(draft: DraftModel, config: DraftTrainConfig, num_draft: int, *, train: bool) -> Arm:

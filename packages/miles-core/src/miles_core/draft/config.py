@@ -53,12 +53,16 @@ class DraftConfig(Section):
     """Most tokens, prompts included, the draft is trained on per step. None: all."""
     replay_rows: int = Field(default=0, ge=0)
     """Tokens of earlier steps kept to be trained on again. Resuming starts with none."""
+    measure_every: int = Field(default=1, ge=1)
+    """Steps from one estimate of the accept length to the next."""
     alarm: float = Field(default=0.1, gt=0.0)
     """Relative gap between the estimated and the served accept length that is reported as an alarm."""
     compare: tuple[Literal["none", "frozen", "upstream", "ours", "adaptive"], ...] = ()
     """Other ways to draft that are trained beside this one on the same states, each with an engine of its own."""
     compare_every: int = Field(default=10, ge=1)
-    """Steps whose rollout every arm of `compare` makes again, to the same tokens."""
+    """Steps whose rollout every arm of `compare` makes again, to the same tokens: the first, and those this divides."""
+    compare_samples: int | None = Field(default=None, ge=1)
+    """Most samples made again at once, in whole groups. None: all of the step."""
 
     @model_validator(mode="after")
     def _fits(self) -> DraftConfig:

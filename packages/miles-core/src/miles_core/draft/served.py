@@ -45,14 +45,23 @@ class _View:
 class Comparison:
     """Makes the rollouts of some steps again, once per arm. `engines` has an engine for each, of weight version -1."""
 
-    def __init__(self, trainer: DraftingTrainer, engines: Mapping[str, Engine], sampling: SamplingParams, every: int) -> None:
+    def __init__(
+        self,
+        trainer: DraftingTrainer,
+        engines: Mapping[str, Engine],
+        sampling: SamplingParams,
+        every: int,
+        most: int | None = None,
+    ) -> None:
         self._trainer, self._engines, self._sampling = trainer, dict(engines), sampling
-        self.every = every
+        self.every, self._most = every, most
         self.warm: set[str] = set()
 
     async def run(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
         """Metrics "draft/ARM/..." of a step that has been rolled out but not trained on."""
         requests, recorded = _requests(samples, self._sampling)
+        if self._most is not None:
+            requests = requests[: max(1, self._most // self._sampling.n)]
         found: dict[str, float] = {}
         for arm, engine in self._engines.items():
             await publish(_View(trainer=self._trainer, arm=arm), engine, 2 * step)  # type: ignore[arg-type]

@@ -43,13 +43,17 @@ class DraftingTrainer:
 
     The states of the policy's own training forward are what drafts learn from. They are used before the update, with the weights
     that made them, and never reach the policy's gradient, clip norm or optimizer. `seed` is the key of the rollouts' noise.
+    Accept lengths are estimated, and drafts that are not trained looked at, every `measure_every` steps.
     """
 
-    def __init__(self, inner: FsdpTrainer, arms: Mapping[str, Arm], *, seed: int = 0, alarm: float = 0.1) -> None:
+    def __init__(
+        self, inner: FsdpTrainer, arms: Mapping[str, Arm], *, seed: int = 0, alarm: float = 0.1, measure_every: int = 1
+    ) -> None:
         self.inner = inner
         self.arms = dict(arms)
         self.seed = seed
         self.alarm = alarm
+        self.measure_every = measure_every
         self.served: dict[str, float] = {}
         """What the engine says of the rollouts of the step to come: "steps", "drafted", "accepted"; set by the feed."""
         self.num_steps = 0
@@ -121,11 +125,15 @@ class DraftingTrainer:
     def before_update(self) -> None:
         """Train every draft on what was kept."""
         policy = self._policy()
+        measure = self.num_steps % self.measure_every == 0
         for name, arm in self.arms.items():
+            if not (arm.train or measure):
+                continue
             started = time.perf_counter()
             streams = [part for numbers, stream in self._held if (part := _part(numbers, stream, self._wanted[name])) is not None]
             total = self._total if self.inner.parallel.size > 1 else None
-            self._made[name].append(arm.trainer.step(streams, policy, train=arm.train, total=total))
+            made = arm.trainer.step(streams, policy, train=arm.train, measure=measure, total=total)
+            self._made[name].append(made)
             if policy.head.is_cuda:
                 torch.cuda.synchronize(policy.head.device)
             arm.seconds += time.perf_counter() - started

@@ -118,8 +118,16 @@ class DraftTrainer:
                 used += rows[number]
         return sorted(chosen)
 
-    def step(self, streams: Sequence[DraftStream], policy: Policy, *, train: bool = True, total: Sum | None = None) -> DraftStep:
-        """One update on all streams together; with `train` off only loss and estimate.
+    def step(
+        self,
+        streams: Sequence[DraftStream],
+        policy: Policy,
+        *,
+        train: bool = True,
+        measure: bool = True,
+        total: Sum | None = None,
+    ) -> DraftStep:
+        """One update on all streams together; with `train` off only loss and estimate, with `measure` off no estimate.
 
         With several processes each brings its own streams and the same `total`, which adds over all of them.
         """
@@ -134,7 +142,8 @@ class DraftTrainer:
         losses, accepted, found = torch.zeros(self.config.depths), torch.zeros(self.config.depths), Estimate()
         self.optimizer.clear()
         for stream, targets, fresh in prepared:
-            loss, by_depth, acceptance = self._pass(stream, targets, policy, labels, found if fresh else None, train)
+            counted = found if fresh and measure else None
+            loss, by_depth, acceptance = self._pass(stream, targets, policy, labels, counted, train)
             losses, accepted = losses + by_depth, accepted + acceptance
             if train and loss.requires_grad:
                 loss.backward()
