@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from miles_kernels.nn.checkpoint import random_decoder
+from miles_kernels.nn.checkpoint import load_decoder, random_decoder, write_model
 from miles_kernels.nn.config import DecoderConfig
 from miles_kernels.nn.decoder import PackedKV
 from miles_kernels.ops.attention import decode_plan, packed_plan
 from miles_kernels.ops.norm import rms_norm
 from miles_spec.models import DraftModel, Eagle3Config, Eagle3Draft, MtpConfig, MtpDraft, UnrollPlan
+from miles_spec.models.store import draft_tensors, load_draft, policy_drafts, save_draft
 
 POLICY = DecoderConfig(
     family="qwen3", vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
@@ -214,3 +216,34 @@ def test_taps_are_the_residual_stream_and_change_nothing() -> None:
         assert torch.equal(taps[0], policy.embed_tokens[ids])
         assert torch.equal(rms_norm(taps[4], policy.norm, POLICY.rms_norm_eps), hidden)
         assert not torch.equal(taps[2], taps[4])
+
+
+@pytest.mark.parametrize("name", ["mtp", "moe", "window", "distinct", "eagle3"])
+def test_directories_round_trip(name: str, tmp_path: Path) -> None:
+    model = draft(name)
+    save_draft(model, tmp_path)
+    policy = {"moe": MOE, "window": WINDOW}.get(name, POLICY)
+    loaded = load_draft(tmp_path, policy)
+    assert loaded.config == model.config
+    state = dict(loaded.named_state())
+    assert all(torch.equal(tensor, state[n]) for n, tensor in model.named_state())
+    assert load_draft(tmp_path).config == model.config
+    with pytest.raises(ValueError, match="does not fit the policy: hidden_size is 32, the policy's 64"):
+        load_draft(tmp_path, dataclasses.replace(policy, hidden_size=64))
+
+
+def test_layers_that_a_policy_carries(tmp_path: Path) -> None:
+    policy, model = random_decoder(POLICY, 0), draft("mtp")
+    data = POLICY.to_hf() | {"num_nextn_predict_layers": 1}
+    head = {"model.layers.4.shared_head.head.weight": policy.head.detach()}
+    write_model(tmp_path, dict(policy.hf_state()) | dict(model.named_state()) | head, data)
+    config = policy_drafts(tmp_path, POLICY)
+    assert config == model.config
+    with pytest.raises(ValueError, match=r"unexpected model\.layers\.4\.enorm"):
+        load_decoder(tmp_path)
+    whole = load_decoder(tmp_path, beside=draft_tensors(config))
+    assert torch.equal(whole.head, policy.head)
+    loaded = load_draft(tmp_path, POLICY, shared={"lm_head": policy.head})
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    with pytest.raises(ValueError, match="differs from the policy's lm_head"):
+        load_draft(tmp_path, POLICY, shared={"lm_head": policy.head + 1})

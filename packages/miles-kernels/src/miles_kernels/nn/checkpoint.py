@@ -44,11 +44,11 @@ _TOKENIZER_FILES = (
 def load_config(model_dir: str | Path) -> DecoderConfig:
     """Read `config.json`, and the end-of-sequence ids `generation_config.json` adds. Raises ValueError naming file and field."""
     path = Path(model_dir)
-    config = DecoderConfig.from_hf(_read_json(path / "config.json"), where=str(path / "config.json"))
+    config = DecoderConfig.from_hf(read_json(path / "config.json"), where=str(path / "config.json"))
     extra = path / "generation_config.json"
     if not extra.is_file():
         return config
-    ids = _read_json(extra).get("eos_token_id")
+    ids = read_json(extra).get("eos_token_id")
     more = () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
     data = {name: getattr(config, name) for name in config.__dataclass_fields__}
     try:
@@ -64,8 +64,9 @@ def load_decoder(
     *,
     device: str | torch.device = "cpu",
     verify: Verify | None = None,
+    beside: Callable[[str], bool] = lambda name: False,
 ) -> Decoder:
-    """Build the decoder a model directory describes. Weights are cast to `dtype`.
+    """Build the decoder a model directory describes. Weights are cast to `dtype`; names that `beside` is true of are another's.
 
     Raises ValueError naming the file, and the tensor where there is one: missing or truncated file, checksum or `verify`
     failure, missing, unexpected or misshaped tensors (all of them at once).
@@ -73,7 +74,7 @@ def load_decoder(
     config = load_config(model_dir)
     decoder = Decoder(config, contract, dtype=dtype, device=device)
     try:
-        decoder.load_hf_state(iter_tensors(model_dir, verify=verify))
+        decoder.load_hf_state(pair for pair in iter_tensors(model_dir, verify=verify) if not beside(pair[0]))
     except ValueError as error:
         message = str(error)
         raise ValueError(message if message.startswith(str(model_dir)) else f"{model_dir}: {message}") from None
@@ -140,6 +141,17 @@ def save_decoder(
     return written + (copy_tokenizer(tokenizer_from, path) if tokenizer_from is not None else [])
 
 
+def write_model(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> list[Path]:
+    """Write tensors by name to one model.safetensors with checksums, and `config` to config.json; returns the files."""
+    path.mkdir(parents=True, exist_ok=True)
+    kept = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    checksums = {name: _crc32(tensor) for name, tensor in kept.items()}
+    _write_safetensors(path / SINGLE, kept, {"format": "pt", _CHECKSUMS: json.dumps(checksums)})
+    written = [path / SINGLE, _write_json(path / "config.json", config)]
+    _remove_stale(path, written)
+    return written
+
+
 def copy_tokenizer(source: str | Path, target: str | Path) -> list[Path]:
     """Copy the tokenizer files of one model directory to another; raises ValueError when there are none."""
     source, target = Path(source), Path(target)
@@ -159,7 +171,7 @@ def iter_tensors(model_dir: str | Path, *, verify: Verify | None = None) -> Iter
     """
     path = Path(model_dir)
     if (path / INDEX).is_file():
-        weight_map = _read_json(path / INDEX).get("weight_map")
+        weight_map = read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{path / INDEX}: no weight_map")
         shards: dict[str, list[str]] = {}
@@ -253,7 +265,8 @@ def _remove_stale(path: Path, written: list[Path]) -> None:
             old.unlink(missing_ok=True)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object of a model directory. Raises ValueError naming the file when it is missing or something else."""
     if not file.is_file():
         raise ValueError(f"{file}: no such file; a model directory holds config.json and safetensors weights")
     try:

@@ -6,6 +6,8 @@ import msgspec
 
 DRAFTS = ("none", "ngram", "suffix", "mtp", "eagle3")
 VERIFICATIONS = ("gumbel", "rejection", "greedy")
+DRAFT_PREFIX = "draft."
+"""Before the names of a draft model's tensors in a weight update, which may bring all of them or none."""
 MAX_DRAFT = 15
 """A page holds at least 16 tokens: the last token and its drafts never lie on more than two."""
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from miles_kernels.nn.decoder import Decoder
 from miles_rollout.engine import MEMORY_TAGS
-from miles_rollout.engines.embedded.config import EmbeddedConfig
+from miles_rollout.engines.embedded.config import DRAFT_PREFIX, EmbeddedConfig
 from miles_rollout.engines.embedded.experts import ExpertStore
 from miles_rollout.engines.embedded.features import FeatureStore
 from miles_rollout.engines.embedded.flight import Flight
@@ -168,6 +171,8 @@ class EngineCore:
         """
         ready = self.retract_all()
         self._take(staged)
+        if self.speculator is not None:
+            self.speculator.forget(version if any(name.startswith(DRAFT_PREFIX) for name in staged) else None)
         self._decoder.freeze_quantized()
         self.weight_version = version
         self.released.discard("new weights")
@@ -183,7 +188,17 @@ class EngineCore:
         """End what belongs to this core outside this process: nothing, here."""
 
     def _take(self, staged: Staged) -> None:
-        swap(self._decoder.hf_state(), staged)
+        with_draft = any(name.startswith(DRAFT_PREFIX) for name in staged)
+        drafted = [(DRAFT_PREFIX + n, torch.empty_like(t)) for n, t in self.draft_state()] if with_draft else []
+        swap(itertools.chain(self._decoder.hf_state(), drafted), staged)
+        if drafted:
+            assert self.speculator is not None and isinstance(self.speculator.draft, DraftModel)
+            self.speculator.draft.load_named((name.removeprefix(DRAFT_PREFIX), tensor) for name, tensor in drafted)
+
+    def draft_state(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in a checkpoint, tensor) of the draft model's weights; nothing without one."""
+        if self.speculator is not None and isinstance(self.speculator.draft, DraftModel):
+            yield from self.speculator.draft.named_state()
 
     def release(self, tags: Iterable[str]) -> None:
         """Give back the memory that `tags` name. Raises ValueError for an unknown or released tag, or while sequences run."""

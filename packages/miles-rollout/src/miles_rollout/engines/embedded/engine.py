@@ -16,7 +16,7 @@ import torch
 from miles_kernels.nn.decoder import Decoder
 from miles_rollout.engine import EngineRefusal, PauseMode
 from miles_rollout.engines.embedded.admission import Limits, check_request
-from miles_rollout.engines.embedded.config import EmbeddedConfig
+from miles_rollout.engines.embedded.config import DRAFT_PREFIX, EmbeddedConfig
 from miles_rollout.engines.embedded.core import EngineCore
 from miles_rollout.engines.embedded.kv import PagedKV
 from miles_rollout.engines.embedded.reply import EngineFailure, Reply
@@ -25,6 +25,7 @@ from miles_rollout.engines.embedded.weights import check_manifest, dtype_name, s
 from miles_rollout.text import Tokenizer
 from miles_rollout.wire import EngineInfo, GenerateChunk, GenerateRequest, GenerateResult, WeightManifest
 from miles_spec.draft import Draft
+from miles_spec.models.base import DraftModel
 
 _LIVENESS_S = 2.0
 """How often a waiter looks whether the engine thread still lives."""
@@ -56,19 +57,21 @@ class EmbeddedEngine:
         model: str = "",
         weight_version: int = 0,
         eos_token_ids: tuple[int, ...] | None = None,
-        draft: Draft | None = None,
+        draft: Draft | DraftModel | None = None,
     ) -> None:
         config = config or EmbeddedConfig()
         config.validate()
         device = next(decoder.parameters()).device
         page_size = config.page_size_on(device.type)
-        num_pages = _num_pages(decoder, config, page_size)
+        num_pages = _num_pages(decoder, config, page_size, draft)
         max_context = min(config.max_context or decoder.config.max_position_embeddings, decoder.config.max_position_embeddings)
         eos = tuple(sorted({*decoder.config.eos_token_ids, *tokenizer.eos_token_ids})) if eos_token_ids is None else eos_token_ids
         self.config = config
         self.tokenizer = tokenizer
         records_experts = config.record_routed_experts or decoder.config.num_experts == 0
-        self._limits = Limits(decoder.config.vocab_size, max_context, page_size, num_pages, records_experts)
+        self._limits = Limits(
+            decoder.config.vocab_size, max_context, page_size, num_pages, records_experts, not config.draft_tree
+        )
         self._held = {name: (tuple(t.shape), dtype_name(t.dtype)) for name, t in decoder.hf_state()}
         self._digest = decoder.contract.digest
         self._decoder = decoder
@@ -78,14 +81,14 @@ class EmbeddedEngine:
         self._eos = frozenset(eos)
         self._core: EngineCore | None = None
         if config.tensor_parallel == 1:
-            self._core = EngineCore(
-                decoder, tokenizer, config, num_pages=num_pages, weight_version=weight_version, draft=draft
-            )
+            self._core = EngineCore(decoder, tokenizer, config, num_pages=num_pages, weight_version=weight_version, draft=draft)
         else:
             from miles_rollout.engines.embedded.lead import lead
 
             core = lead(decoder, tokenizer, config, num_pages=num_pages, weight_version=weight_version)
             self._core, self._decoder, self._digest = core, core.decoder, core.decoder.contract.digest
+        drafted = dict(self._core.draft_state())
+        self._held_draft = {DRAFT_PREFIX + n: (tuple(t.shape), dtype_name(t.dtype)) for n, t in drafted.items()}
         self._metrics = self._core.metrics()
         self._arrivals = itertools.count()
         self._lock = threading.Condition()
@@ -182,7 +185,7 @@ class EmbeddedEngine:
         await self._refusable(lambda core: core.restore(tags))
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(HF name, tensor) of the weights held, as views; do not change them, and do not keep them over an update.
+        """(HF name, tensor) of the weights held, a draft model's under "draft."; do not change them or keep them over an update.
 
         Raises ValueError where they are divided over several processes: those take whole updates only.
         """
@@ -190,6 +193,9 @@ class EmbeddedEngine:
             raise ValueError(f"the weights are divided over {self.config.tensor_parallel} processes; send a full update")
         for name, tensor in self._decoder.hf_state():
             yield name, tensor.detach()
+        core = self._core
+        for name, tensor in () if core is None else core.draft_state():
+            yield DRAFT_PREFIX + name, tensor
 
     def info(self) -> EngineInfo:
         """Model, contract digest, weight version, limits."""
@@ -313,7 +319,9 @@ class EmbeddedEngine:
 
     def _update_weights(self, manifest: WeightManifest, tensors: Iterable[tuple[str, Any]]) -> None:
         with self._updating:
-            check_manifest(manifest, self._held, version=self._version, contract_digest=self._digest)
+            with_draft = any(spec.name.startswith(DRAFT_PREFIX) for spec in manifest.tensors)
+            held = self._held | (self._held_draft if with_draft else {})
+            check_manifest(manifest, held, version=self._version, contract_digest=self._digest)
             staged = stage(manifest, tensors, self.device)
 
             refusal: list[ValueError] = []
@@ -413,10 +421,25 @@ class EmbeddedEngine:
         self._core = None
 
 
-def _num_pages(decoder: Decoder, config: EmbeddedConfig, page_size: int) -> int:
+def _draft_bytes(decoder: Decoder, draft: Draft | DraftModel | None, page_size: int) -> int:
+    """What a draft model keeps beside a page: its own keys and values, and what it reads of the policy."""
+    if not isinstance(draft, DraftModel):
+        return 0
+    block, dtype = draft.config.block, decoder.embed_tokens.dtype
+    own = PagedKV.page_bytes(
+        layers=block.num_hidden_layers,
+        kv_heads=block.num_key_value_heads,
+        head_dim=block.head_dim,
+        page_size=page_size,
+        dtype=dtype,
+    )
+    return own + page_size * draft.config.num_features * dtype.itemsize
+
+
+def _num_pages(decoder: Decoder, config: EmbeddedConfig, page_size: int, draft: Draft | DraftModel | None) -> int:
     """Pages the configuration asks for, and no more than could ever be used."""
     shape = decoder.config
-    page_bytes = PagedKV.page_bytes(
+    page_bytes = _draft_bytes(decoder, draft, page_size) + PagedKV.page_bytes(
         layers=shape.num_hidden_layers,
         kv_heads=max(1, shape.num_key_value_heads // config.tensor_parallel),
         head_dim=shape.head_dim,
@@ -426,7 +449,6 @@ def _num_pages(decoder: Decoder, config: EmbeddedConfig, page_size: int) -> int:
     num_pages = config.kv_memory_bytes // page_bytes if config.num_pages is None else config.num_pages
     if num_pages < 1:
         raise ValueError(
-            f"kv_memory_bytes={config.kv_memory_bytes} holds no page; "
-            f"one page of {page_size} tokens takes {page_bytes} bytes"
+            f"kv_memory_bytes={config.kv_memory_bytes} holds no page; one page of {page_size} tokens takes {page_bytes} bytes"
         )
     return num_pages

@@ -7,10 +7,13 @@ from pathlib import Path
 import torch
 
 from miles_kernels.contract import Contract
-from miles_kernels.nn.checkpoint import load_decoder
+from miles_kernels.nn.checkpoint import load_config, load_decoder
+from miles_kernels.nn.decoder import Decoder
 from miles_rollout.engines.embedded.config import EmbeddedConfig
 from miles_rollout.engines.embedded.engine import EmbeddedEngine
 from miles_rollout.text import Tokenizer, load_tokenizer
+from miles_spec.models.base import DraftModel
+from miles_spec.models.store import draft_tensors, load_draft, policy_drafts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -35,5 +38,24 @@ def load_engine(
     path = Path(model_dir)
     if not path.is_dir():
         raise ValueError(f"{path}: not a directory; the embedded engine loads a local model directory")
-    decoder = load_decoder(path, contract or Contract.for_device(device, dtype), DTYPES[dtype], device=device)
-    return EmbeddedEngine(decoder, tokenizer or load_tokenizer(path), config, model=str(path), weight_version=weight_version)
+    contract = contract or Contract.for_device(device, dtype)
+    carried = policy_drafts(path, load_config(path))
+    beside = draft_tensors(carried) if carried is not None else lambda name: False
+    decoder = load_decoder(path, contract, DTYPES[dtype], device=device, beside=beside)
+    draft = _draft_model(path, config, decoder, carried is not None)
+    tokenizer = tokenizer or load_tokenizer(path)
+    return EmbeddedEngine(decoder, tokenizer, config, model=str(path), weight_version=weight_version, draft=draft)
+
+
+def _draft_model(path: Path, config: EmbeddedConfig | None, decoder: Decoder, carried: bool) -> DraftModel | None:
+    """The draft with weights that the settings name. Layers that the policy's directory carries are left out when they do not."""
+    if config is None or config.draft not in ("mtp", "eagle3"):
+        return None
+    if config.draft_path is None and not carried:
+        raise ValueError(f"{path}: it carries no MTP layers (no num_nextn_predict_layers); name a directory with draft_path")
+    folder, weight = config.draft_path or path, decoder.embed_tokens
+    shared = {"embed_tokens": decoder.embed_tokens.detach(), "lm_head": decoder.head.detach()}
+    draft = load_draft(folder, decoder.config, decoder.contract, dtype=weight.dtype, device=weight.device, shared=shared)
+    if draft.config.kind != config.draft:
+        raise ValueError(f"{folder}: a draft of kind {draft.config.kind!r}, but draft={config.draft!r}")
+    return draft.requires_grad_(False)

@@ -124,6 +124,8 @@ class Speculator:
         self.controller = controller
         self.rejects = False
         """Whether tokens depend on the draft: verification by rejection."""
+        self.draft_version = 0
+        """The weight version that the draft model's weights came with."""
         self._make = make
         self._proposed_at: np.ndarray = np.zeros(MAX_DRAFT, np.int64)
         self._accepted_at: np.ndarray = np.zeros(MAX_DRAFT, np.int64)
@@ -137,8 +139,9 @@ class Speculator:
         self.draft = draft
         self.proposer = self._make(draft)
 
-    def forget(self) -> None:
-        """Weights have changed: what a draft model made with the old ones is made again."""
+    def forget(self, version: int | None = None) -> None:
+        """Weights have changed, with `version` the draft's: what a draft model made with the old ones is made again."""
+        self.draft_version = self.draft_version if version is None else version
         self.proposer.forget()
 
     def lengths(self, sequences: Many[Sequence], left: np.ndarray, budget: int) -> np.ndarray | None:
@@ -211,6 +214,8 @@ class Speculator:
         for i in range(self.num_draft):
             asked = int(self._proposed_at[i])
             figures[f"spec_accept_rate_at_{i}"] = int(self._accepted_at[i]) / asked if asked else 0.0
+        if isinstance(self.draft, DraftModel):
+            figures["spec_draft_version"] = self.draft_version
         if self.controller is not None:
             figures["spec_draft_length"] = self.controller.length
         return figures
@@ -294,5 +299,7 @@ def make_controller(config: EmbeddedConfig) -> Controller | None:
 
 
 def named_draft(config: EmbeddedConfig) -> Draft | None:
-    """The draft without weights that the settings name; None for none, and for one with weights."""
+    """The draft without weights that the settings name, None for none. Raises ValueError for one with weights."""
+    if config.draft in ("mtp", "eagle3"):
+        raise ValueError(f"draft={config.draft!r}: an engine made of a decoder takes the draft model as an argument")
     return DRAFTS[config.draft]() if config.draft in DRAFTS else None
