@@ -36,6 +36,7 @@ from miles_core.trainer.state import read_state, write_state
 from miles_core.trainer.update import Update, batch_digest, non_finite, summary
 from miles_kernels.contract import Contract
 from miles_kernels.nn.decoder import Decoder
+from miles_kernels.ops.chain import UNIT
 
 SCHEMA = 1
 
@@ -94,6 +95,9 @@ class FsdpTrainer:
             model=self.decoder, rank=self.parallel.rank if several else None,
         )  # fmt: skip
         self._observer: TrainObserver | None = None
+        self._chained = config.gradients == "chained"
+        if self._chained:
+            self.model.require_chain()
 
     def observe(self, observer: TrainObserver, layers: Sequence[int] = ()) -> None:
         """Let `observer` look on from now on, also at the residual stream before `layers`, in one process only."""
@@ -204,12 +208,14 @@ class FsdpTrainer:
         """The summed gradients of `blocks`, and what is known of their loss. Changes no weights."""
         self.optimizer.clear()
         result = _Update()
+        if self._chained:
+            self.model.begin_chain()
         for micro in self._microbatches(batch, blocks):
             self._backward(batch, micro, old_N, result)
             if self._speaks and not micro.idle:
                 result.num_microbatches += 1
                 result.num_forward_tokens += sum(micro.lengths)
-        gradients = self.optimizer.gradients()
+        gradients = self.model.end_chain() if self._chained else self.optimizer.gradients()
         self.model.reduce(gradients)
         norm = self.model.norm(gradients)
         self._read(result, seen_N)
@@ -279,7 +285,8 @@ class FsdpTrainer:
         weight_S = batch.loss_weights(blocks, reduction, self.algorithm.constant_tokens)
         mine = shard(batch, blocks, self.layout.data_rank(self.parallel.rank), self.layout.num_data)
         budget, device = self.config.max_tokens_per_microbatch, self.model.device
-        return microbatches(batch, mine, budget, weight_S, device, self.model.context, self.parallel.most)
+        unit = UNIT if self._chained else 1
+        return microbatches(batch, mine, budget, weight_S, device, self.model.context, self.parallel.most, unit)
 
     def _read(self, result: _Update, seen_N: Tensor) -> None:
         """Loss and statistics summed over micro-batches and processes, and `seen_N` set: the one place that waits for the device.

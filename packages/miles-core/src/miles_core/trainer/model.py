@@ -14,6 +14,7 @@ from miles_core.trainer.optim import Optimized, sum_of_squares
 from miles_core.trainer.packing import Microbatch
 from miles_core.trainer.weights import Owned, hf_slices
 from miles_kernels.nn.decoder import Decoder, PackedKV
+from miles_kernels.ops.chain import begin, take
 from miles_kernels.ops.logprob import LogprobOutput
 
 
@@ -46,11 +47,38 @@ class WholeModel:
         taps: dict[int, Tensor | None] = dict.fromkeys(self.tapped)
         hidden = self.decoder(micro.token_ids, micro.positions, PackedKV(micro.plan), taps=taps or None)
         self._show(micro, hidden, taps)
-        return self.decoder.logprob(hidden.index_select(0, micro.source_index), micro.targets, micro.temperature)
+        if micro.head is None:
+            return self.decoder.logprob(hidden.index_select(0, micro.source_index), micro.targets, micro.temperature)
+        index, keep = micro.head
+        heat = micro.temperature[index] if isinstance(micro.temperature, Tensor) else micro.temperature
+        out = self.decoder.logprob(hidden.index_select(0, micro.source_index[index]), micro.targets[index], heat)
+        return LogprobOutput(*(None if each is None else each.index_select(0, keep) for each in out))
 
     def _show(self, micro: Microbatch, hidden: Tensor, taps: Mapping[int, Tensor | None]) -> None:
         if self.watcher is not None and not micro.idle and torch.is_grad_enabled():
             self.watcher(micro, hidden.detach(), {layer: x.detach() for layer, x in taps.items() if x is not None})
+
+    def require_chain(self) -> None:
+        """Raise ValueError unless the gradients of all weights can be chained over micro-batches."""
+        config, what = self.decoder.config, 'trainer.gradients = "chained"'
+        if config.num_experts:
+            raise ValueError(f"{what}: an expert's rows do not come in whole units of tokens; use summed")
+        if config.attention_bias or config.output_bias or config.mlp_bias:
+            raise ValueError(f"{what}: the gradients of biases are not chained; use summed")
+        if self.decoder.contract.precision != "full":
+            raise ValueError(f"{what}: float8 products are not chained; use summed")
+
+    def begin_chain(self) -> None:
+        """From now on the gradients of all weights are sums that each backward pass continues."""
+        for name, parameter in self.decoder.named_parameters():
+            if parameter.requires_grad:
+                begin(parameter, looked_up=name == "embed_tokens")
+
+    def end_chain(self) -> list[Tensor]:
+        """The finished gradients, float32, in the order of `optimized`."""
+        strays = [name for name, p in self.decoder.named_parameters() if p.grad is not None]
+        assert not strays, f"gradients beside the chain: {strays}"
+        return [take(p) for p in self.decoder.parameters() if p.requires_grad]
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """(HF name, tensor) of every weight; views, valid until the next step."""

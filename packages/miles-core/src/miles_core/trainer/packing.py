@@ -45,6 +45,9 @@ class Microbatch:
     """Tokens of each segment of the stream; they sum to T."""
     parents: tuple[int, ...]
     """The earlier segment each one continues, or -1."""
+    head: tuple[Tensor, Tensor] | None = None
+    """With sequences filled up to whole units: which of the M trained tokens each row of the head computes, a sequence's last
+    one several times, and the row that counts for each of the M; int64."""
     leaves: tuple[int, ...] = ()
     """[R] the segment each sequence ends in: its rows are all of that one and of those it continues."""
     part: ContextPart | None = None
@@ -72,11 +75,13 @@ def require_fit(batch: TrainBatch, max_tokens: int, num_context: int = 1) -> Non
         )
 
 
-def cut(batch: TrainBatch, blocks: Sequence[int], max_tokens: int, share: bool = True) -> list[list[list[int]]]:
+def cut(
+    batch: TrainBatch, blocks: Sequence[int], max_tokens: int, share: bool = True, unit: int = 1
+) -> list[list[list[int]]]:
     """Micro-batches as lists of blocks as lists of sequence numbers: filled in order, none above `max_tokens`.
 
     No sequence may exceed the budget alone (`require_fit`). Without `share`, every sequence is a piece of its own and carries its
-    own copy of the prompt.
+    own copy of the prompt. Sequences are counted in whole `unit`s of tokens.
     """
     result: list[list[list[int]]] = []
     used = max_tokens + 1
@@ -86,11 +91,11 @@ def cut(batch: TrainBatch, blocks: Sequence[int], max_tokens: int, share: bool =
         for s in batch.blocks[number]:
             prompt, own = batch.prompt_len[s], batch.last[s] - batch.prompt_len[s]
             assert prompt + own <= max_tokens, batch.names[s]
-            cost = own if piece and share else prompt + own
+            cost = own if piece and share else prompt + own + -(prompt + own) % unit
             fresh = not piece and used + min(whole, max_tokens) > max_tokens
             if fresh or used + cost > max_tokens:
                 result.append([])
-                used, piece, cost = 0, [], prompt + own
+                used, piece, cost = 0, [], prompt + own + -(prompt + own) % unit
             if not piece:
                 result[-1].append(piece)
             piece.append(s)
@@ -98,8 +103,11 @@ def cut(batch: TrainBatch, blocks: Sequence[int], max_tokens: int, share: bool =
     return result if share else [[[s] for piece in pieces for s in piece] for pieces in result]
 
 
-def pack(batch: TrainBatch, pieces: Sequence[Sequence[int]], weight_S: Tensor) -> Microbatch:
-    """Lay out one micro-batch; `weight_S` [S] float64 is the loss weight of each sequence's tokens."""
+def pack(batch: TrainBatch, pieces: Sequence[Sequence[int]], weight_S: Tensor, unit: int = 1) -> Microbatch:
+    """Lay out one micro-batch; `weight_S` [S] float64 is the loss weight of each sequence's tokens.
+
+    With a `unit` above 1, for pieces of one sequence each, every sequence is filled up to whole units with its last token.
+    """
     source: list[int] = []
     length: list[int] = []
     parent: list[int] = []
@@ -128,10 +136,14 @@ def pack(batch: TrainBatch, pieces: Sequence[Sequence[int]], weight_S: Tensor) -
                 source.append(batch.start[s] + skip)
                 length.append(own)
                 parent.append(root if shared else -1)
-                rows += own
+                rows += own + -own % unit
             leaves.append(len(length) - 1 if own else root)
-    plan, positions = packed_plan(length, parent)
-    gather = _ranges(source, length)
+    room = [each + -each % unit for each in length]
+    plan, positions = packed_plan(room, parent, alone=unit > 1)
+    gather = _ranges(source, room)
+    if unit > 1:
+        last = (torch.tensor(length) - 1).repeat_interleave(torch.tensor(room))
+        gather, positions = gather - (positions - last).clamp(min=0), torch.minimum(positions, last)
     token_index = _ranges(_offsets(batch)[members].tolist(), [batch.num_trained[s] for s in members])
     count_R = torch.tensor([batch.num_trained[s] for s in members])
     sequence = torch.arange(len(members)).repeat_interleave(count_R)
@@ -141,8 +153,9 @@ def pack(batch: TrainBatch, pieces: Sequence[Sequence[int]], weight_S: Tensor) -
     member_R = torch.tensor(members)
     temperature_R = batch.temperature[member_R]
     return Microbatch(
-        lengths=tuple(length),
+        lengths=tuple(room),
         parents=tuple(parent),
+        head=_whole_units(count_R, unit) if unit > 1 else None,
         leaves=tuple(leaves),
         token_ids=batch.token_ids[gather],
         positions=positions,
@@ -186,17 +199,18 @@ def microbatches(
     device: torch.device | None = None,
     context: tuple[int, int] = (0, 1),
     rounds: Callable[[int], int] = int,
+    unit: int = 1,
 ) -> Iterator[Microbatch]:
     """The micro-batches of some blocks, laid out one at a time, on a device. On CUDA prompts are not shared.
 
     `context` = (this process, processes) that each stream is cut over. `rounds` turns the own number of micro-batches into the
-    number to yield: what is missing is idle.
+    number to yield: what is missing is idle. With a `unit` above 1 sequences are filled up to it, and no prompt is shared.
     """
     on_cuda = device is not None and device.type == "cuda"
     rank, size = context
-    pieces_of = cut(batch, blocks, max_tokens * size, share=not on_cuda)
+    pieces_of = cut(batch, blocks, max_tokens * size, share=not on_cuda and unit == 1, unit=unit)
     for number in range(rounds(len(pieces_of))):
-        micro = pack(batch, pieces_of[number], weight_S) if number < len(pieces_of) else idle(batch)
+        micro = pack(batch, pieces_of[number], weight_S, unit) if number < len(pieces_of) else idle(batch)
         if size > 1:
             micro = split_context(micro, rank, size)
         yield _to_cuda(micro, device) if on_cuda else micro
@@ -233,6 +247,7 @@ def _to_cuda(micro: Microbatch, device: torch.device | None) -> Microbatch:
         plan=KVBatch.packed(list(micro.lengths), str(device)) if part is None else part.cuda_plan(device),
         part=None if part is None else part.to(device),
         temperature=to_device(heat, device) if isinstance(heat, Tensor) else heat,
+        head=None if micro.head is None else (to_device(micro.head[0], device), to_device(micro.head[1], device)),
         **moved,
     )
 
@@ -257,6 +272,16 @@ def shard(batch: TrainBatch, blocks: Sequence[int], rank: int, size: int) -> lis
         owner[block] = target
         load[target] += batch.block_tokens(block)
     return [block for block in blocks if owner[block] == rank]
+
+
+def _whole_units(count_R: Tensor, unit: int) -> tuple[Tensor, Tensor]:
+    """`Microbatch.head` for sequences of so many trained tokens."""
+    room_R = count_R + -count_R % unit
+    first_R, start_R = count_R.cumsum(0) - count_R, room_R.cumsum(0) - room_R
+    place = torch.arange(int(room_R.sum())) - start_R.repeat_interleave(room_R)
+    index = first_R.repeat_interleave(room_R) + torch.minimum(place, (count_R - 1).repeat_interleave(room_R))
+    keep = torch.arange(int(count_R.sum())) + (start_R - first_R).repeat_interleave(count_R)
+    return index, keep
 
 
 def _offsets(batch: TrainBatch) -> Tensor:

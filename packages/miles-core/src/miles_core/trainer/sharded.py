@@ -139,6 +139,10 @@ class ShardedModel(WholeModel):
                 module.set_force_sum_reduction_for_comms(True)
                 module.set_custom_reduce_scatter(OrderedReduceScatter())
 
+    def require_chain(self) -> None:
+        """Refuse: what several processes sum has no order of micro-batches."""
+        raise ValueError('trainer.gradients = "chained" is for one process; use summed')
+
     # ---- what lies where
 
     def weights(self) -> dict[str, Owned]:

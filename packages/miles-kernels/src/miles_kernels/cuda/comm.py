@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from miles_kernels.ops.chain import add_product, main_of
+
 SHARDS = 8
 """Logical shards: part of the numeric contract. Tensor parallelism of 1, 2, 4 and 8 agree bit for bit."""
 
@@ -108,6 +110,10 @@ class _RowParallel(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         dx = _dgrad(grad, weight, x) if ctx.needs_input_grad[0] else None
+        main = main_of(weight)
+        if main is not None:
+            add_product(main, grad.contiguous(), x)
+            return dx, None, None, None
         return dx, _wgrad(grad, x, weight) if ctx.needs_input_grad[1] else None, None, None
 
 

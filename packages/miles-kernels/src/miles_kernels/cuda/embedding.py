@@ -26,10 +26,16 @@ class _Embedding(torch.autograd.Function):
     def forward(ctx: Any, token_ids: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(token_ids)
         ctx.rows = weight.shape[0]
+        ctx.lookup = getattr(weight, "main_lookup", None)
         return weight.index_select(0, token_ids)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None]:
+        if ctx.lookup is not None:
+            from miles_kernels.cuda.chain import add_lookup
+
+            add_lookup(ctx.lookup, ctx.saved_tensors[0], grad)
+            return None, None
         return None, _backward(ctx.saved_tensors[0], grad, ctx.rows)
 
 

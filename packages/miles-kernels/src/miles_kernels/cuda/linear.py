@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from miles_kernels.cuda.dispatch import product
+from miles_kernels.ops.chain import add_product, main_of
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -38,6 +39,10 @@ def backward(
     grad = grad.contiguous()
     narrow = grad if grad.dtype is x.dtype else grad.to(x.dtype)
     dx = product(narrow, weight, torch.empty_like(x), b_t=True) if needs[0] else None
+    main = main_of(weight)
+    if main is not None:
+        add_product(main, narrow, x.contiguous())
+        return dx, None, None
     dw = product(narrow, x, torch.empty_like(weight), a_t=True, b_t=True) if needs[1] else None
     db = grad.float().sum(0).to(bias_dtype) if needs[2] and bias_dtype is not None else None
     return dx, dw, db

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from miles_kernels.cuda.dispatch import product
 from miles_kernels.cuda.gemm_triton import descriptor, num_sms
+from miles_kernels.ops.chain import add_product, main_of
 
 BLOCK = 128
 ROW_CHUNK = 2048
@@ -216,13 +217,15 @@ def backward(
     bias: Tensor | None = None,
     *,
     needs: tuple[bool, bool, bool] = (True, True, True),
+    main: Tensor | None = None,
     chunks: tuple[int, int] | None = None,
     config: _Config | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias, one chunk of the vocabulary at a time in ascending order.
 
     The logit gradients of a chunk are rounded to bfloat16; d_hidden is summed over the chunks in 24 bits, d_weight over
-    the tokens in float32. A row of d_hidden does not depend on the other rows.
+    the tokens in float32. A row of d_hidden does not depend on the other rows. `main`: where the sum of the weight's goes on
+    (`ops.chain`), instead of a d_weight.
     """
     rows, size = hidden.shape
     vocab, device = weight.shape[0], hidden.device
@@ -251,6 +254,8 @@ def backward(
             )  # fmt: skip
             if d_hidden is not None and low is not None:
                 _add_product(dz, part, d_hidden[span], low[span], start == 0, start + step >= vocab)
+            if main is not None:
+                add_product(main[start : start + count], dz, x)
             if partial is not None:
                 product(dz, x, partial[:count], a_t=True, b_t=True, accumulate=top > 0)
             elif d_weight is not None:
@@ -373,10 +378,10 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g_logprob: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, inverse, normaliser, ent = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        needs, main = ctx.needs_input_grad[:3], main_of(weight)
         got = backward(
             (g_logprob, g_entropy if ctx.entropy else None),
             hidden, weight, targets, inverse, normaliser, ent, bias,
-            needs=needs,
+            needs=needs if main is None else (needs[0], False, needs[2]), main=main,
         )  # fmt: skip
         return (*got, None, None, None)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from miles_kernels.cuda.launch import cdiv, direct, eager, next_power_of_2
+from miles_kernels.ops.chain import UNIT, main_of
 
 TILE = 4096
 """Elements a program of the backward has in flight; short rows go several at a time."""
@@ -140,7 +141,7 @@ def _rms_norm_backward(grad: Tensor, extra: Tensor | None, x: Tensor, weight: Te
     return _backward(grad, extra, x, weight, eps)
 
 
-def _backward(grad: Tensor, extra: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _backward(grad: Tensor, extra: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
     """(gradient of x, `extra` added before the rounding; gradient of the weight)."""
     from miles_kernels.cuda.norm_kernels import rms_backward, sum_parts
 
@@ -149,13 +150,14 @@ def _backward(grad: Tensor, extra: Tensor | None, x: Tensor, weight: Tensor, eps
     width = x.shape[-1]
     pad = next_power_of_2(width)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    weight = weight.contiguous()
+    weight_given, weight = weight, weight.contiguous()
     dw = torch.zeros_like(weight)
     if not x.numel():
         return dx, dw
     # one program per block of tokens and head: a tile of rows of one head, its share of the weight gradient behind it
-    rows = max(1, min(32, TILE // pad))
-    steps = max(16, SHARE // pad) // rows
+    main = main_of(weight_given)
+    rows = max(1, min(32 if main is None else UNIT, TILE // pad))
+    steps = (UNIT if main is not None else max(16, SHARE // pad)) // rows
     blocks = cdiv(tokens, rows * steps)
     part = torch.empty((heads, blocks, width), dtype=torch.float32, device=x.device)
     rms_backward[(blocks, heads)](
@@ -163,6 +165,11 @@ def _backward(grad: Tensor, extra: Tensor | None, x: Tensor, weight: Tensor, eps
         flat.stride(0), flat.stride(1), g.stride(0), g.stride(1),
         H=width, H_PAD=pad, ROWS=rows, STEPS=steps, HAS_EXTRA=extra is not None, num_warps=4 if pad <= 4096 else 8,
     )  # fmt: skip
+    if main is not None:
+        from miles_kernels.cuda.chain import add_parts
+
+        add_parts(main, part, (1,) * heads)
+        return dx, None
     sum_parts[(cdiv(width, 32), heads)](part, dw, blocks, width, ROWS=64, COLS=32, num_warps=4)
     return dx, dw
 

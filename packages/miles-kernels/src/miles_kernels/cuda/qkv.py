@@ -18,6 +18,7 @@ from miles_kernels.cuda import attention as base
 from miles_kernels.cuda.attention import KVBatch
 from miles_kernels.cuda.attention_op import run as attend
 from miles_kernels.cuda.launch import cdiv, next_power_of_2
+from miles_kernels.ops.chain import UNIT, main_of
 
 GRAD_TOKENS = 128
 """Tokens whose weight gradients one program sums: fixed, so the fold of the shares never changes."""
@@ -109,7 +110,11 @@ def turn_back(grad: Tensor, qkv: Tensor, qk_norm: Tensor | None, cos: Tensor, si
     tokens, dim = qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads)
     norm = qk_norm is not None
     rows = max(1, 2048 // next_power_of_2(dim))
-    steps = max(1, GRAD_TOKENS // rows)
+    main = None if qk_norm is None else main_of(qk_norm)
+    if main is not None:
+        rows, steps = min(rows, UNIT), UNIT // min(rows, UNIT)
+    else:
+        steps = max(1, GRAD_TOKENS // rows)
     blocks = cdiv(tokens, rows * steps)
     part = torch.empty((heads + kv_heads, blocks, dim) if norm else (1,), dtype=torch.float32, device=qkv.device)
     if tokens:
@@ -121,6 +126,11 @@ def turn_back(grad: Tensor, qkv: Tensor, qk_norm: Tensor | None, cos: Tensor, si
         return None
     if not tokens:
         return torch.zeros_like(qk_norm)
+    if main is not None:
+        from miles_kernels.cuda.chain import add_parts
+
+        add_parts(main, part, (heads, kv_heads))
+        return None
     d_norm = torch.empty_like(qk_norm)
     sum_kinds[(cdiv(dim, 32), 2)](part, d_norm, blocks, heads, kv_heads, D=dim, ROWS=64, COLS=32, num_warps=4)
     return d_norm

@@ -20,6 +20,7 @@ from miles_kernels.nn.config import DecoderConfig
 from miles_kernels.ops import fp8
 from miles_kernels.ops.act import swiglu
 from miles_kernels.ops.attention import AttentionPlan, attention
+from miles_kernels.ops.chain import main_of, part_of
 from miles_kernels.ops.embedding import embedding
 from miles_kernels.ops.linear import linear
 from miles_kernels.ops.logprob import LogprobOutput, linear_logprob
@@ -128,12 +129,20 @@ class DecoderLayer(nn.Module):
         qkv = qkv.view(-1, heads + 2 * kv_heads, config.head_dim)
         qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
         if self.qk_norm is not None:
-            weight = self.qk_norm.view(2, -1).index_select(0, self.head_kinds)
-            qk = rms_norm(qk, weight, config.rms_norm_eps)
+            qk = self._norm_heads(qk, self.qk_norm)
         q, k = apply_rope(qk, cos, sin).split((heads, kv_heads), dim=1)
         k_pool, v_pool = kv.update(self.index, k, v)
         out = attention(q, k_pool, v_pool, kv.plan, scale=self.scale, window=self.window, mode=mode)
         return self._linear(out.reshape(out.shape[0], -1), "o_proj", self.o_bias)
+
+    def _norm_heads(self, qk: Tensor, weight: Tensor) -> Tensor:
+        """Queries and keys [T, H + Hkv, D], normed."""
+        eps, main = self.config.rms_norm_eps, main_of(weight)
+        if main is None:
+            return rms_norm(qk, weight.view(2, -1).index_select(0, self.head_kinds), eps)
+        sizes = (self.config.num_attention_heads, self.config.num_key_value_heads)
+        parts = zip(qk.split(sizes, 1), weight.view(2, -1), main.view(2, -1), strict=True)
+        return torch.cat([rms_norm(heads, part_of(row, weight, total), eps) for heads, row, total in parts], 1)
 
     def _attend_fused(self, qkv: Tensor, cos: Tensor, sin: Tensor, kv: KVStore) -> Tensor:
         """Head norms, rotation, the write to the cache and attention [T, H, D] on CUDA."""
@@ -144,7 +153,10 @@ class DecoderLayer(nn.Module):
         if not isinstance(plan, KVBatch):
             raise ValueError(f"attention on CUDA reads a KVBatch (KVBatch.packed or .paged), not {type(plan).__name__}")
         sizes = Heads(config.num_attention_heads, config.num_key_value_heads, self.scale, self.window, config.rms_norm_eps)
-        norm = None if self.qk_norm is None else self.qk_norm.view(2, -1)
+        norm = None
+        if self.qk_norm is not None:
+            main = main_of(self.qk_norm)
+            norm = part_of(self.qk_norm.view(2, -1), self.qk_norm, None if main is None else main.view(2, -1))
         return attention_of(qkv, norm, cos, sin, plan, sizes, kv.target(self.index))
 
     def _feed_forward(self, x: Tensor, routed: dict[int, Tensor] | None) -> Tensor:

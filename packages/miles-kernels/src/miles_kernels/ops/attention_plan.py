@@ -206,11 +206,14 @@ def decode_plan(slot_table: Tensor, kv_len: Tensor) -> AttentionPlan:
     return AttentionPlan((bucket,), len(lens), one_each=True)
 
 
-def packed_plan(lengths: Sequence[int], parents: Sequence[int] | None = None) -> tuple[AttentionPlan, Tensor]:
+def packed_plan(
+    lengths: Sequence[int], parents: Sequence[int] | None = None, *, alone: bool = False
+) -> tuple[AttentionPlan, Tensor]:
     """Plan and `positions[T]` for sequences packed one after the other, the pool being the packed stream itself.
 
     `parents[i]` is the earlier sequence whose tokens (and whose own parents') are the prefix of sequence i, or -1. So a
-    prompt shared by a group is computed once. Raises ValueError for a parent that does not come earlier.
+    prompt shared by a group is computed once. With `alone` every sequence is a bucket of its own, so that the gradients of its
+    rows, too, do not depend on the others. Raises ValueError for a parent that does not come earlier.
     """
     parents = [-1] * len(lengths) if parents is None else list(parents)
     prefix, depth = [0] * len(lengths), [0] * len(lengths)
@@ -230,7 +233,7 @@ def packed_plan(lengths: Sequence[int], parents: Sequence[int] | None = None) ->
         return start_t[owner] - prefix_t[owner] + columns
 
     total = int(length_t.sum())
-    plan = _build(start_t.tolist(), lengths, prefix, total, slots)
+    plan = _build(start_t.tolist(), lengths, prefix, total, slots, alone)
     positions = torch.arange(total) + torch.repeat_interleave(prefix_t - start_t, length_t)
     return plan, positions
 
@@ -241,10 +244,15 @@ def _build(
     firsts: Sequence[int],
     num_tokens: int,
     slots: Callable[[Tensor, Tensor], Tensor],
+    alone: bool = False,
 ) -> AttentionPlan:
+    ends = [first + length for first, length in zip(firsts, lens, strict=True)]
+    groups = _group(lens, ends) if not alone else [
+        ([i], queries, keys) for i in range(len(lens)) for _, queries, keys in _group([lens[i]], [ends[i]])
+    ]  # fmt: skip
     start_t, len_t, first_t = torch.tensor(starts), torch.tensor(lens), torch.tensor(firsts)
     buckets = []
-    for rows, queries, keys in _group(lens, [f + n for f, n in zip(firsts, lens, strict=True)]):
+    for rows, queries, keys in groups:
         index = torch.tensor(rows)
         length, first = len_t[index][:, None], first_t[index][:, None]
         offset = torch.arange(queries)

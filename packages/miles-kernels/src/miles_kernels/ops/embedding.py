@@ -23,11 +23,15 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token_ids: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(token_ids)
+        ctx.lookup = getattr(weight, "main_lookup", None)
         ctx.rows, ctx.dtype = weight.shape[0], weight.dtype
         return weight.index_select(0, token_ids)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None]:
         (token_ids,) = ctx.saved_tensors
+        if ctx.lookup is not None:
+            ctx.lookup.index_add_(0, token_ids, grad.float())
+            return None, None
         out = grad.new_zeros((ctx.rows, grad.shape[1]), dtype=torch.float32)
         return None, out.index_add_(0, token_ids, grad.float()).to(ctx.dtype)

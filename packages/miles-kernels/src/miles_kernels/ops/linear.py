@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miles_kernels.ops.chain import add_product, main_of
 from miles_kernels.ops.matmul import Mode, mm, mm_dgrad, mm_wgrad
 
 
@@ -42,12 +43,18 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.mode = mode
         return _forward(x, weight, bias, mode, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         grad = grad.float()
+        main = main_of(weight)
+        if main is not None:  # a row of dx must not depend on the other rows either
+            add_product(main, grad, x)
+            dx = mm(grad, weight.float().t().contiguous(), ctx.mode).to(x.dtype) if ctx.needs_input_grad[0] else None
+            return dx, None, None, None, None
         dx = mm_dgrad(grad, weight).to(x.dtype) if ctx.needs_input_grad[0] else None
         dw = mm_wgrad(grad, x).to(weight.dtype) if ctx.needs_input_grad[1] else None
         db = grad.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None

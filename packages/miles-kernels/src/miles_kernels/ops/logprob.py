@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from miles_kernels.native import kernels_for
+from miles_kernels.ops.chain import add_product, main_of
 from miles_kernels.ops.matmul import Mode, mm, mm_dgrad, mm_wgrad
 
 VOCAB_CHUNK = 4096
@@ -208,14 +209,19 @@ class _LinearLogprob(torch.autograd.Function):
         wide = hidden.float()
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.zeros_like(wide) if need_hidden else None
-        d_weight = torch.empty_like(weight) if need_weight else None
+        main = main_of(weight)
+        d_weight = torch.empty_like(weight) if need_weight and main is None else None
         d_bias = torch.empty_like(bias) if need_bias else None
         for start, logits in _chunks(wide, weight, bias, ctx.chunk, ctx.mode):
             stop = start + logits.shape[1]
             dz = logit_gradient(scaled(logits, divisor) - normaliser, start, targets.view(-1, 1), g_logprob, g_entropy, entropy)
             if divisor is not None:
                 dz /= divisor
-            if d_hidden is not None:
+            if main is not None:
+                add_product(main[start:stop], dz, wide)
+            if d_hidden is not None and main is not None:
+                d_hidden += mm(dz, weight[start:stop].float().t().contiguous(), ctx.mode)
+            elif d_hidden is not None:
                 d_hidden += mm_dgrad(dz, weight[start:stop])
             if d_weight is not None:
                 d_weight[start:stop] = mm_wgrad(dz, wide)

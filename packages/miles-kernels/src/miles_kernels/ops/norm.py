@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from miles_kernels.native import kernels_for
+from miles_kernels.ops.chain import add_rows, main_of
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -60,14 +61,20 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
+        main = main_of(weight)
         kernels = kernels_for(x, weight, grad)
+        if main is not None:
+            wide = x.float()
+            rounded = (wide * _inverse_rms(wide, ctx.eps)).to(x.dtype).float()
+            add_rows(main, (grad.float() * rounded).reshape(-1, *weight.shape))
         if kernels is not None:
-            return *kernels.norm_backward(x, weight, grad, ctx.eps), None
+            dx, dw = kernels.norm_backward(x, weight, grad, ctx.eps)
+            return dx, dw if main is None else None, None
         grad, wide = grad.float(), x.float()
         scale = _inverse_rms(wide, ctx.eps)
         normed = wide * scale
         dx = dw = None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] and main is None:
             rounded = normed.to(x.dtype).float()
             dw = (grad * rounded).reshape(-1, *weight.shape).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:

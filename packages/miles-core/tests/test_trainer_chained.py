@@ -1,0 +1,116 @@
+"""Chained gradients: the same bits for every cut into micro-batches, near the summed ones, refused where they cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from miles_core.algorithm.config import AlgorithmConfig
+from miles_core.trainer.base import StepStats
+from miles_core.trainer.batch import TrainBatch
+from miles_core.trainer.config import OptimizerConfig, TrainerConfig
+from miles_core.trainer.fsdp import FsdpTrainer
+from miles_core.trainer.testing import random_samples
+from miles_kernels.nn.checkpoint import random_decoder
+from miles_kernels.nn.config import DecoderConfig
+from miles_kernels.nn.parallel import fold_decoder
+from miles_kernels.ops import chain
+
+SHAPE = DecoderConfig(
+    family="qwen3",
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=16,
+    initializer_range=0.2,
+)
+LLAMA = replace(SHAPE, family="llama", tie_word_embeddings=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def batch_of(seed: int) -> TrainBatch:
+    samples = random_samples(seed, num_groups=6, max_prompt=20, max_completion=30, vocab_size=96, temperature=0.8)
+    return TrainBatch.from_groups(samples, AlgorithmConfig())
+
+
+def gradients(
+    shape: DecoderConfig, batch: TrainBatch, budget: int, kind: str, dtype: torch.dtype, folded: bool = False
+) -> tuple[list[Tensor], StepStats]:
+    """The gradients of one step, and what it says."""
+    decoder = random_decoder(shape, 0, dtype=dtype)
+    config = TrainerConfig(gradients=kind, max_tokens_per_microbatch=budget, grad_clip=0.0)
+    algorithm = AlgorithmConfig(entropy_coef=0.1)
+    trainer = FsdpTrainer(fold_decoder(decoder) if folded else decoder, algorithm, config, OptimizerConfig(lr=1e-3))
+    held: list[Tensor] = []
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda grads: held.extend(g.clone() for g in grads) or step(grads)  # type: ignore[method-assign]
+    return held, trainer.step(batch)
+
+
+def unequal(a: list[Tensor], b: list[Tensor]) -> int:
+    return sum(int((x != y).sum()) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "folded"),
+    [(SHAPE, torch.float32, False), (LLAMA, torch.bfloat16, False), (SHAPE, torch.float32, True)],
+    ids=["qwen3", "tied llama bf16", "folded"],
+)
+def test_no_cut_into_micro_batches_changes_a_bit(shape: DecoderConfig, dtype: torch.dtype, folded: bool):
+    batch = batch_of(3)
+    rounded = [length + -length % chain.UNIT for length in batch.last]
+    total, longest = sum(rounded), max(rounded)
+    seen, counts = [], []
+    for budget in (total, total // 2 + longest, total // 4 + longest, longest):
+        found, stats = gradients(shape, batch, budget, "chained", dtype, folded)
+        seen.append(found)
+        counts.append(stats.num_microbatches)
+    assert counts[0] == 1 and counts == sorted(counts) and len(set(counts)) >= 3 and counts[-1] > len(rounded) // 2, counts
+    assert all(unequal(seen[0], other) == 0 for other in seen[1:])
+    assert all(bool(grad.any()) for grad in seen[0])
+    whole, halves = (gradients(shape, batch, budget, "summed", dtype, folded)[0] for budget in (total, longest))
+    assert unequal(whole, halves) > 0, "the control: without the chain the cut shows"
+    for one, other in zip(seen[0], whole, strict=True):
+        scale = float(other.double().norm())
+        assert float((one.double() - other.double()).norm()) <= (2e-2 if dtype is torch.bfloat16 else 1e-5) * scale
+
+
+def test_a_unit_that_is_cut_breaks_the_chain():
+    """The control of the unit: sums over rows that do not come in whole units are refused, and would have other bits."""
+    torch.manual_seed(0)
+    grad, x = torch.randn(64, 24), torch.randn(64, 40)
+    whole, cut = torch.zeros(24, 40), torch.zeros(24, 40)
+    chain.add_product(whole, grad, x)
+    for start, stop in ((0, 16), (16, 48), (48, 64)):
+        chain.add_product(cut, grad[start:stop], x[start:stop])
+    assert torch.equal(whole, cut)
+    shifted = torch.zeros(24, 40)
+    for start in range(0, 64, 8):
+        shifted.addmm_(grad[start : start + 8].t(), x[start : start + 8])
+    assert not torch.equal(whole, shifted)
+    with pytest.raises(ValueError, match="10 rows are no multiple of 16"):
+        chain.add_product(whole, grad[:10], x[:10])
+
+
+def test_models_that_cannot_be_chained_are_refused():
+    def build(shape: DecoderConfig) -> None:
+        FsdpTrainer(random_decoder(shape, 0), AlgorithmConfig(), TrainerConfig(gradients="chained"), OptimizerConfig())
+
+    with pytest.raises(ValueError, match="an expert's rows do not come in whole units"):
+        build(replace(SHAPE, family="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32))
+    with pytest.raises(ValueError, match="gradients of biases are not chained"):
+        build(replace(LLAMA, family="qwen2", attention_bias=True))

@@ -1,0 +1,70 @@
+"""Weight gradients that no cut into micro-batches can change: each sum goes on where the last micro-batch left it.
+
+A weight with a `main_grad` (float32, its shape) takes its gradient there instead of through autograd: the ops' backward adds
+to it in units of `UNIT` rows, in the order of the rows. When every sequence of a packed stream begins at a multiple of `UNIT`,
+the sum over one long stream and that over any cut of it between sequences are the same chain of additions. A table that is
+looked up, too, keeps those rows' gradients in `main_lookup`, because a tied head would otherwise come in between.
+
+On CUDA the tensor core's accumulator starts from the main gradient; it takes 16 rows at a time whatever the tile. On the CPU a
+unit is a product of its own. Rows that fill a unit must have gradients of zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+UNIT = 16
+"""Rows that are summed at once: the depth of a tensor core's product."""
+
+
+def main_of(weight: Tensor) -> Tensor | None:
+    """Where the gradient of `weight` is summed; None: autograd takes it as usual."""
+    main: Tensor | None = getattr(weight, "main_grad", None)
+    return main
+
+
+def begin(weight: Tensor, *, looked_up: bool = False) -> None:
+    """Give a weight a main gradient of zeros."""
+    weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
+    if looked_up:
+        weight.main_lookup = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
+
+
+def take(weight: Tensor) -> Tensor:
+    """The finished sum; the weight has no main gradient any more."""
+    total: Tensor = weight.main_grad  # type: ignore[attr-defined]
+    del weight.main_grad  # type: ignore[attr-defined]
+    if hasattr(weight, "main_lookup"):
+        total += weight.main_lookup
+        del weight.main_lookup
+    return total
+
+
+def part_of(part: Tensor, weight: Tensor, main: Tensor | None) -> Tensor:
+    """`part`, a view of a weight, made to sum where `main`, the same view of its main gradient, is."""
+    if main is not None:
+        part.main_grad = main  # type: ignore[attr-defined]
+    return part
+
+
+def add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
+    """total[N, K] float32 goes on with grad[T, N]^T x[T, K]. Raises ValueError unless T is a multiple of `UNIT`."""
+    rows = grad.shape[0]
+    if rows % UNIT:
+        raise ValueError(f"chained gradients: {rows} rows are no multiple of {UNIT}; pack with sequences filled up to that")
+    if grad.is_cuda:
+        from miles_kernels.cuda.chain import add_product as on_cuda
+
+        return on_cuda(total, grad, x)
+    grad, x = grad.float(), x.float()
+    for start in range(0, rows, UNIT):
+        total.addmm_(grad[start : start + UNIT].t(), x[start : start + UNIT])
+
+
+def add_rows(total: Tensor, values: Tensor) -> None:
+    """total[...] float32 goes on with values[T, ...] summed over T, units of rows first. Raises ValueError as `add_product`."""
+    if values.shape[0] % UNIT:
+        raise ValueError(f"chained gradients: {values.shape[0]} rows are no multiple of {UNIT}")
+    for part in values.reshape(-1, UNIT, *values.shape[1:]).sum(1):
+        total += part
