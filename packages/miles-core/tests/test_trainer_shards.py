@@ -62,6 +62,31 @@ def test_rounding_by_chance_is_right_on_average_and_keeps_what_is_exact() -> Non
     assert not torch.equal(round_by_chance(wide, key=6), round_by_chance(wide, key=5))
 
 
+def test_weights_are_widened_in_groups_without_a_trace() -> None:
+    """Those that fit beside the largest go together; the numbers are those of weights alone."""
+    start = [torch.randn(size).bfloat16() for size in ((9, 8), (3, 8), (4, 8), (2, 8), (5,), (7, 8))]
+    gradients = [torch.randn(w.shape) for w in start]
+
+    def updated(chosen: list[int]) -> list[torch.Tensor]:
+        held = [start[i].clone() for i in chosen]
+        optimizer = AdamW([(f"w{i}", w) for i, w in zip(chosen, held, strict=True)], OptimizerConfig(lr=0.1), stochastic=True)
+        assert max(len(group) for group in optimizer._rounds(range(len(held)))) == min(3, len(held))
+        optimizer.step([gradients[i] for i in chosen])
+        return held
+
+    together = updated(list(range(6)))
+    assert all(torch.equal(updated([i])[0], together[i]) for i in range(6))
+    assert not any(torch.equal(w, before) for w, before in zip(together, start, strict=True))
+
+
+@pytest.mark.gpu
+def test_rounding_on_a_gpu_has_the_bits_of_the_cpu() -> None:
+    for key, first, count in ((5, 0, 100_003), (3 << 32 | 1, 1, 1), (2**64 - 9, 2**33 + 7, 4097)):
+        wide = torch.randn(count) * torch.randn(count).exp()
+        assert torch.equal(round_by_chance(wide.cuda(), key, first).cpu(), round_by_chance(wide, key, first))
+    assert not torch.equal(round_by_chance(wide.cuda(), key + 1, first).cpu(), round_by_chance(wide, key, first))
+
+
 def test_rounding_to_nearest_would_lose_small_updates() -> None:
     """Why rounding by chance: 200 updates far below half a bfloat16 step arrive on average, and not at all to nearest."""
     weight = torch.ones(20_000, dtype=torch.bfloat16)

@@ -26,8 +26,6 @@ FRAGMENTATION = 0.04
 """Share of the allocator's bytes that lies between blocks."""
 STREAM_BYTES = 3 * 3 * 128 * MIB
 """Three pieces of three columns of optimizer state that lives off the device: one coming, one updated, one leaving."""
-ROUNDING_BYTES = 192 * MIB
-"""The noise of a stretch of weights that is rounded by chance: 4 Mi elements in int64, a few of them at a time."""
 STAGING_BYTES = 256 * MIB
 """Most bytes in flight when weights are saved or published: one bucket on each side."""
 LOGPROB_ROWS, LOGPROB_STEP = 8192, 2048
@@ -225,7 +223,7 @@ def _train_moments(job: Job, parameters: Parameters) -> list[tuple[str, list[Ite
         num_bytes=max(0, working.num_bytes - late), why="one layer at work, before the embedding's sum exists"
     )
     rounded = max(parameters.embedding, parameters.largest_layer) // cut if size < 4 and job.master == "stochastic" else 0
-    rounding = Item("rounding by chance", rounded * (4 + size) + bool(rounded) * ROUNDING_BYTES, "the largest weight in float32")
+    rounding = Item("rounding by chance", rounded * 4, "as many weights in float32 as the largest has")
     columns = 3 if not in_place and job.master == "float32" else 2
     staged = Item("stages of the update", STREAM_BYTES // 3 * columns, "masters and moments passing through")
     return [

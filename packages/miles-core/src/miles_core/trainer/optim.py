@@ -215,7 +215,7 @@ class AdamW:
         pieces: list[list[int]] = []
         for decay in (True, False):
             chosen = [i for i, held in enumerate(self.held) if (held.ndim >= 2) is decay and held.numel()]
-            pieces += [[i for i in chosen if not self._rounded[i]], *([i] for i in chosen if self._rounded[i])]
+            pieces += [[i for i in chosen if not self._rounded[i]], *self._rounds([i for i in chosen if self._rounded[i]])]
         for number, piece in enumerate(pieces):
             if number < self._done or not piece:
                 continue
@@ -227,6 +227,19 @@ class AdamW:
             self._done = number + 1
         if mastered := self._mastered:
             torch._foreach_copy_([self.held[i] for i in mastered], [self.masters[i] for i in mastered])
+
+    def _rounds(self, chosen: Sequence[int]) -> list[list[int]]:
+        """Weights that are widened together: as many as take no more room than the largest of them."""
+        sizes = {i: self.held[i].numel() for i in chosen}
+        groups: list[list[int]] = []
+        room = 0
+        for i in chosen:
+            if sizes[i] > room:
+                groups.append([])
+                room = max(sizes.values())
+            groups[-1].append(i)
+            room -= sizes[i]
+        return groups
 
     def _step_streamed(self, home: StateHome, gradients: Sequence[Tensor], lr: float) -> None:
         has_master = len(home.columns) == 3
@@ -260,7 +273,7 @@ class AdamW:
         while self._wide:
             i, wide, first, held = self._wide[0]
             key = zlib.crc32(self.names[i].encode()) << 32 | self.num_updates
-            held.copy_(round_by_chance(wide, key, self.all[i].first + first).view(held.shape))
+            round_by_chance(wide, key, self.all[i].first + first, into=held)
             self._wide.pop(0)
 
     def rebuild_weights(self) -> None:
@@ -336,30 +349,40 @@ class AdamW:
         return state | {f"master.{n}": m for n, m, dtype in pairs if dtype is not torch.float32 and m.dtype is torch.float32}
 
 
-def round_by_chance(wide: Tensor, key: int, first: int = 0) -> Tensor:
+def round_by_chance(wide: Tensor, key: int, first: int = 0, into: Tensor | None = None) -> Tensor:
     """`wide` fp32 rounded to bfloat16, up with the probability of the share that is cut off (stochastic rounding).
 
     The noise of an element is a function of `key` and its number (`first` for the first one), so cutting a tensor changes
-    nothing. Values stay exact where bfloat16 holds them.
+    nothing. Values stay exact where bfloat16 holds them. Writes to `into`, contiguous, if given. One kernel on CUDA.
     """
-    flat, out = wide.reshape(-1), torch.empty(wide.numel(), dtype=torch.bfloat16, device=wide.device)
+    out = torch.empty(wide.shape, dtype=torch.bfloat16, device=wide.device) if into is None else into
+    if wide.is_cuda:
+        from miles_kernels.cuda import rounding
+
+        return rounding.round_by_chance(wide.contiguous(), out, first, (_start(key), _start(0)))
+    flat, target = wide.reshape(-1), out.view(-1)
     for start in range(0, flat.numel(), _NOISE_CHUNK):
         part = flat[start : start + _NOISE_CHUNK]
         noise = _noise(key, first + start, part.numel(), part.device)
         raised = (part.view(torch.int32) + noise) & -65536
-        out[start : start + _NOISE_CHUNK] = raised.view(torch.float32).to(torch.bfloat16)
-    return out.view(wide.shape)
+        target[start : start + _NOISE_CHUNK] = raised.view(torch.float32).to(torch.bfloat16)
+    return out
 
 
 def _noise(key: int, first: int, count: int, device: torch.device) -> Tensor:
     """int32 [count] in 0 .. 65535: the finaliser of SplitMix64 (Steele, Lea & Flood 2014) of key and number."""
     x = torch.arange(first, first + count, dtype=torch.int64, device=device)
     for salt in (key, 0):
-        x = x + _signed(salt * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15)
+        x = x + _start(salt)
         x = (x ^ ((x >> 30) & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
         x = (x ^ ((x >> 27) & (1 << 37) - 1)) * _signed(0x94D049BB133111EB)
         x = x ^ ((x >> 31) & (1 << 33) - 1)
     return ((x >> 16) & 0xFFFF).to(torch.int32)
+
+
+def _start(salt: int) -> int:
+    """What a round adds to the number of an element, int64."""
+    return _signed(salt * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15)
 
 
 def _signed(value: int) -> int:
