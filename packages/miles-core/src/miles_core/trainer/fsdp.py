@@ -215,6 +215,8 @@ class FsdpTrainer:
             if self._speaks and not micro.idle:
                 result.num_microbatches += 1
                 result.num_forward_tokens += sum(micro.lengths)
+        if self._chained:
+            assert all(each is None for each in self.optimizer._accumulated), "gradients beside the chain"
         gradients = self.model.end_chain() if self._chained else self.optimizer.gradients()
         self.model.reduce(gradients)
         norm = self.model.norm(gradients)
