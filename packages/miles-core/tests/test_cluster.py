@@ -17,7 +17,7 @@ import torch
 
 from miles_core.algorithm.config import AlgorithmConfig
 from miles_core.cluster.codec import pack_batch, pack_stats, unpack_batch, unpack_stats
-from miles_core.cluster.fleet import Fleet, WorkerDied
+from miles_core.cluster.fleet import Fleet, WorkerDied, WorkerFailed
 from miles_core.cluster.local import LocalHandle
 from miles_core.cluster.start import Cluster, start
 from miles_core.compose import make_trainer
@@ -177,3 +177,47 @@ def test_batches_and_reports_keep_every_bit_on_the_way() -> None:
         mismatch_max_abs=0.0, means={"entropy": 2.5},
     )  # fmt: skip
     assert unpack_stats(pack_stats(stats)) == stats
+
+
+def test_an_engine_that_is_published_to_needs_no_weights_of_its_own(tmp_path: Path) -> None:
+    own = config(tmp_path)
+    loaded = load_model(own, lambda line: None)
+    empty = load_model(own, lambda line: None, weights=False)
+    assert not any(bool(tensor.any()) for _, tensor in empty.decoder.hf_state())
+    shapes = [[(name, tensor.shape, tensor.dtype) for name, tensor in each.decoder.hf_state()] for each in (empty, loaded)]
+    assert shapes[0] == shapes[1] and empty.decoder.contract.digest == loaded.decoder.contract.digest
+
+
+class Told:
+    """A worker that says what it is told to, one thing a poll."""
+
+    def __init__(self, name: str, *says: Exception | bytes | None) -> None:
+        self.name, self.says = name, list(says)
+
+    def start(self, method: str, payload: bytes) -> None:
+        pass
+
+    def poll(self, wait_s: float) -> bytes | None:
+        said = self.says.pop(0) if self.says else None
+        if isinstance(said, Exception):
+            raise said
+        return said
+
+    def dump(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_death_is_named_before_what_survivors_say_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("miles_core.cluster.fleet.BLAME_S", 0.3)
+    lost = [WorkerFailed(f"trainer-{i}: RuntimeError: Connection reset by peer") for i in (0, 1)]
+    fleet = Fleet(
+        [Told("trainer-0", lost[0]), Told("trainer-1", lost[1]), Told("trainer-2", None, WorkerDied("trainer-2 died"))], 5
+    )
+    with pytest.raises(WorkerDied, match="trainer-2 died") as caught:
+        fleet.call("step")
+    assert caught.value.__cause__ is lost[0]
+    with pytest.raises(WorkerFailed, match="trainer-0: RuntimeError"):  # nobody has died: the error itself
+        Fleet([Told("trainer-0", lost[0]), Told("trainer-1", b"")], 5).call("step")

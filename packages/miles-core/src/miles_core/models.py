@@ -90,13 +90,23 @@ def random_shape(config: ModelConfig, tokenizer: Tokenizer) -> DecoderConfig:
     return DecoderConfig.from_hf(fields, where="model.architecture")
 
 
-def load_model(config: RunConfig, say: Callable[[str], None]) -> LoadedModel:
-    """Decoder and tokenizer, ready to train. Raises ValueError naming file and tensor when something does not fit."""
+def load_model(config: RunConfig, say: Callable[[str], None], *, weights: bool = True) -> LoadedModel:
+    """Decoder and tokenizer, ready to train; without `weights` they are zero, for an engine that gets them before it serves.
+
+    Weights are read a tensor at a time, straight to the device. Raises ValueError naming file and tensor when something does not
+    fit.
+    """
     folder = model_dir(config.model, say)
     device = config.model.device
     contract = Contract.for_device(device, config.model.dtype, config.model.precision)
     dtype = contract.torch_dtype
-    if folder is not None:
+    if not weights:
+        shape, tokenizer = load_shape(config.model, say)
+        decoder, name = Decoder(shape, contract, dtype=dtype, device=device), str(folder or "random")
+        with torch.no_grad():
+            for parameter in decoder.parameters():
+                parameter.zero_()
+    elif folder is not None:
         decoder, tokenizer, name = load_decoder(folder, contract, dtype, device=device), load_tokenizer(folder), str(folder)
     else:
         shape, tokenizer = load_shape(config.model, say)

@@ -190,7 +190,10 @@ class EngineWorker:
 
         config = RunConfig.model_validate_json(build.config)
         _prepare(config)
-        model = load_model(config, lambda line: None)
+        # A trainer publishes before anything is generated, so a GPU engine reads no weights of its own. On a CPU it does: which
+        # products are used is tried on the weights (miles_kernels.native.gemm).
+        own = build.mode == "rollout" or config.model.device == "cpu"
+        model = load_model(config, lambda line: None, weights=own)
         self._engine = make_engine(config, model, model.decoder, weight_version=0 if build.mode == "rollout" else -1)
         app = create_app(self._engine, model.tokenizer, ServerConfig(admin_token=build.token, drain_s=0.0))
         accept_weights(app, WeightReceiver(self._engine))
