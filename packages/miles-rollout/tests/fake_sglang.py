@@ -188,6 +188,9 @@ def _meta(state: State, body: dict[str, Any], ids: list[int], finish: Any) -> di
         start = body.get("logprob_start_len", -1)
         given = prompt[start:] if start >= 0 else []
         meta["input_token_logprobs"] = [[None if at == 0 else -(i % 5) - 0.25, i, None] for at, i in enumerate(given)]
+    if body.get("return_logprob") and body.get("top_logprobs_num"):
+        count = body["top_logprobs_num"]
+        meta["output_top_logprobs"] = [[[-(i % 7) - 0.5 - j, (i + j) % VOCAB, None] for j in range(count)] for i in ids]
     if body.get("return_sampling_mask"):
         meta["output_token_sampling_logprobs"] = [-0.125] * len(ids)
     if body.get("return_routed_experts") and state.moe and finish is not None:

@@ -57,9 +57,7 @@ def test_our_server_conforms() -> None:
     report = asyncio.run(main())
     assert report.flavour == "miles" and len(report.results) == len(CHECKS)
     others = {r.name: (r.status, r.detail) for r in report.results if r.status != "pass"}
-    assert {name: status for name, (status, _) in others.items()} == {
-        "openai/alternatives": "unsupported", "admin/flush": "unsupported",
-    }, report.text()  # fmt: skip
+    assert {name: status for name, (status, _) in others.items()} == {"admin/flush": "unsupported"}, report.text()
 
 
 def test_recorded_replies_of_sglang_conform() -> None:

@@ -104,10 +104,30 @@ def test_models_tools_and_errors() -> None:
             await client.chat.completions.create(model="other", messages=CHAT)
         with pytest.raises(openai.BadRequestError, match="temperature"):
             await client.chat.completions.create(model="policy", messages=CHAT, temperature=-1)
-        with pytest.raises(openai.BadRequestError, match="top_logprobs"):
-            await client.chat.completions.create(model="policy", messages=CHAT, logprobs=True, top_logprobs=2)
+        with pytest.raises(openai.BadRequestError, match="top_logprobs=21"):
+            await client.chat.completions.create(model="policy", messages=CHAT, logprobs=True, top_logprobs=21)
         tool: Any = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
         with pytest.raises(openai.BadRequestError, match="tool"):  # the character tokenizer's template has none; see test_text_hf
             await client.chat.completions.create(model="policy", messages=CHAT, tools=[tool], max_tokens=2)
+
+    run(main, False)
+
+
+def test_likeliest_tokens() -> None:
+    async def main(client: Any) -> None:
+        reply = await client.chat.completions.create(model="policy", messages=CHAT, logprobs=True, top_logprobs=3, max_tokens=4)
+        for each in reply.choices[0].logprobs.content:
+            assert len(each.top_logprobs) == 3
+            assert (each.top_logprobs[0].token, each.top_logprobs[0].logprob) == (each.token, each.logprob)
+        stream = await client.chat.completions.create(
+            model="policy", messages=CHAT, logprobs=True, top_logprobs=2, max_tokens=4, stream=True
+        )
+        parts = [event.choices[0].logprobs async for event in stream]
+        told = [each for part in parts if part for each in part.content]
+        assert told and all(len(each.top_logprobs) == 2 for each in told)
+        legacy = await client.completions.create(model="policy", prompt="1+1=", logprobs=2, max_tokens=4)
+        found = legacy.choices[0].logprobs
+        assert found.tokens and all(len(each) == 2 for each in found.top_logprobs)
+        assert [each[token] for each, token in zip(found.top_logprobs, found.tokens, strict=True)] == found.token_logprobs
 
     run(main, False)

@@ -9,8 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
+from miles_rollout.client import RolloutClient
 from miles_rollout.server import ServerConfig, create_app
-from miles_rollout.testing import ScriptedEngine
+from miles_rollout.testing import ScriptedEngine, serving
 from miles_rollout.text import CharTokenizer
 from miles_rollout.wire import GenerateRequest, SamplingParams
 
@@ -107,6 +108,33 @@ def test_logprobs_are_triples_and_keep_every_bit() -> None:
             assert meta["input_token_logprobs"] == known
         with_text = await s.generate(input_ids=ids, sampling_params=sampling, return_logprob=True, return_text_in_logprobs=True)
         assert "".join(entry[2] for entry in with_text["meta_info"]["output_token_logprobs"]) == with_text["text"]
+
+    run(body)
+
+
+def test_likeliest_tokens_are_triples_too() -> None:
+    async def body(s: Setting) -> None:
+        body: dict[str, Any] = {
+            "text": ["1+1=", "2"],
+            "sampling_params": {"max_new_tokens": 4, "ignore_eos": True, "sampling_seed": 3},
+            "return_logprob": True,
+            "top_logprobs_num": [2, 0],
+            "return_text_in_logprobs": True,
+        }
+        first, second = await s.generate(**body)
+        assert "output_top_logprobs" not in second["meta_info"]
+        meta = first["meta_info"]
+        assert meta["input_top_logprobs"] == [] and len(meta["output_top_logprobs"]) == 4
+        for entries, sampled in zip(meta["output_top_logprobs"], meta["output_token_logprobs"], strict=True):
+            assert entries[0] == sampled and len(entries) == 2 and entries[1][1] == entries[0][1] + 1
+        request = GenerateRequest(
+            request_id="t", input_ids=(5, 6), sampling=SamplingParams(max_new_tokens=3, ignore_eos=True), num_top_logprobs=2
+        )
+        direct = (await s.engine.generate(request)).completions[0].top_logprobs
+        async with serving(s.engine, s.tokenizer) as url, RolloutClient(url) as client:
+            assert (await client.generate(request)).completions[0].top_logprobs == direct != ()
+            chunks = [chunk async for chunk in client.stream(request)]
+            assert tuple(each for chunk in chunks for each in chunk.top_logprobs) == direct
 
     run(body)
 
@@ -259,7 +287,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [5], "sampling_params": {"temprature": 1}}, 'did you mean "temperature"'),
     ({"input_ids": [5], "sampling_params": {"frequency_penalty": 0.5}}, '"sampling_params.frequency_penalty" is not supported'),
     ({"input_ids": [5], "sampling_params": {"regex": "a+"}}, '"sampling_params.regex" is not supported'),
-    ({"input_ids": [5], "top_logprobs_num": 3}, '"top_logprobs_num" is not supported by this server .only 0.'),
+    ({"input_ids": [5], "top_logprobs_num": 3}, "top_logprobs_num is of sampled tokens: ask with return_logprob"),
+    ({"input_ids": [5], "return_logprob": True, "top_logprobs_num": 21}, "top_logprobs_num=21"),
+    ({"input_ids": [5], "return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2}, "without logprob_start_len"),
     ({"input_ids": [5], "return_hidden_states": True}, "return_hidden_states"),
     ({"input_ids": [5], "no_such_field": 1}, "no_such_field"),
     ({"input_ids": [5], "return_logprob": True, "logprob_start_len": 9}, "logprob_start_len=9"),

@@ -68,7 +68,7 @@ def test_the_service_over_sglang_conforms(model: Path, tmp_path: Path) -> None:
                 report = await run_suite(url, Options(admin_token="secret", weights=str(newer), timeout_s=20.0))
             assert report.flavour == "miles" and len(report.results) == len(CHECKS)
             others = {r.name: r.status for r in report.results if r.status != "pass"}
-            assert others == {"openai/alternatives": "unsupported"}, report.text()
+            assert not others, report.text()
             assert not state.dead, state.dead
 
     run(main)

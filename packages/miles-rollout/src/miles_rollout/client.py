@@ -21,6 +21,7 @@ from miles_rollout.wire import (
     GenerateRequest,
     GenerateResult,
     RoutedExperts,
+    TopLogprobs,
     WeightSpan,
     check_schema,
 )
@@ -53,6 +54,7 @@ class _Meta(msgspec.Struct, frozen=True):
     weight_spans: list[WeightSpan]
     cached_tokens: int | None = None
     input_token_logprobs: list[tuple[float | None, int, str | None]] = []
+    output_top_logprobs: list[list[tuple[float, int, str | None]]] = []
     contract_digest: str = ""
     routed_experts: str | None = None
     routed_experts_shape: tuple[int, int, int] | None = None
@@ -293,6 +295,7 @@ class RolloutClient:
             finish_reason=meta.finish_reason.type,
             matched_stop=meta.finish_reason.matched,
             weight_spans=tuple(meta.weight_spans),
+            top_logprobs=_top(meta),
             routed_experts=routed,
         )
 
@@ -312,10 +315,15 @@ class RolloutClient:
             weight_version=meta.weight_spans[-1].version,
             finish_reason=None if meta.finish_reason is None else meta.finish_reason.type,
             matched_stop=None if meta.finish_reason is None else meta.finish_reason.matched,
+            top_logprobs=_top(meta),
         )
 
 
 _JSON = {"content-type": "application/json"}
+
+
+def _top(meta: _Meta) -> TopLogprobs:
+    return tuple(tuple((token_id, logprob) for logprob, token_id, _ in each) for each in meta.output_top_logprobs)
 
 
 def _body(request: GenerateRequest) -> dict[str, Any]:
@@ -325,6 +333,8 @@ def _body(request: GenerateRequest) -> dict[str, Any]:
     body["sampling_params"] = sampling | {"sampling_seed": seed}
     if request.return_routed_experts:
         body["return_routed_experts"] = True
+    if request.num_top_logprobs:
+        body["top_logprobs_num"] = request.num_top_logprobs
     return body | {"sample_ids": request.sample_ids} if request.sample_ids else body
 
 

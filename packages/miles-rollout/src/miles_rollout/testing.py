@@ -18,6 +18,7 @@ from miles_rollout.wire import (
     GenerateChunk,
     GenerateRequest,
     GenerateResult,
+    TopLogprobs,
     WeightManifest,
     WeightSpan,
 )
@@ -223,6 +224,7 @@ class _Growing:
             frozenset() if request.sampling.ignore_eos else frozenset(tokenizer.eos_token_ids)
         )
         self._decoder = IncrementalDecoder(tokenizer, request.sampling.stop)
+        self._vocab = tokenizer.vocab_size
 
     def add(self, token_id: int, logprob: float, version: int) -> GenerateChunk:
         sampling = self._request.sampling
@@ -239,13 +241,18 @@ class _Growing:
             reason = "length"
         if reason is not None:
             text += self._decoder.finish()
-        return self._chunk((token_id,), (logprob,), text, version, reason, matched)
+        return self._chunk((token_id,), (logprob,), text, version, reason, matched, self._top(token_id, logprob))
+
+    def _top(self, token_id: int, logprob: float) -> TopLogprobs:
+        """Where asked for: the sampled token itself and ids after it."""
+        count = self._request.num_top_logprobs
+        return (tuple(((token_id + i) % self._vocab, logprob - i) for i in range(count)),) if count else ()
 
     def end(self, version: int) -> GenerateChunk:
-        return self._chunk((), (), self._decoder.finish(), version, "abort", None)
+        return self._chunk((), (), self._decoder.finish(), version, "abort", None, ())
 
     def _chunk(
-        self, ids: Any, logprobs: Any, text: str, version: int, reason: FinishReason | None, matched: Any
+        self, ids: Any, logprobs: Any, text: str, version: int, reason: FinishReason | None, matched: Any, top: TopLogprobs
     ) -> GenerateChunk:
         return GenerateChunk(
             request_id=self._request.request_id,
@@ -258,6 +265,7 @@ class _Growing:
             weight_version=version,
             finish_reason=reason,
             matched_stop=matched,
+            top_logprobs=top,
         )
 
 
@@ -278,6 +286,7 @@ def _join(chunks: list[GenerateChunk]) -> Completion:
         weight_spans=tuple(
             WeightSpan(version=versions[a], start=a, stop=b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a
         ),
+        top_logprobs=tuple(each for chunk in chunks for each in chunk.top_logprobs),
     )
 
 

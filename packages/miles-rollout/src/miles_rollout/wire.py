@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
@@ -79,6 +79,10 @@ class SamplingParams(Wire, frozen=True, kw_only=True):
             raise ValueError("sampling parameters: " + "; ".join(wrong))
 
 
+MAX_TOP_LOGPROBS = 20
+TopLogprobs: TypeAlias = tuple[tuple[tuple[int, float], ...], ...]
+
+
 class GenerateRequest(Wire, frozen=True, kw_only=True):
     """Ask for `sampling.n` completions of one prompt.
 
@@ -96,6 +100,8 @@ class GenerateRequest(Wire, frozen=True, kw_only=True):
     return_prompt_logprobs: bool = False
     return_routed_experts: bool = False
     """Ask for `Completion.routed_experts`; a dense model has none and leaves it None."""
+    num_top_logprobs: int = 0
+    """Likeliest tokens to tell beside every sampled one, at most MAX_TOP_LOGPROBS."""
     schema: int = SCHEMA
 
 
@@ -146,6 +152,9 @@ class Completion(Wire, frozen=True, kw_only=True):
     matched_stop: int | str | None = None
     weight_spans: tuple[WeightSpan, ...] = ()
     """Offsets count from the first completion token."""
+    top_logprobs: TopLogprobs = ()
+    """For each token the `num_top_logprobs` likeliest, as (token id, log p under what `logprobs` is of), likeliest first; empty
+    unless asked for."""
     routed_experts: RoutedExperts | None = None
     """Of prompt and completion, when `GenerateRequest.return_routed_experts` asked for it and the model has experts."""
 
@@ -177,6 +186,7 @@ class GenerateChunk(Wire, frozen=True, kw_only=True):
     weight_version: int
     finish_reason: FinishReason | None = None
     matched_stop: int | str | None = None
+    top_logprobs: TopLogprobs = ()
 
 
 class Sample(Wire, frozen=True, kw_only=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
@@ -15,6 +15,7 @@ from miles_rollout.server.params import Neutral, parse
 from miles_rollout.server.service import Service
 from miles_rollout.server.sse import open_stream, unless_disconnected
 from miles_rollout.text import ByteTokenizer, Tokenizer
+from miles_rollout.wire import Completion, GenerateChunk
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -26,6 +27,7 @@ class ChatRequest(CommonRequest, frozen=True, kw_only=True):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
+    top_logprobs: int = 0
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] = {}
     """Extension of SGLang and vLLM: variables for the chat template."""
@@ -34,7 +36,7 @@ class ChatRequest(CommonRequest, frozen=True, kw_only=True):
 
 NEUTRAL: Neutral = {
     **COMMON_NEUTRAL,
-    "top_logprobs": (0,), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
+    "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},), "store": (False,), "metadata": ({},), "service_tier": ("auto", "default"),
     "reasoning_effort": (), "modalities": (["text"],),
     "separate_reasoning": (False,), "continue_final_message": (False,), "echo": (False,), "functions": (), "function_call": (),
@@ -49,7 +51,9 @@ async def chat_completions(service: Service, request: Request) -> Response:
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if limit is None:
         limit = max(1, service.engine.info().max_context - len(prompt))
-    call = Call(service, body, [prompt], limit, "chatcmpl")
+    if body.top_logprobs and not body.logprobs:
+        raise RequestError("top_logprobs needs logprobs true", param="top_logprobs")
+    call = Call(service, body, [prompt], limit, "chatcmpl", ("top_logprobs", body.top_logprobs))
     if body.stream:
         return await open_stream(request, _events(service, call, body, tokenizer))
     (result,) = results = await unless_disconnected(request, service.generate(call.requests))
@@ -57,7 +61,7 @@ async def chat_completions(service: Service, request: Request) -> Response:
         {
             "index": completion.index,
             "message": {"role": "assistant", "content": completion.text, "reasoning_content": None, "tool_calls": None},
-            "logprobs": _logprobs(tokenizer, completion.token_ids, completion.logprobs) if body.logprobs else None,
+            "logprobs": _logprobs(tokenizer, completion) if body.logprobs else None,
             "finish_reason": completion.finish_reason,
             "matched_stop": completion.matched_stop,
             **call.extras(completion),
@@ -97,15 +101,21 @@ def _message(i: int, message: dict[str, Any]) -> dict[str, Any]:
     return message | {"content": content}
 
 
-def _logprobs(tokenizer: Tokenizer, ids: Sequence[int], values: Sequence[float]) -> dict[str, Any]:
-    content = []
-    for token_id, logprob in zip(ids, values, strict=True):
-        text = tokenizer.decode((token_id,), skip_special_tokens=False)
-        raw = tokenizer.token_bytes(token_id, skip_special_tokens=False) if isinstance(tokenizer, ByteTokenizer) else None
-        content.append(
-            {"token": text, "bytes": list(text.encode() if raw is None else raw), "logprob": logprob, "top_logprobs": []}
-        )
-    return {"content": content}
+def _logprobs(tokenizer: Tokenizer, shown: Completion | GenerateChunk) -> dict[str, Any]:
+    top = shown.top_logprobs or ((),) * len(shown.token_ids)
+    pairs = zip(shown.token_ids, shown.logprobs, top, strict=True)
+    return {
+        "content": [
+            _entry(tokenizer, token_id, logprob) | {"top_logprobs": [_entry(tokenizer, *each) for each in likeliest]}
+            for token_id, logprob, likeliest in pairs
+        ]
+    }
+
+
+def _entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+    text = tokenizer.decode((token_id,), skip_special_tokens=False)
+    raw = tokenizer.token_bytes(token_id, skip_special_tokens=False) if isinstance(tokenizer, ByteTokenizer) else None
+    return {"token": text, "bytes": list(text.encode() if raw is None else raw), "logprob": logprob}
 
 
 async def _events(service: Service, call: Call, body: ChatRequest, tokenizer: Tokenizer) -> AsyncIterator[dict[str, Any]]:
@@ -127,7 +137,7 @@ async def _events(service: Service, call: Call, body: ChatRequest, tokenizer: To
             if chunk.token_ids:
                 more: dict[str, Any] = {}
                 if body.logprobs:
-                    more["logprobs"] = _logprobs(tokenizer, chunk.token_ids, chunk.logprobs)
+                    more["logprobs"] = _logprobs(tokenizer, chunk)
                 if body.return_token_ids:
                     more |= {"token_ids": chunk.token_ids, "sample_id": chunk.sample_id}
                 yield event(chunk.index, {"content": chunk.text}, **more) | {

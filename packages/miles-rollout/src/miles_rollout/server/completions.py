@@ -16,11 +16,11 @@ from miles_rollout.server.params import Neutral, parse
 from miles_rollout.server.service import Service
 from miles_rollout.server.sse import open_stream, unless_disconnected
 from miles_rollout.text import IncrementalDecoder, Tokenizer
-from miles_rollout.wire import Completion, GenerateRequest, GenerateResult
+from miles_rollout.wire import Completion, GenerateRequest, GenerateResult, TopLogprobs
 
 
 class CompletionRequest(CommonRequest, frozen=True, kw_only=True):
-    """The body. `logprobs` 0 gives the sampled tokens' own; alternatives to them are not computed."""
+    """The body. `logprobs` k gives the sampled tokens' own log-probabilities and those of the k likeliest."""
 
     prompt: str | list[str | int | list[int]]
     max_tokens: int = 16
@@ -34,10 +34,10 @@ NEUTRAL: Neutral = {**COMMON_NEUTRAL, "suffix": (), "best_of": (1,), "response_f
 async def completions(service: Service, request: Request) -> Response:
     """The route."""
     body = parse(await service.read(request), CompletionRequest, NEUTRAL)
-    if body.logprobs:
-        raise RequestError("logprobs: only 0 is supported, the sampled tokens' own log-probabilities", param="logprobs")
+    if body.logprobs and body.echo:
+        raise RequestError("logprobs above 0 are of sampled tokens and do not come with echo; ask for 0", param="logprobs")
     tokenizer = service.need_tokenizer("prompt") if body.echo or body.logprobs is not None else service.tokenizer
-    call = Call(service, body, _prompts(service, body), body.max_tokens, "cmpl")
+    call = Call(service, body, _prompts(service, body), body.max_tokens, "cmpl", ("logprobs", body.logprobs or 0))
     with_prompt = body.echo and body.logprobs is not None
     if body.stream:
         if with_prompt:
@@ -67,20 +67,26 @@ def _logprobs(
     """Of the completion, and with echo (the request then asked for prompt logprobs) of the prompt before it."""
     assert tokenizer is not None
     if result.prompt_logprobs is None:
-        return token_logprobs(tokenizer, completion.token_ids, completion.logprobs, 0)
+        return token_logprobs(tokenizer, completion.token_ids, completion.logprobs, 0, completion.top_logprobs)
     values = (None, *result.prompt_logprobs[1:], *completion.logprobs)
     return token_logprobs(tokenizer, sent.input_ids + completion.token_ids, values, 0)
 
 
-def token_logprobs(tokenizer: Tokenizer, ids: Sequence[int], values: Sequence[float | None], offset: int) -> dict[str, Any]:
-    """The legacy logprobs object; `text_offset` counts characters of the tokens' text from `offset`."""
+def token_logprobs(
+    tokenizer: Tokenizer, ids: Sequence[int], values: Sequence[float | None], offset: int, top: TopLogprobs = ()
+) -> dict[str, Any]:
+    """The legacy logprobs object; `text_offset` counts characters of the tokens' text from `offset`.
+
+    The likeliest tokens are told by their text; of two with the same text the likelier one.
+    """
     decoder = IncrementalDecoder(tokenizer, skip_special_tokens=False)
     offsets = []
     for token_id in ids:
         offsets.append(offset)
         offset += len(decoder.push((token_id,)))
     tokens = [tokenizer.decode((i,), skip_special_tokens=False) for i in ids]
-    return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": None}
+    named = [{tokenizer.decode((i,), skip_special_tokens=False): value for i, value in reversed(each)} for each in top]
+    return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": named or None}
 
 
 def _prompts(service: Service, body: CompletionRequest) -> list[Sequence[int]]:
@@ -117,7 +123,8 @@ async def _events(
                 text = tokenizer.decode(call.requests[number].input_ids) + text
             logprobs = None
             if body.logprobs is not None and tokenizer is not None:
-                logprobs = token_logprobs(tokenizer, chunk.token_ids, chunk.logprobs, offsets.get(index, 0))
+                at = offsets.get(index, 0)
+                logprobs = token_logprobs(tokenizer, chunk.token_ids, chunk.logprobs, at, chunk.top_logprobs)
             offsets[index] = offsets.get(index, 0) + len(text)
             num_tokens += len(chunk.token_ids)
             choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": chunk.finish_reason}

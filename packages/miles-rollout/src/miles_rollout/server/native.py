@@ -20,7 +20,7 @@ from miles_rollout.server.params import Neutral, parse
 from miles_rollout.server.service import Service, new_id
 from miles_rollout.server.sse import open_stream, unless_disconnected
 from miles_rollout.text import Tokenizer
-from miles_rollout.wire import GenerateRequest, SamplingParams
+from miles_rollout.wire import MAX_TOP_LOGPROBS, GenerateRequest, SamplingParams
 
 
 class NativeSampling(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +69,8 @@ class NativeRequest(msgspec.Struct, frozen=True, kw_only=True):
     rid: str | list[str] | None = None
     return_logprob: bool | list[bool] = False
     logprob_start_len: int | list[int] = -1
+    top_logprobs_num: int | list[int] = 0
+    """Likeliest tokens beside every sampled one, with return_logprob; at most 20."""
     return_text_in_logprobs: bool = False
     stream: bool = False
     return_routed_experts: bool = False
@@ -84,7 +86,7 @@ SAMPLING_NEUTRAL: Neutral = {
     "spaces_between_special_tokens": (True,), "custom_params": (), "stream_interval": (1,), "seed": (),
 }  # fmt: skip
 REQUEST_NEUTRAL: Neutral = {
-    "input_embeds": (), "image_data": (), "video_data": (), "audio_data": (), "modalities": ([],), "top_logprobs_num": (0,),
+    "input_embeds": (), "image_data": (), "video_data": (), "audio_data": (), "modalities": ([],),
     "token_ids_logprob": (), "return_hidden_states": (False,), "routed_experts_start_len": (0,), "return_sampling_mask": (False,),
     "return_entropy": (False,), "return_prompt_token_ids": (False,), "lora_path": (), "lora_id": (), "session_params": (),
     "custom_logit_processor": (), "priority": (), "extra_key": (), "log_metrics": (True, False),
@@ -144,6 +146,7 @@ def _items(service: Service, body: NativeRequest) -> list[Item]:
     params = _spread("sampling_params", body.sampling_params, count, batch)
     logprobs = _spread("return_logprob", body.return_logprob, count, batch)
     starts = _spread("logprob_start_len", body.logprob_start_len, count, batch)
+    tops = _spread("top_logprobs_num", body.top_logprobs_num, count, batch)
     ids: list[Any] = [None] * count
     if body.sample_ids is not None:
         ids = _lists("sample_ids", body.sample_ids if batch else [body.sample_ids])
@@ -154,6 +157,7 @@ def _items(service: Service, body: NativeRequest) -> list[Item]:
         where = f"sampling_params[{i}]" if isinstance(body.sampling_params, list) else "sampling_params"
         sampling = parse({} if params[i] is None else params[i], NativeSampling, SAMPLING_NEUTRAL, where=where)
         item = _item(prompt, sampling.to_wire(), rids[i], logprobs[i], starts[i], ids[i])
+        item = _with_top(item, tops[i])
         if body.return_routed_experts:
             item = item._replace(request=msgspec.structs.replace(item.request, return_routed_experts=True))
         items.append(item)
@@ -174,6 +178,18 @@ def _item(prompt: Any, sampling: SamplingParams, rid: str, return_logprob: bool,
         return_prompt_logprobs=return_logprob and start >= 0,
     )
     return Item(request, return_logprob, start)
+
+
+def _with_top(item: Item, count: int) -> Item:
+    """The same, asking for `count` likeliest tokens beside every sampled one."""
+    if not 0 <= count <= MAX_TOP_LOGPROBS:
+        raise RequestError(f"top_logprobs_num={count} must lie in 0..{MAX_TOP_LOGPROBS}", param="top_logprobs_num")
+    if count and (not item.return_logprob or item.logprob_start_len >= 0):
+        raise RequestError(
+            "top_logprobs_num is of sampled tokens: ask with return_logprob, and without logprob_start_len",
+            param="top_logprobs_num",
+        )
+    return item._replace(request=msgspec.structs.replace(item.request, num_top_logprobs=count)) if count else item
 
 
 def _lists(name: str, value: list[Any]) -> list[list[int]]:

@@ -33,6 +33,7 @@ class Progress:
         self.logprobs: list[float] = []
         self.sampled_logprobs: list[float] = []
         self.weight_spans: list[WeightSpan] = []
+        self.top_logprobs: list[tuple[tuple[int, float], ...]] = []
         self.finish_reason: FinishReason | None = None
         self.matched_stop: int | str | None = None
 
@@ -43,6 +44,7 @@ class Progress:
         self.token_ids += chunk.token_ids
         self.logprobs += chunk.logprobs
         self.sampled_logprobs += chunk.sampled_logprobs
+        self.top_logprobs += chunk.top_logprobs
         self.finish_reason, self.matched_stop = chunk.finish_reason, chunk.matched_stop
         spans, version = self.weight_spans, chunk.weight_version
         if spans and spans[-1].version == version:
@@ -128,11 +130,17 @@ def _finish(state: Completion | Progress) -> dict[str, Any] | None:
 def _logprobs(
     shown: Completion | GenerateChunk | Progress, all_ids: Sequence[int], token_text: Tokenizer | None
 ) -> dict[str, Any]:
-    return {
+    found: dict[str, Any] = {
         "output_token_logprobs": _entries(shown.logprobs, shown.token_ids, token_text),
         "output_token_logprobs_length": len(all_ids),
         "output_token_sampling_logprobs": shown.sampled_logprobs,
     }
+    if shown.top_logprobs:
+        found["input_top_logprobs"] = []
+        found["output_top_logprobs"] = [
+            _entries([value for _, value in each], [token_id for token_id, _ in each], token_text) for each in shown.top_logprobs
+        ]
+    return found
 
 
 def _entries(logprobs: Sequence[float | None], ids: Sequence[int], tokenizer: Tokenizer | None) -> list[list[Any]]:

@@ -18,7 +18,7 @@ from miles_rollout.server.errors import RequestError
 from miles_rollout.server.native_reply import experts_fields
 from miles_rollout.server.params import Neutral
 from miles_rollout.server.service import Service, new_id
-from miles_rollout.wire import Completion, GenerateRequest, GenerateResult, SamplingParams
+from miles_rollout.wire import MAX_TOP_LOGPROBS, Completion, GenerateRequest, GenerateResult, SamplingParams
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,8 +62,17 @@ class Call:
     """One /v1 request under way: its engine requests and what its reply needs to know."""
 
     def __init__(
-        self, service: Service, body: CommonRequest, prompts: Sequence[Sequence[int]], max_tokens: int, prefix: str
+        self,
+        service: Service,
+        body: CommonRequest,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        prefix: str,
+        top: tuple[str, int] = ("", 0),
     ) -> None:
+        """`top`: how many likeliest tokens to tell beside every sampled one, and the parameter that said so."""
+        if not 0 <= top[1] <= MAX_TOP_LOGPROBS:
+            raise RequestError(f"{top[0]}={top[1]} must lie in 0..{MAX_TOP_LOGPROBS}", param=top[0])
         check_model(service, body.model)
         service.check_size(len(prompts), max(1, body.n))
         if body.stream_options is not None and not body.stream:
@@ -83,6 +92,7 @@ class Call:
                 sampling=sampling,
                 sample_ids=tuple(ids[i]),
                 return_routed_experts=body.return_routed_experts,
+                num_top_logprobs=top[1],
             )
             for i, prompt in enumerate(prompts)
         ]

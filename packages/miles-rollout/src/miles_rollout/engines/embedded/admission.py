@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from miles_rollout.engine import EngineRefusal
-from miles_rollout.wire import SCHEMA, GenerateRequest
+from miles_rollout.wire import MAX_TOP_LOGPROBS, SCHEMA, GenerateRequest
 
 _MAX_ID = 2**63
 
@@ -19,6 +19,8 @@ class Limits(NamedTuple):
     num_pages: int
     records_experts: bool = True
     """Whether routed experts can be asked for: they are recorded, or there are none."""
+    tells_top: bool = True
+    """Whether the likeliest tokens can be asked for; draft trees have several draws for one position."""
 
 
 def check_request(request: GenerateRequest, limits: Limits) -> None:
@@ -46,6 +48,10 @@ def check_request(request: GenerateRequest, limits: Limits) -> None:
         wrong.append(f"sample id {strange[0]} must lie in 0..2^63-1")
     if request.return_routed_experts and not limits.records_experts:
         wrong.append("routed experts are not recorded here; start the engine with record_routed_experts=true")
+    if not 0 <= request.num_top_logprobs <= MAX_TOP_LOGPROBS:
+        wrong.append(f"num_top_logprobs={request.num_top_logprobs} must lie in 0..{MAX_TOP_LOGPROBS}")
+    if request.num_top_logprobs and not limits.tells_top:
+        wrong.append("the likeliest tokens are not told by an engine with draft trees; leave draft_tree out")
     wrong += _sizes(len(request.input_ids), sampling.max_new_tokens, limits)
     if wrong:
         raise EngineRefusal(f"request {request.request_id!r}: " + "; ".join(wrong))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from miles_rollout.engines.embedded.state import Delivery, Failed, Job, Sequence
 from miles_rollout.text import IncrementalDecoder, Tokenizer
-from miles_rollout.wire import Completion, FinishReason, GenerateChunk, GenerateResult
+from miles_rollout.wire import Completion, FinishReason, GenerateChunk, GenerateResult, TopLogprobs
 
 
 class Token(NamedTuple):
@@ -99,6 +99,7 @@ class OutputProcessor:
             finish_reason=reason,
             matched_stop=seq.matched_stop,
             weight_spans=seq.weight_spans(),
+            top_logprobs=_top(seq, 0, seq.num_output),
             routed_experts=seq.experts,
         )
 
@@ -107,6 +108,11 @@ class OutputProcessor:
             return seq.decoder.text
         shown = seq.output[:-1] if isinstance(seq.matched_stop, int) else seq.output
         return self._tokenizer.decode(shown)
+
+
+def _top(seq: Sequence, start: int, stop: int) -> TopLogprobs:
+    """Of output tokens start .. stop, where somebody asked."""
+    return tuple(seq.top_logprobs[i] for i in range(start, stop)) if seq.job.request.num_top_logprobs else ()
 
 
 def _chunk(seq: Sequence, token: Token | None, text: str, version: int) -> GenerateChunk:
@@ -121,4 +127,5 @@ def _chunk(seq: Sequence, token: Token | None, text: str, version: int) -> Gener
         weight_version=version,
         finish_reason=seq.finish_reason,
         matched_stop=seq.matched_stop,
+        top_logprobs=() if token is None else _top(seq, seq.num_output - 1, seq.num_output),
     )

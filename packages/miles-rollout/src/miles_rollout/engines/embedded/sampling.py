@@ -34,17 +34,20 @@ class Sampler:
         self._arguments: dict[str, Any] = {}
         self._is_plain = True
         self._has_minimum = False
+        self._asks_for_top = False
 
     def is_plain(self, rows: np.ndarray) -> bool:
-        """Whether these rows sample without filters and without ids out of reach."""
+        """Whether these rows sample without filters and without ids out of reach, and nobody asks for the likeliest tokens."""
         self._arguments_of(rows)
         if self._has_minimum:  # until the last of them has its min_new_tokens
             self._has_minimum = bool((self._tables.first_stop[rows] > self._tables.position[rows]).any())
-        return self._is_plain and not self._has_minimum
+        return self._is_plain and not self._has_minimum and not self._asks_for_top
 
     def draw(self, logits: Tensor, rows: np.ndarray, position: np.ndarray) -> SampleOutput:
         """One token per row of logits [S, V], which will have `position` [S]; on the device, nothing is waited for when plain."""
         keys = self._arguments_of(rows)
+        if self._asks_for_top:
+            self._note_top(logits, rows, position)
         keys["position"] = upload(position, self._device)
         tables = self._tables
         banned = np.flatnonzero(tables.first_stop[rows] > position).tolist() if self._has_minimum else []
@@ -73,7 +76,28 @@ class Sampler:
                 self._arguments[name] = default if uniform else upload(values, device)
                 self._is_plain &= uniform or name == "temperature"
             self._has_minimum = bool((tables.first_stop[rows] > tables.position[rows]).any())
+            self._asks_for_top = any(self._num_top(row) for row in rows.tolist())
         return self._arguments
+
+    def _num_top(self, row: int) -> int:
+        owner = self._tables.tail.owners[row]
+        return 0 if owner is None else owner.job.request.num_top_logprobs
+
+    def _note_top(self, logits: Tensor, rows: np.ndarray, position: np.ndarray) -> None:
+        """Give sequences that ask the likeliest tokens for `position` [S]. Waits for the device."""
+        asked = [i for i, row in enumerate(rows.tolist()) if self._num_top(row)]
+        most = min(max(self._num_top(int(rows[i])) for i in asked), logits.shape[1])
+        scores = logits[torch.tensor(asked, device=logits.device)]
+        ids = scores.topk(most, dim=1).indices
+        heat = torch.from_numpy(self._tables.temperature[rows[asked]]).to(logits.device, torch.float32)
+        heat = torch.where(heat == 0, 1.0, heat)
+        found = [logprob_from_logits(scores, ids[:, j], heat).logprob for j in range(most)]
+        named, values = ids.tolist(), torch.stack(found, 1).tolist()
+        for i, tokens, logprobs in zip(asked, named, values, strict=True):
+            owner = self._tables.tail.owners[rows[i]]
+            assert owner is not None
+            pairs = tuple(zip(tokens, logprobs, strict=True))[: owner.job.request.num_top_logprobs]
+            owner.top_logprobs[int(position[i]) - owner.job.num_prompt] = pairs
 
 
 def _sample_without(logits: Tensor, keys: dict[str, Any], banned: list[tuple[int, frozenset[int]]]) -> SampleOutput:

@@ -30,7 +30,7 @@ class Sequence:
     __slots__ = (
         "job", "index", "sample_id", "order", "recorded", "tail", "row", "pages", "claims", "tokens",
         "num_computed", "decoder", "finish_reason", "matched_stop", "version_starts", "max_tokens", "draft",
-        "experts",
+        "experts", "top_logprobs",
     )  # fmt: skip
 
     def __init__(self, job: Job, index: int, sample_id: int) -> None:
@@ -59,6 +59,8 @@ class Sequence:
         """The draft, its session and how many tokens that has seen; kept while the sequence waits."""
         self.experts: RoutedExperts | None = None
         """Which experts its tokens went to, once it has ended and somebody asked."""
+        self.top_logprobs: dict[int, tuple[tuple[int, float], ...]] = {}
+        """(token id, log p) of the likeliest by output position, where asked for; drawn ahead, so perhaps beyond the end."""
 
     @property
     def output(self) -> list[int]:

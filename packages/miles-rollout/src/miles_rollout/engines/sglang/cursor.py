@@ -45,6 +45,7 @@ class Cursor:
             weight_version=number(meta.weight_version),
             finish_reason=reason,
             matched_stop=matched if isinstance(matched, int | str) else None,
+            top_logprobs=replies.top(meta.output_top_logprobs[start:stop]),
         )
 
 
@@ -74,6 +75,7 @@ def joined(chunks: list[GenerateChunk]) -> Completion:
         finish_reason=last.finish_reason or "abort",
         matched_stop=last.matched_stop,
         weight_spans=tuple(spans),
+        top_logprobs=tuple(each for chunk in chunks for each in chunk.top_logprobs),
     )
 
 

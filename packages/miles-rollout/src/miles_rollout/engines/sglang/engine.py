@@ -21,6 +21,7 @@ from miles_rollout.engines.sglang.process import start
 from miles_rollout.engines.sglang.replies import Reply, ServerInfo, SglangFailure, decoded, events, message_of, refusal
 from miles_rollout.upstream import Upstream, UpstreamError
 from miles_rollout.wire import (
+    MAX_TOP_LOGPROBS,
     Completion,
     EngineInfo,
     GenerateChunk,
@@ -139,6 +140,8 @@ class SglangEngine:
             raise EngineRefusal(str(error)) from None
         if self.config.seeds and request.sampling.min_p > 0 and request.sampling.temperature > 0:
             raise EngineRefusal("min_p does not come with seeds on SGLang, whose process would end; ask without, or use top_p")
+        if not 0 <= request.num_top_logprobs <= MAX_TOP_LOGPROBS:
+            raise EngineRefusal(f"num_top_logprobs={request.num_top_logprobs} must lie in 0..{MAX_TOP_LOGPROBS}")
         if not request.input_ids:
             raise EngineRefusal("the prompt is empty; it needs at least one token")
         vocab = self._shape.vocab_size
@@ -297,6 +300,7 @@ class SglangEngine:
             finish_reason=finish.type,
             matched_stop=finish.matched if isinstance(finish.matched, int | str) else None,
             weight_spans=(WeightSpan(version=number(meta.weight_version), start=0, stop=count),) if count else (),
+            top_logprobs=replies.top(meta.output_top_logprobs),
             routed_experts=routed,
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from miles_rollout.engine import EngineRefusal
-from miles_rollout.wire import FinishReason, GenerateRequest, RoutedExperts
+from miles_rollout.wire import FinishReason, GenerateRequest, RoutedExperts, TopLogprobs
 
 DIGESTED = (
     "version", "dtype", "quantization", "kv_cache_dtype", "tp_size", "pp_size", "dp_size", "ep_size", "attention_backend",
@@ -50,6 +50,7 @@ class Meta(msgspec.Struct):
     output_token_logprobs: list[tuple[float, int, str | None]] = []
     output_token_sampling_logprobs: list[float] | None = None
     input_token_logprobs: list[tuple[float | None, int, str | None]] = []
+    output_top_logprobs: list[list[tuple[float, int, str | None]]] = []
     routed_experts: str | None = None
 
 
@@ -113,6 +114,8 @@ def body(request: GenerateRequest, index: int, rid: str, *, seeds: bool, stop_id
     found["logprob_start_len"] = 0 if request.return_prompt_logprobs and index == 0 else -1
     if filtered and sampling.temperature > 0:
         found["return_sampling_mask"] = True
+    if request.num_top_logprobs:
+        found["top_logprobs_num"] = request.num_top_logprobs
     if request.return_routed_experts:
         found["return_routed_experts"] = True
     return found
@@ -135,6 +138,11 @@ def sampled(request: GenerateRequest, reply: Reply) -> tuple[float, ...]:
         return (0.0,) * len(reply.output_ids)
     given = reply.meta_info.output_token_sampling_logprobs
     return tuple(each[0] for each in reply.meta_info.output_token_logprobs) if given is None else tuple(given)
+
+
+def top(entries: list[list[tuple[float, int, str | None]]]) -> TopLogprobs:
+    """SGLang's alternatives as (token id, logprob)."""
+    return tuple(tuple((token_id, logprob) for logprob, token_id, _ in each) for each in entries)
 
 
 def experts(encoded: str, num_tokens: int, num_layers: int, top_k: int) -> RoutedExperts:
