@@ -1,4 +1,4 @@
-"""The `miles-spec` command: simulate, train, verify-lossless."""
+"""The `miles-spec` command: simulate, train, inspect, export, verify-lossless."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from miles_spec import __version__
 from miles_spec.draft import DRAFTS
 from miles_spec.metrics import AcceptStats
+from miles_spec.models import command as model_command
 from miles_spec.train import command as train_command
 
 
@@ -49,12 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lossless.add_argument("--seed", type=int, default=0)
     lossless.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     train_command.add_arguments(commands)
+    model_command.add_arguments(commands)
     options = parser.parse_args(arguments)
     try:
         if options.command == "verify-lossless":
             return _lossless(options)
         if options.command == "train":
             return train_command.run(options)
+        if options.command in ("inspect", "export"):
+            return model_command.run(options)
         _check(options)
         return _recorded(options) if options.file else _synthetic(options)
     except (OSError, ValueError) as error:

@@ -111,10 +111,12 @@ class Eagle3Config:
     ) -> Eagle3Config:
         """A layer shaped as the policy's last, dense; by default the layers 2, half-way and third from the end."""
         layers = policy.num_hidden_layers
+        first, middle, last = sorted((min(2, layers), layers // 2, max(layers - 3, 0)))
+        default = (first, middle, last)
         block = _like_last(dataclasses.replace(policy, **_DENSE) if policy.num_experts else policy, 1)
         return cls(
             block=block,
-            feature_layers=feature_layers or (min(2, layers), layers // 2, max(layers - 3, 0)),
+            feature_layers=feature_layers or default,
             draft_vocab_size=draft_vocab_size or policy.vocab_size,
         )
 

@@ -227,6 +227,11 @@ class EmbeddedEngine:
     def _submitted(self, request: GenerateRequest, *, stream: bool) -> Iterator[Reply]:
         """Queue a request; leaving before its result has arrived aborts it."""
         check_request(request, self._limits)
+        if self.config.verification == "greedy" and request.sampling.temperature != 0:
+            raise EngineRefusal(
+                f"temperature {request.sampling.temperature}: this engine verifies drafts greedily, which is for temperature 0; "
+                "start it with verification gumbel"
+            )
         reply = Reply(request.request_id, asyncio.get_running_loop())
         with self._lock:
             self._check_alive()
@@ -256,13 +261,13 @@ class EmbeddedEngine:
         await asyncio.to_thread(self._run_command, command)
 
     async def _refusable(self, command: Callable[[EngineCore], None]) -> None:
-        """`_command` for something that may refuse with a ValueError, which must not end the engine."""
-        refusal: list[ValueError] = []
+        """`_command` for something that may refuse, or find no memory, which must not end the engine."""
+        refusal: list[Exception] = []
 
         def run(core: EngineCore) -> None:
             try:
                 command(core)
-            except ValueError as error:
+            except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
                 refusal.append(error)
 
         await self._command(run)
