@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from miles_kernels.nn.checkpoint import iter_tensors, write_model
 from miles_kernels.nn.config import DecoderConfig
 from miles_spec.cli import main
