@@ -32,7 +32,7 @@ OPEN = {
 SERVER_CLOSED = {
     ("GET", "/status"), ("POST", "/abort_request"), ("POST", "/flush_cache"), ("POST", "/update_weights_from_disk"),
     ("POST", "/pause_generation"), ("POST", "/continue_generation"), ("POST", "/release_memory_occupation"),
-    ("POST", "/resume_memory_occupation"),
+    ("POST", "/resume_memory_occupation"), ("POST", "/start_profile"), ("POST", "/stop_profile"),
 }  # fmt: skip
 ROUTER_CLOSED = {
     ("GET", "/status"), ("GET", "/workers"), ("POST", "/workers"), ("DELETE", "/workers"), ("GET", "/list_workers"),

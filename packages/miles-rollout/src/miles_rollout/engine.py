@@ -84,6 +84,19 @@ class MemoryEngine(Protocol):
 
 
 @runtime_checkable
+class ProfilableEngine(Protocol):
+    """An engine that can record a trace of what it does."""
+
+    async def start_profile(self, directory: str) -> None:
+        """Record from now on. Raises ValueError when a profile is being recorded, or cannot be."""
+        ...
+
+    async def stop_profile(self) -> str:
+        """Write the trace under the directory named at the start; its path. Raises ValueError when nothing is recorded."""
+        ...
+
+
+@runtime_checkable
 class DiskUpdatableEngine(Protocol):
     """An engine that reads a directory of safetensors itself, in another process or on another device."""
 

@@ -42,6 +42,7 @@ def serve(
     served_model_name: Annotated[str | None, typer.Option(help="Name under /v1. [default: the last part of MODEL]")] = None,
     admin_token: AdminToken = None,
     weights_root: Roots = None,
+    profile_dir: Annotated[str | None, typer.Option(help="Where traces of /start_profile go. [default: none are taken]")] = None,
     drain_s: DrainS = 30.0,
     log_level: LogLevel = "info",
     log_format: LogFormat = "text",
@@ -120,6 +121,7 @@ def serve(
             max_body_bytes=max_body_mib << 20,
             request_s=request_s,
             weight_roots=tuple(weights_root or [default_root(model)]),
+            profile_dir=profile_dir,
         )
         server.validate()
         setup_logging(log_level, log_format)

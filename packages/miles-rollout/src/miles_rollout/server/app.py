@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from miles_rollout.engine import Engine
-from miles_rollout.server import admin, chat, completions, info, native
+from miles_rollout.server import admin, chat, completions, info, native, profile
 from miles_rollout.server.errors import Handler, JSONResponse, answers_errors, http_error
 from miles_rollout.server.observe import Observed
 from miles_rollout.server.openapi import document
@@ -56,6 +56,8 @@ ADMIN: dict[str, tuple[ServiceHandler, list[str]]] = {
     "/release_memory_occupation": (admin.release_memory, ["POST"]),
     "/resume_memory_occupation": (admin.resume_memory, ["POST"]),
     "/update_weights_from_disk": (admin.update_weights_from_disk, ["POST"]),
+    "/start_profile": (profile.start_profile, ["POST"]),
+    "/stop_profile": (profile.stop_profile, ["POST"]),
 }
 
 

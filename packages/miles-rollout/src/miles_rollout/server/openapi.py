@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from miles_rollout import __version__
-from miles_rollout.server import admin, chat, completions, native
+from miles_rollout.server import admin, chat, completions, native, profile
 from miles_rollout.server.params import Neutral
 
 Body = tuple[type[msgspec.Struct], Neutral]
@@ -17,6 +17,7 @@ BODIES: dict[str, Body] = {
     "/v1/chat/completions": (chat.ChatRequest, chat.NEUTRAL),
     "/abort_request": (admin.AbortRequest, admin.ABORT_NEUTRAL),
     "/update_weights_from_disk": (admin.UpdateFromDisk, admin.UPDATE_NEUTRAL),
+    "/start_profile": (profile.StartProfile, profile.START_NEUTRAL),
     "/pause_generation": (admin.Pause, {}),
     "/continue_generation": (admin.Continue, {}),
     "/release_memory_occupation": (admin.MemoryTags, {}),

@@ -62,6 +62,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How long /health_generate waits for its one token."""
     weight_roots: tuple[str, ...] | None = None
     """Directories that weight updates may be read from, with everything below them; None leaves it to `load_weights`."""
+    profile_dir: str | None = None
+    """Where traces of /start_profile go; None refuses them."""
 
     def validate(self) -> None:
         """Raise ValueError naming every setting outside its range."""
@@ -95,6 +97,9 @@ class Service:
         self.num_replies: Counter[tuple[str, int]] = Counter()
         self.timings = Timings()
         self.paused: PauseMode | None = None
+        self.profile_end: asyncio.TimerHandle | None = None
+        """When the profile that is being recorded ends by itself."""
+        self.profile_task: asyncio.Future[None] | None = None
         self.released: set[str] = set()
         self._go = asyncio.Event()
         self._go.set()

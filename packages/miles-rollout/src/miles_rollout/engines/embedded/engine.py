@@ -19,6 +19,7 @@ from miles_rollout.engines.embedded.admission import Limits, check_request
 from miles_rollout.engines.embedded.config import DRAFT_PREFIX, EmbeddedConfig
 from miles_rollout.engines.embedded.core import EngineCore
 from miles_rollout.engines.embedded.kv import PagedKV
+from miles_rollout.engines.embedded.profile import Profile
 from miles_rollout.engines.embedded.reply import EngineFailure, Reply
 from miles_rollout.engines.embedded.state import Delivery, Job
 from miles_rollout.engines.embedded.weights import check_manifest, dtype_name, stage
@@ -100,6 +101,7 @@ class EmbeddedEngine:
         self._thread: threading.Thread | None = None
         self._closing = False
         self._paused = False
+        self._profile: Profile | None = None
         self._failure: BaseException | None = None
 
     async def __aenter__(self) -> EmbeddedEngine:
@@ -166,6 +168,29 @@ class EmbeddedEngine:
             self._paused = False
 
         await self._command(go_on)
+
+    async def start_profile(self, directory: str) -> None:
+        """Record what the engine thread and its device do from now on."""
+
+        def start(core: EngineCore) -> None:
+            if self._profile is not None:
+                raise ValueError("a profile is being recorded; stop it first")
+            self._profile = Profile(directory, self.device)
+
+        await self._refusable(start)
+
+    async def stop_profile(self) -> str:
+        """Write the trace; its path."""
+        found: list[str] = []
+
+        def stop(core: EngineCore) -> None:
+            if self._profile is None:
+                raise ValueError("no profile is being recorded")
+            profile, self._profile = self._profile, None
+            found.append(profile.stop())
+
+        await self._refusable(stop)
+        return found[0]
 
     async def flush_cache(self) -> bool:
         """Forget cached prefixes; False, and nothing done, while any request is unfinished."""

@@ -62,6 +62,7 @@ class SglangEngine:
         self._live: dict[str, list[str]] = {}
         self._released: set[str] = set()
         self._paused: PauseMode | None = None
+        self._profiles: str | None = None
         self._broken = ""
         self._updating = asyncio.Lock()
         self._counts = dict.fromkeys(("num_prompt_tokens", "num_generated_tokens", "num_cached_tokens", "num_requests"), 0)
@@ -375,6 +376,19 @@ class SglangEngine:
         """Go on."""
         await self._must("/continue_generation", {})
         self._paused = None
+
+    async def start_profile(self, directory: str) -> None:
+        """SGLang's own profiler."""
+        await self._must("/start_profile", {"output_dir": directory})
+        self._profiles = directory
+
+    async def stop_profile(self) -> str:
+        """The directory: SGLang names the file."""
+        if self._profiles is None:
+            raise ValueError("no profile is being recorded")
+        directory, self._profiles = self._profiles, None
+        await self._must("/stop_profile", {})
+        return directory
 
     async def release_memory(self, tags: Sequence[str]) -> None:
         """Free weights, KV cache or graphs; the server needs --enable-memory-saver."""
