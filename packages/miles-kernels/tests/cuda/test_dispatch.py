@@ -28,13 +28,15 @@ ALL = frozenset(dispatch.BACKENDS)
 
 
 def test_choice_follows_the_table_and_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TABLE, "test device", {"64,32": {1: "deepgemm", 64: "tma 64x64x128 w4 s4 p1", 1024: "lt:1.2.3"}})
+    entry = {1: "deepgemm;pointer 16x32x128 w4 s5 p1", 64: "tma 64x64x128 w4 s4 p1", 300: "deepgemm", 1024: "lt:1.2.3"}
+    monkeypatch.setitem(TABLE, "test device", {"64,32": entry})
     dispatch.choose.cache_clear()
     choose = dispatch.choose
     assert choose("test device", ALL, 2, 64, 32) == "deepgemm"
     assert choose("test device", ALL, 100, 64, 32) == "tma 64x64x128 w4 s4 p1"
     assert choose("test device", ALL, 9999, 64, 32) == "lt:1.2.3"
-    assert choose("test device", frozenset({"triton", "cublaslt"}), 2, 64, 32) == "lt:"
+    assert choose("test device", frozenset({"triton", "cublaslt"}), 2, 64, 32) == "pointer 16x32x128 w4 s5 p1"
+    assert choose("test device", frozenset({"triton", "cublaslt"}), 300, 64, 32) == "lt:"
     assert choose("test device", frozenset({"triton"}), 9999, 64, 32) == "triton"
     assert choose("unknown device", ALL, 1, 7, 9) == "lt:"
     dispatch.choose.cache_clear()
@@ -45,7 +47,7 @@ def test_every_entry_of_the_table_can_be_read() -> None:
     for shapes in TABLE.values():
         for key, entry in shapes.items():
             assert len([int(part) for part in key.split(",")]) == 2
-            for rows, choice in entry.items():
+            for rows, choice in ((rows, choice) for rows, choices in entry.items() for choice in choices.split(";")):
                 assert rows >= 1
                 if choice != "deepgemm" and not choice.startswith("lt:"):
                     assert dispatch.format_tile(dispatch.parse_tile(choice)) == choice

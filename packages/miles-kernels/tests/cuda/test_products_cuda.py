@@ -135,6 +135,30 @@ def test_moe(tokens: int, experts: int, slots: int, hidden: int, width: int) -> 
         close(a, b, 2e-2)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_moe_of_a_handful_of_tokens(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """The unsorted kernels: the bits of the sorted ones, repeated experts and empty tails included, also replayed."""
+    from miles_kernels.bench.timing import capture
+    from miles_kernels.cuda import moe
+
+    for experts, slots, hidden, width in ((64, 8, 512, 96), (4, 3, 72, 40), (5, 5, 2048, 768)):
+        x, gate_up, down, ids, weights = moe_inputs(tokens, experts, slots, hidden, width)
+        few = moe.moe_mlp(x, gate_up, down, ids, weights)
+        with monkeypatch.context() as patch:
+            patch.setattr(moe, "FEW_PAIRS", 0)
+            assert_bitwise_equal(few, moe.moe_mlp(x, gate_up, down, ids, weights), "sorted")
+            assert count_unequal(few, moe.moe_mlp(x, gate_up, down.roll(1, 0), ids, weights)) > 0  # the control
+        out: list[torch.Tensor] = []
+        graph = capture([lambda args=(x, gate_up, down, ids, weights), out=out: out.append(moe.moe_mlp(*args))])
+        for _ in range(5):
+            ids.copy_(torch.rand(tokens, experts).topk(slots).indices)
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            with monkeypatch.context() as patch:
+                patch.setattr(moe, "FEW_PAIRS", 0)
+                assert_bitwise_equal(out[-1], moe.moe_mlp(x, gate_up, down, ids, weights), "replayed")
+
+
 @pytest.mark.parametrize(("vocab", "hidden"), [(15, 128), (1000, 64), (5003, 256), (151936, 128)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_linear_logprob(vocab: int, hidden: int, with_bias: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +13,11 @@ from miles_kernels.bench.report import Row
 from miles_kernels.bench.timing import compare
 from miles_kernels.cuda import gemm_deep, moe
 from miles_kernels.cuda.gemm_triton import Tile
-from miles_kernels.cuda.grouped import Groups, gemm
+from miles_kernels.cuda.grouped import gemm
 
 EXPERTS, SLOTS, HIDDEN, WIDTH = 128, 8, 2048, 768
 TOKENS = (1, 16, 64, 256, 1024, 8192)
+ROUTINGS = 4
 
 
 def _random(*shape: int, scale: float = 1.0) -> Tensor:
@@ -33,51 +35,77 @@ def stock(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor
     return out.to(x.dtype)
 
 
+class _Case(NamedTuple):
+    """One routing of the tokens and what the kernels of the layer hand on."""
+
+    ids: Tensor
+    weights: Tensor
+    dispatch: moe.Dispatch
+    rows: Tensor
+    inner: Tensor
+    outer: Tensor
+
+
+def _case(x: Tensor, gate_up: Tensor, down: Tensor) -> _Case:
+    ids = torch.rand(x.shape[0], EXPERTS, device="cuda").topk(SLOTS).indices
+    dispatch = moe.plan_dispatch(ids, EXPERTS)
+    rows = moe.permute(x, dispatch)
+    inner = gemm(rows, gate_up, dispatch.groups, gated=True)
+    weights = torch.rand(x.shape[0], SLOTS, device="cuda")
+    return _Case(ids, weights, dispatch, rows, inner, gemm(inner, down, dispatch.groups))
+
+
 def rows() -> Iterator[Row]:
-    """The whole layer without the router, under CUDA graphs (the stock loop and DeepGEMM: eager)."""
+    """The whole layer without the router: sort, permute, gate_up with SwiGLU, down, weighted combine of every token.
+
+    All under CUDA graphs but the stock loop and DeepGEMM. Every row takes `ROUTINGS` routings in turn, so that the weights of
+    few tokens are not read from L2. Work counts the tokens' own products, bytes the weights of the experts that have tokens,
+    once, and tokens in and out; padding of tiles, the sorted copy and the intermediate rows count nowhere.
+    """
     gate_up = _random(EXPERTS, 2 * WIDTH, HIDDEN, scale=HIDDEN**-0.5)
     down = _random(EXPERTS, HIDDEN, WIDTH, scale=WIDTH**-0.5)
     square = _random(8192, 8192)
     for tokens in TOKENS:
         x = _random(tokens, HIDDEN)
-        ids = torch.rand(tokens, EXPERTS, device="cuda").topk(SLOTS).indices
-        weights = torch.rand(tokens, SLOTS, device="cuda")
-        dispatch = moe.plan_dispatch(ids, EXPERTS)
-        sorted_rows = moe.permute(x, dispatch)
-        inner = gemm(sorted_rows, gate_up, dispatch.groups, gated=True)
-        outer = gemm(inner, down, dispatch.groups)
-        expert = _random(max(1, tokens), HIDDEN), _random(max(1, tokens), WIDTH)
+        cases = [_case(x, gate_up, down) for _ in range(ROUTINGS)]
         competitors: dict[str, list[Callable[[], object]]] = {
-            "aligned": [partial(moe.moe_mlp, x, gate_up, down, ids, weights)] * 4,
-            "two grouped products": [partial(_products, sorted_rows, gate_up, inner, down, dispatch.groups)] * 4,
+            "aligned": [partial(moe.moe_mlp, x, gate_up, down, c.ids, c.weights) for c in cases],
+            "two grouped products": [partial(_products, c, gate_up, down) for c in cases],
+            "sort": [partial(moe.plan_dispatch, c.ids, EXPERTS) for c in cases],
+            "gate_up, SwiGLU": [partial(gemm, c.rows, gate_up, c.dispatch.groups, gated=True) for c in cases],
+            "down": [partial(gemm, c.inner, down, c.dispatch.groups) for c in cases],
+            "permute": [partial(moe.permute, x, c.dispatch) for c in cases],
+            "combine": [partial(moe.combine, c.outer, c.weights, c.dispatch) for c in cases],
         }
         if tokens >= 1024:
+            expert = _random(tokens, HIDDEN), _random(tokens, WIDTH)
             competitors["dense of the same size"] = [partial(_dense, expert, gate_up, down)] * 4
             competitors["8192^3"] = [partial(torch.mm, square, square)] * 4
-            competitors["permute"] = [partial(moe.permute, x, dispatch)] * 4
-            competitors["combine"] = [partial(moe.combine, outer, weights, dispatch)] * 4
         captured = compare(competitors)
-        others: dict[str, list[Callable[[], object]]] = {"stock loop": [partial(stock, x, gate_up, down, ids, weights)]}
+        others: dict[str, list[Callable[[], object]]] = {
+            "stock loop": [partial(stock, x, gate_up, down, cases[0].ids, cases[0].weights)]
+        }
         if gemm_deep.available():
-            others["DeepGEMM alone"] = _deep(dispatch.groups.offsets, gate_up, down)
+            others["DeepGEMM alone"] = _deep(cases[0].dispatch.groups.offsets, gate_up, down)
         eager = compare(others, rounds=3, graph=False)
-        used = int(ids.unique().numel())
+        used = sum(int(c.ids.unique().numel()) for c in cases) / len(cases)
         found = {name: timing.seconds for name, timing in {**captured, **eager}.items()}
-        weight_bytes = used * 3 * WIDTH * HIDDEN * 2
         work = 2.0 * tokens * SLOTS * 3 * WIDTH * HIDDEN
         notes: dict[str, float | str] = {"TFLOP/s": work / found["aligned"] / 1e12}
         if "8192^3" in found:  # of the square product that took turns with the layer, at the same clocks
-            notes["of 8192^3"] = work / found["aligned"] / (2 * 8192**3 / found["8192^3"])
-        notes["unequal"] = float(_unequal(x, gate_up, down, ids, weights))
+            rate = 2 * 8192**3 / found["8192^3"]
+            notes["of 8192^3"] = work / found["aligned"] / rate
+            notes["products alone, of 8192^3"] = work / found["two grouped products"] / rate
+        notes["unequal"] = float(_unequal(x, gate_up, down, cases[0].ids, cases[0].weights))
         yield Row(
-            "MoE layer", f"{tokens} tokens, {used} experts", found, work, weight_bytes + 4.0 * tokens * HIDDEN,
-            default="stock loop", notes=notes,
+            "MoE layer", f"{tokens} tokens, {used:g} experts", found, work,
+            used * 3 * WIDTH * HIDDEN * 2 + 4.0 * tokens * HIDDEN, default="stock loop", notes=notes,
         )  # fmt: skip
 
 
-def _products(rows: Tensor, gate_up: Tensor, inner: Tensor, down: Tensor, groups: Groups) -> None:
-    gemm(rows, gate_up, groups, gated=True)
-    gemm(inner, down, groups)
+def _products(case: _Case, gate_up: Tensor, down: Tensor) -> None:
+    gemm(case.rows, gate_up, case.dispatch.groups, gated=True)
+    gemm(case.inner, down, case.dispatch.groups)
 
 
 def _dense(expert: tuple[Tensor, Tensor], gate_up: Tensor, down: Tensor) -> None:

@@ -134,10 +134,9 @@ def table_of(device_name: str) -> dict[str, dict[int, str]]:
 def choose(device_name: str, usable: frozenset[str], m: int, n: int, k: int) -> str:
     """The measured winner for a product, or "lt:" / "triton" where nothing was measured or the winner may not serve."""
     entry = table_of(device_name).get(f"{n},{k}")
-    choice = entry[nearest(m, entry)] if entry else "lt:"
-    backend = {"lt": "cublaslt", "de": "deepgemm"}.get(choice[:2], "triton")
-    if backend in usable:
-        return choice
+    for choice in entry[nearest(m, entry)].split(";") if entry else ("lt:",):
+        if {"lt": "cublaslt", "de": "deepgemm"}.get(choice[:2], "triton") in usable:
+            return choice
     return "lt:" if "cublaslt" in usable else "triton"
 
 

@@ -2,6 +2,7 @@
 
 Keys: device name, then "N,K", then rows M as measured; a product uses the entry of the nearest measured M (by ratio).
 Values: "lt:ALGORITHM" (see `gemm_lt.Plan.name`), "deepgemm", or a Triton tile as in "tma 128x256x64 w8 s3 p1".
+"A;B": B where A may not serve and cuBLASLt's own first choice would be slow.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ TABLE: dict[str, dict[str, dict[int, str]]] = {
             8192: "lt:66.201.0.2.35.0.0",
         },
         "1024,3072": {
-            1: "deepgemm",
+            1: "deepgemm;pointer 8x16x256 w2 s5 p1",
             16: "deepgemm",
             64: "deepgemm",
             256: "deepgemm",

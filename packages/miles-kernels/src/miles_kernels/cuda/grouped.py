@@ -81,9 +81,7 @@ def default_tile(rows_per_expert: float, gated: bool) -> Tile:
         return Tile(16, 64 if gated else 128, 128, 4, 4, per_sm=2)
     if rows_per_expert <= 24:
         return Tile(32, 64 if gated else 128, 128, 4, 4, per_sm=2 if gated else 1)
-    if rows_per_expert <= 160:
-        return Tile(128, 64 if gated else 128, 64, 4, 3, per_sm=2)
-    return Tile(128, 128 if gated else 256, 64, 8, 4)
+    return Tile(128, 64 if gated else 128, 64, 4, 3, per_sm=2)  # one program stores while the other multiplies
 
 
 def gemm(

@@ -16,8 +16,8 @@ from miles_kernels.cuda.gemm_triton import descriptor, num_sms
 from miles_kernels.ops.chain import add_product, main_of
 
 BLOCK = 128
-ROW_CHUNK = 2048
-"""Rows per pass: 12 bytes of statistics per row and block, 29 MB at a vocabulary of 151936."""
+ROW_CHUNK = 4096
+"""Rows per pass: 12 bytes of statistics per row and block, 58 MB at a vocabulary of 151936."""
 
 
 def _target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -72,8 +72,9 @@ ADD = _Config(128, 64, 256, 8, 4, 1)
 
 
 def forward_config(hidden_size: int) -> _Config:
-    """Tile of the forward; changes no bits. Longer rows gain from one more stage of prefetch."""
-    return _Config(128, 64, 2 * BLOCK, 8, 4 if hidden_size >= 2048 else 3, 1)
+    """Tile of the forward; changes no bits. Long rows gain from large tiles; for short ones two programs share a
+    multiprocessor, so that one computes statistics while the other multiplies."""
+    return _Config(128, 64, 2 * BLOCK, 8, 4, 1) if hidden_size >= 2048 else _Config(128, 64, BLOCK, 4, 3, 2)
 
 
 class _Stats(NamedTuple):
@@ -91,28 +92,34 @@ def inverse_temperature(temperature: Tensor | float, rows: int, device: torch.de
     return torch.full((rows,), temperature, dtype=torch.float32, device=device).reciprocal_()
 
 
-def _stats(rows: int, vocab: int, entropy: bool, device: torch.device) -> _Stats:
-    shape = (-(-vocab // BLOCK), rows)
-    exponent, total = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
-    return _Stats(exponent, total, torch.empty(shape, dtype=torch.int32, device=device) if entropy else total)
+def _stats_space(rows: int, vocab: int, entropy: bool, device: torch.device) -> Tensor:
+    """Room for the statistics of `rows` rows, used again by every pass."""
+    size = -(-vocab // BLOCK) * rows
+    return torch.empty((3 if entropy else 2, size + -size % 32), dtype=torch.int32, device=device)
+
+
+def _stats(rows: int, vocab: int, entropy: bool, device: torch.device, space: Tensor | None = None) -> _Stats:
+    blocks = -(-vocab // BLOCK)
+    space = _stats_space(rows, vocab, entropy, device) if space is None else space
+    parts = [part[: blocks * rows].view(blocks, rows) for part in space]
+    return _Stats(parts[0], parts[1], parts[-1])
 
 
 def _finish(inverse: Tensor, target_logit: Tensor, stats: _Stats, outs: tuple[Tensor, ...], entropy: bool) -> None:
     from miles_kernels.cuda import logprob_kernels
 
     rows, blocks = inverse.shape[0], stats.exponent.shape[0]
-    width = 32 if rows >= 4096 else 8
-    logprob_kernels.finish[(-(-rows // width),)](
+    logprob_kernels.finish[(-(-rows // 8),)](
         inverse,
         target_logit,
         *stats,
         *outs,
         rows,
         blocks,
-        CHUNK=64,
-        ROWS=width,
+        CHUNK=256,  # enough loads under way to hide the memory's latency
+        ROWS=8,
         ENTROPY=entropy,
-        num_warps=4,
+        num_warps=8,
     )
 
 
@@ -132,10 +139,11 @@ def logprob_from_logits(
     rows, vocab = logits.shape
     inverse = inverse_temperature(temperature, rows, logits.device)
     outs = _outputs(rows, logits.device)
+    space = _stats_space(min(rows, ROW_CHUNK), vocab, entropy, logits.device)
     for start in range(0, rows, ROW_CHUNK):
         part = slice(start, min(start + ROW_CHUNK, rows))
         count = part.stop - start
-        stats = _stats(count, vocab, entropy, logits.device)
+        stats = _stats(count, vocab, entropy, logits.device, space)
         target_logit = torch.empty(count, dtype=torch.float32, device=logits.device)
         height = 16 if count > 8 else 4
         logprob_kernels.stats_from_logits[(-(-vocab // BLOCK), -(-count // height))](
@@ -174,11 +182,12 @@ def forward(
     config = config or forward_config(hidden.shape[1])
     outs = _outputs(rows, hidden.device)
     b = descriptor(weight, config.cols, config.depth)
+    space = _stats_space(min(rows, row_chunk), vocab, entropy, hidden.device)
     for start in range(0, rows, row_chunk):
         part = slice(start, min(start + row_chunk, rows))
         x = hidden[part]
         count = x.shape[0]
-        stats = _stats(count, vocab, entropy, hidden.device)
+        stats = _stats(count, vocab, entropy, hidden.device, space)
         target_logit = _target_logits(x, weight, bias, targets[part])
         tiles = -(-count // config.rows) * -(-vocab // config.cols)
         programs = min(num_sms(hidden.device.index or 0) * config.per_sm, tiles)
