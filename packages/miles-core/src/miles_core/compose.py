@@ -27,6 +27,8 @@ from miles_core.feed import Feed, ReplayFeed, RolloutFeed, SftFeed
 from miles_core.interrupt import StopRequest
 from miles_core.memory import prepare_heap
 from miles_core.memory.check import require_room
+from miles_core.memory.run import RunMemory
+from miles_core.memory.trainer import TrainerMemory
 from miles_core.models import LoadedModel, load_model, load_shape, prompt_room, use_threads
 from miles_core.progress import make_progress
 from miles_core.rollout import Scorer
@@ -37,13 +39,13 @@ from miles_core.trainer.base import Trainer
 from miles_core.trainer.fsdp import FsdpTrainer
 from miles_kernels.nn.config import DecoderConfig
 from miles_kernels.nn.decoder import Decoder
-from miles_rollout.engine import Engine
+from miles_rollout.engine import Engine, MemoryEngine
 from miles_rollout.text import Tokenizer
 
 Mode = Literal["train", "sft", "rollout"]
 Say = Callable[[str], None]
 
-FREE_ON_RESUME = ("run.num_steps", "run.threads", "run.dir", "eval.", "checkpoint.", "engine.")
+FREE_ON_RESUME = ("run.num_steps", "run.threads", "run.dir", "eval.", "checkpoint.", "engine.", "memory.")
 """What a resumed run may change: none of it alters a step that is already done, or the bits of the next."""
 FIXED_ON_RESUME = "engine.tensor_parallel"
 """The exception: it is part of the numeric contract."""
@@ -128,13 +130,26 @@ def _parts(
     if trainer is not None and engine is not None:
         publisher = partial(_publish, runner, trainer, engine)
     feed = _feed(config, request, text, engine, scorer, runner, say)
+    memory = _memory(config, trainer, engine, runner, run_dir)
     if draft is not None and engine is not None and request.mode != "sft":
         comparison = _comparison(config, model, trainer, runner, stack)
         feed = ServedFeed(feed, engine, trainer if isinstance(trainer, DraftingTrainer) else None, comparison, runner.run)
     return {
         "feed": feed, "trainer": trainer, "engine": engine, "publisher": publisher, "evaluator": evaluator,
-        "tokenizer": model.tokenizer,
+        "tokenizer": model.tokenizer, "memory": memory,
     }  # fmt: skip
+
+
+def _memory(
+    config: RunConfig, trainer: Trainer | None, engine: Engine | None, runner: asyncio.Runner, run_dir: RunDir
+) -> RunMemory | None:
+    """The memory of a run whose trainer can say what it holds."""
+    held = getattr(getattr(trainer, "inner", trainer), "memory", None)
+    if not isinstance(held, TrainerMemory):
+        return None
+    return RunMemory(
+        held, engine if isinstance(engine, MemoryEngine) else None, runner.run, config.memory, run_dir.root / "memory"
+    )
 
 
 def _comparison(
@@ -165,6 +180,11 @@ def _cluster_parts(
     """The same with trainer and engine in worker processes. This process holds no weights."""
     from miles_core.cluster.start import start
 
+    if config.memory.sleep:
+        raise ValueError(
+            "memory.sleep takes turns inside one process; with cluster.num_trainers or num_engines trainer and engine are "
+            "processes of their own: leave those out, or give each its own device"
+        )
     shape, tokenizer = load_shape(config.model, say)
     text = Text(tokenizer, shape)
     scorer = stack.enter_context(Scorer(config.reward)) if _needs_engine(config, request) else None
@@ -196,7 +216,7 @@ def make_trainer(config: RunConfig, mode: Mode, decoder: Decoder) -> Trainer:
         from miles_core.trainer.megatron.backend import MegatronTrainer
 
         return MegatronTrainer(decoder, config.algorithm, config.trainer, config.optimizer, total_updates=updates)
-    return FsdpTrainer(decoder, config.algorithm, config.trainer, config.optimizer, total_updates=updates)
+    return FsdpTrainer(decoder, config.algorithm, config.trainer, config.optimizer, total_updates=updates, memory=config.memory)
 
 
 def _feed(

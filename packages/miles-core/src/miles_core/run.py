@@ -15,6 +15,7 @@ from miles_core.eval.evaluate import Evaluation, Evaluator
 from miles_core.feed import Feed, Portion
 from miles_core.interrupt import StopRequest
 from miles_core.memory import peak_rss_bytes, release_freed
+from miles_core.memory.run import RunMemory
 from miles_core.metrics import StepClock
 from miles_core.progress import Progress
 from miles_core.rundir import RunDir
@@ -52,6 +53,8 @@ class Run:
     progress: Progress
     stop: StopRequest
     runner: asyncio.Runner
+    memory: RunMemory | None = None
+    """Of a trainer in this process."""
     closers: list[Callable[[], None]] = field(default_factory=list)
     step: int = 0
     saved_step: int | None = None
@@ -85,12 +88,16 @@ class Run:
 
     def train_on(self, portion: Portion) -> StepStats | None:
         """One optimizer step; None when there is nothing to train on, or no trainer."""
-        return None if self.trainer is None or portion.batch is None else self.trainer.step(portion.batch)
+        trainer, batch = self.trainer, portion.batch
+        if trainer is None or batch is None:
+            return None
+        return trainer.step(batch) if self.memory is None else self.memory.training(lambda: trainer.step(batch))
 
     def publish(self) -> None:
         """Bring the engine to the trainer's weights, as version `step`."""
-        if self.publisher is not None:
-            self.publisher(self.step)
+        publisher = self.publisher
+        if publisher is not None:
+            publisher(self.step) if self.memory is None else self.memory.publishing(lambda: publisher(self.step))
             release_freed()
 
     def evaluate(self, *, at_start: bool = False, at_end: bool = False) -> dict[str, float] | None:
@@ -124,6 +131,8 @@ class Run:
         """One row of metrics, on disk and on the screen."""
         row = {**portion.metrics, **(stats.metrics() if stats else {}), **(scores or {}), **clock.metrics()}
         row["perf/peak_rss_bytes"] = peak_rss_bytes()
+        if self.memory is not None:
+            row |= self.memory.metrics()
         tokens = row.get("rollout/num_tokens", row.get("train/num_tokens", 0.0))
         if tokens:
             row["perf/tokens_per_s"] = tokens / row["perf/step_s"]

@@ -13,6 +13,7 @@ import typer
 
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
+EXIT_MEMORY = 3
 
 _SETTING = re.compile(r"--[A-Za-z][\w-]*\.[\w.-]+(=.*)?", re.DOTALL)
 
@@ -196,6 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(EXIT_USER)
+    except MemoryError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_MEMORY)
     except KeyboardInterrupt:
         typer.echo("interrupted; go on with --resume", err=True)
         sys.exit(EXIT_INTERRUPTED)

@@ -42,6 +42,20 @@ class Colocation:
         self._resume(ENGINE_TAGS)
         return moved
 
+    def release_cache(self) -> bool:
+        """The engine lets go of keys and values, if it is idle; whether it did."""
+        if "kv_cache" in self._released:
+            return False
+        try:
+            self._release(("kv_cache",))
+        except ValueError:  # it says that sequences are running
+            return False
+        return True
+
+    def resume(self) -> None:
+        """The engine has all it needs."""
+        self._resume(ENGINE_TAGS)
+
     def _release(self, tags: tuple[str, ...]) -> None:
         due = [tag for tag in tags if tag not in self._released]
         if due:

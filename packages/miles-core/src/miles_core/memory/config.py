@@ -29,6 +29,10 @@ class MemoryConfig(Section):
     reserve_bytes: int | None = Field(default=None, ge=0)
     """Device memory that torch's allocator may not touch, for the CUDA context, communication and graphs. None: measured."""
 
+    trace_step: int | None = Field(default=None, ge=1)
+    """Record every allocation of this training step of the process, counted from its start, into the run directory: the
+    device's as JSON, the host's for memray where that is installed. Slows that step down."""
+
     @model_validator(mode="after")
     def _disk_has_folder(self) -> MemoryConfig:
         if self.directory is None and "disk" in (self.optimizer, self.sleep_to):

@@ -127,10 +127,12 @@ class FusedForward:
         wanted = (rows, width, torch.get_num_threads())
         if all(have >= want for have, want in zip(self._room_for, wanted, strict=True)):
             return
-        rows, width, threads = self._room_for = tuple(map(max, self._room_for, wanted))
+        room_for = tuple(map(max, self._room_for, wanted))
+        rows, width, threads = room_for
         padded = -(-rows // PANEL) * PANEL
         sizes = (rows * self._decoder.config.hidden_size, rows * self._widest, padded * self._deepest, threads * (width + PANEL))
         self._scratch = [torch.zeros(size) for size in sizes]
+        self._room_for = room_for  # only now: an allocation that failed must be tried again
         work = self._pass
         work.x, work.wide, work.panels, work.room = (part.data_ptr() for part in self._scratch)
 

@@ -39,6 +39,8 @@ from miles_spec.verifiers import verifier
 
 _FEW = 4
 """Rows from which a step's tokens are taken in by vector operations."""
+MOST_OOM = 6
+"""Failed allocations in a row after which the engine gives up."""
 
 
 class EngineCore:
@@ -52,6 +54,9 @@ class EngineCore:
         while core.has_work:
             for job, item in core.step(): ...
     """
+
+    makes_room = True
+    """Whether a step that found no memory is done again in smaller parts; not where other ranks are in the same step."""
 
     def __init__(
         self,
@@ -105,6 +110,7 @@ class EngineCore:
         self._jobs: dict[str, Job] = {}
         self._num_steps = self._num_generated = self._num_prompt = 0
         self._busy_s = 0.0
+        self.num_oom = self._oom_in_a_row = 0
 
     @property
     def has_work(self) -> bool:
@@ -123,7 +129,16 @@ class EngineCore:
         """Start a pass and a draw for every sequence, take in the tokens that have arrived; returns what became ready."""
         started = time.perf_counter()
         batch = self._scheduler.schedule()
-        flights = self._launch(batch)
+        try:
+            flights = self._launch(batch)
+        except torch.OutOfMemoryError:
+            if not self.makes_room:
+                raise
+            flights = None
+        if flights is None:
+            self._make_room()
+            return self._outputs.take_deliveries()
+        self._oom_in_a_row = 0
         if flights:
             self._flights.append(flights)
         landed = self._land(keep=0 if batch.is_empty and not flights else self._ahead)
@@ -133,6 +148,27 @@ class EngineCore:
             )
         self._note_time(batch, time.perf_counter() - started)
         return self._outputs.take_deliveries()
+
+    def _make_room(self) -> None:
+        """After a failed allocation: drop graphs and cached pages, send what runs back to the queue, and take less at once.
+
+        Its tokens stay and the next ones are drawn by key, so nothing that is sampled changes.
+        """
+        self.num_oom += 1
+        self._oom_in_a_row += 1
+        if self._oom_in_a_row > MOST_OOM:
+            raise torch.OutOfMemoryError(
+                f"the engine has no memory for a step of {self._scheduler.most_tokens} tokens, with nothing else to give up; "
+                "lower engine.max_batched_tokens or engine.kv_memory_bytes"
+            )
+        self._land()
+        self._scheduler.retract_all()
+        self._scheduler.most_tokens = max(1, self._scheduler.most_tokens // 2)
+        if self._runner.graphs is not None:
+            self._runner.graphs.forget()
+        if self._decoder.embed_tokens.is_cuda:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
 
     def settle(self) -> list[Delivery]:
         """Take in every token that is on its way; returns what became ready by it."""
@@ -227,13 +263,21 @@ class EngineCore:
         strange = [tag for tag in tags if tag not in self.released]
         if strange:
             raise ValueError(f"resume memory: {', '.join(map(repr, strange))} has not been released")
-        if "kv_cache" in tags:
-            for part in self._caches():
+        weights = list(self._decoder.parameters()) if "weights" in tags else []
+        caches = list(self._caches()) if "kv_cache" in tags else []
+        try:
+            for part in caches:
                 part.restore()
-        if "weights" in tags:
-            for parameter in self._decoder.parameters():
+            for parameter in weights:
                 parameter.untyped_storage().resize_(parameter.numel() * parameter.itemsize)
                 parameter.zero_()
+        except (RuntimeError, MemoryError):  # no room: all of it stays released
+            for part in caches:
+                part.release()
+            for parameter in weights:
+                parameter.untyped_storage().resize_(0)
+            raise
+        if "weights" in tags:
             self.released.add("new weights")
         self.released.difference_update(tags)
         if not self.released & set(MEMORY_TAGS):
@@ -245,6 +289,7 @@ class EngineCore:
         return {
             "num_running": scheduler.num_running,
             "num_queued": len(scheduler.waiting),
+            "num_oom": self.num_oom,
             "num_steps": self._num_steps,
             "num_prompt_tokens": self._num_prompt,
             "num_cached_tokens": scheduler.num_cached_tokens,

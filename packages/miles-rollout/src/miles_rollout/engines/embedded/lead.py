@@ -39,6 +39,7 @@ _END_S = 10.0
 class RankCore(EngineCore):
     """The core of any rank: weights come as the parts this rank holds, and what was delivered is counted."""
 
+    makes_room = False
     delivered = 0
     """Running checksum of all completions; equal on all ranks, or something is broken."""
 

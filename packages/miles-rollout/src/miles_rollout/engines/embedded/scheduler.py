@@ -90,6 +90,8 @@ class Scheduler:
         settle: Callable[[], bool] = _nothing_in_flight,
     ) -> None:
         self._config = config
+        self.most_tokens = config.max_batched_tokens
+        """Of one pass. Shrinks when the device had no room for so many."""
         self._settle = settle
         self._pool = pool
         self._cache = cache
@@ -124,7 +126,7 @@ class Scheduler:
     def schedule(self) -> Batch:
         """The next forward pass: every sequence with a token left to start, then as much prefill as the budget allows."""
         self._give_room_to_decode()
-        budget = self._config.max_batched_tokens - len(self.decoding)
+        budget = max(0, self.most_tokens - len(self.decoding))
         drafts = self._draft(budget)
         if drafts is not None:
             budget -= len(drafts.tokens)

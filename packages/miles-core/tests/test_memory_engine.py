@@ -1,0 +1,254 @@
+"""The engine under allocation failures, and a run whose engine and trainer take turns."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from miles_core.algorithm.config import AlgorithmConfig
+from miles_core.memory.config import MemoryConfig
+from miles_core.memory.fake import FakeDevice
+from miles_core.memory.ladder import OutOfRoom
+from miles_core.memory.margin import Margin
+from miles_core.memory.run import RunMemory
+from miles_core.sync.inprocess import publish
+from miles_core.trainer.batch import TrainBatch
+from miles_core.trainer.config import OptimizerConfig, TrainerConfig
+from miles_core.trainer.fsdp import FsdpTrainer
+from miles_core.trainer.testing import random_samples
+from miles_kernels.nn.checkpoint import random_decoder
+from miles_kernels.nn.config import DecoderConfig
+from miles_rollout.engines.embedded import core as engine_core
+from miles_rollout.engines.embedded.config import EmbeddedConfig
+from miles_rollout.engines.embedded.core import EngineCore
+from miles_rollout.engines.embedded.engine import EmbeddedEngine
+from miles_rollout.engines.embedded.replay import StepGraphs
+from miles_rollout.engines.embedded.state import Job
+from miles_rollout.text.char import CharTokenizer
+from miles_rollout.wire import GenerateRequest, GenerateResult, SamplingParams
+
+LETTERS = CharTokenizer("abcdefghijklmnopqrstuvwxyz")
+SHAPE = DecoderConfig(
+    family="qwen3",
+    vocab_size=LETTERS.vocab_size,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    initializer_range=0.3,
+)
+CONFIG = EmbeddedConfig(num_pages=16, max_running=4, max_batched_tokens=32, prefill_chunk=8)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def requests(seed: int) -> list[GenerateRequest]:
+    rng = random.Random(seed)
+    return [
+        GenerateRequest(
+            request_id=f"r{i}",
+            input_ids=tuple(rng.randrange(20) for _ in range(rng.randint(3, 20))),
+            sampling=SamplingParams(n=2, max_new_tokens=5, seed=seed),
+            sample_ids=(2 * i, 2 * i + 1),
+        )
+        for i in range(3)
+    ]
+
+
+def made(config: EmbeddedConfig = CONFIG) -> EngineCore:
+    return EngineCore(random_decoder(SHAPE, 3), LETTERS, config, num_pages=16)
+
+
+def served(core: EngineCore, asked: list[GenerateRequest]) -> dict[str, Any]:
+    """Tokens and log-probabilities of every completion."""
+    with torch.inference_mode():
+        for i, request in enumerate(asked):
+            core.add(Job(request, i, frozenset(), False))
+        found: dict[str, Any] = {}
+        while core.has_work:
+            for job, item in core.step():
+                assert isinstance(item, GenerateResult), item
+                found[job.request.request_id] = [(c.token_ids, c.logprobs) for c in item.completions]
+    return found
+
+
+@pytest.mark.parametrize("times", [1, 2, 4])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_step_without_memory_changes_no_token(overlap: bool, times: int) -> None:
+    seed = random.randrange(2**20)
+    config = EmbeddedConfig(num_pages=16, max_running=4, max_batched_tokens=32, prefill_chunk=8, overlap=overlap)
+    expected = served(made(config), requests(seed))
+    core = made(config)
+    with FakeDevice() as device:
+        served(core, requests(seed))
+    for _ in range(8):
+        core, first, left = made(config), random.randrange(device.num_allocations), times
+
+        def fails(number: int, size: int, first: int = first) -> bool:
+            nonlocal left
+            left -= number >= first and left > 0
+            return number >= first and left >= 0 and fails.armed(number)  # type: ignore[attr-defined]
+
+        hit = 0
+
+        def armed(number: int) -> bool:
+            nonlocal hit
+            hit += 1
+            return hit <= times
+
+        fails.armed = armed  # type: ignore[attr-defined]
+        with FakeDevice(fails=fails):
+            assert served(core, requests(seed)) == expected, (seed, first)
+        assert core.num_oom >= 1 and core.metrics()["num_oom"] == core.num_oom
+
+
+def test_an_engine_without_any_memory_says_so() -> None:
+    core = made()
+    with FakeDevice(fails=lambda number, size: True), pytest.raises(torch.OutOfMemoryError, match="max_batched_tokens"):
+        served(core, requests(1))
+    assert core.num_oom == engine_core.MOST_OOM + 1
+
+
+def test_graphs_that_cannot_be_captured_are_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture that fails leaves nothing behind, and the step is done again."""
+    graphs = object.__new__(StepGraphs)
+    graphs._captured = {}
+
+    def no_room(run: Callable[[], object]) -> object:
+        raise torch.OutOfMemoryError("capture")
+
+    monkeypatch.setattr(graphs, "_capture", no_room)
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs._get((1, 2), lambda: None, lambda: None)  # type: ignore[arg-type, return-value]
+    assert not graphs._captured
+    expected = served(made(), requests(4))
+    core, calls = made(), iter((True, True, False))
+    plain = core._runner.launch_whole
+    core._runner.graphs = SimpleNamespace(forget=lambda: None)  # type: ignore[assignment]
+
+    def whole(batch: Any, *, tokens_known: bool) -> Any:
+        if next(calls, False):
+            raise torch.OutOfMemoryError("capture")
+        core._runner.graphs = None
+        return plain(batch, tokens_known=tokens_known)
+
+    monkeypatch.setattr(core._runner, "launch_whole", whole)
+    assert served(core, requests(4)) == expected and core.num_oom == 2
+
+
+def test_waking_without_room_leaves_the_engine_asleep_and_alive() -> None:
+    async def run() -> None:
+        async with EmbeddedEngine(random_decoder(SHAPE, 3), LETTERS, CONFIG) as engine:
+            expected = (await engine.generate(requests(2)[0])).completions[0].token_ids
+            await engine.release_memory(("kv_cache",))
+            core = engine._core
+            assert core is not None
+            restore, left = core._kv.restore, [1, 1]
+
+            def fails() -> None:
+                if left:
+                    left.pop()
+                    raise torch.OutOfMemoryError("no room for keys and values")
+                restore()
+
+            core._kv.restore = fails  # type: ignore[method-assign]
+            for _ in range(2):
+                with pytest.raises(torch.OutOfMemoryError):
+                    await engine.resume_memory(("kv_cache",))
+                assert core.released == {"kv_cache"}
+            await engine.resume_memory(("kv_cache",))
+            assert (await engine.generate(requests(2)[0])).completions[0].token_ids == expected
+
+    asyncio.run(run())
+
+
+def parts(memory: MemoryConfig, tmp_path: Path) -> tuple[FsdpTrainer, EmbeddedEngine, asyncio.Runner, RunMemory]:
+    decoder = random_decoder(SHAPE, 3, dtype=torch.bfloat16)
+    runner = asyncio.Runner()
+    engine = EmbeddedEngine(deepcopy(decoder), LETTERS, CONFIG, weight_version=-1)
+    trainer = FsdpTrainer(decoder, AlgorithmConfig(), TrainerConfig(), OptimizerConfig(lr=1e-2), memory=memory)
+    return trainer, engine, runner, RunMemory(trainer.memory, engine, runner.run, memory, tmp_path)
+
+
+def batch_of(seed: int) -> TrainBatch:
+    return TrainBatch.from_groups(random_samples(seed, num_groups=2, vocab_size=20), AlgorithmConfig())
+
+
+@pytest.mark.parametrize("sleep", [False, True])
+def test_a_publication_without_memory_is_done_again(sleep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Failures in staging, waking and publishing; tokens afterwards are those of a run without any."""
+    from miles_rollout.engines.embedded import engine as module
+
+    stage, left = module.stage, [0]
+
+    def staged(*args: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("staging")
+        return stage(*args)
+
+    monkeypatch.setattr(module, "stage", staged)
+    told: list[list[tuple[int, ...]]] = []
+    for failures in (0, 1) if sleep else (0, 1, 2):
+        trainer, engine, runner, memory = parts(MemoryConfig(sleep=sleep), tmp_path)
+        tokens = []
+        for step in range(3):
+            left[0] = failures
+            memory.publishing(
+                lambda engine=engine, trainer=trainer, step=step, runner=runner: runner.run(publish(trainer, engine, step))
+            )
+            tokens += [runner.run(engine.generate(request)).completions[1].token_ids for request in requests(step)]
+            memory.training(lambda trainer=trainer, step=step: trainer.step(batch_of(step)))
+        told.append(tokens)
+        counts = memory.metrics()
+        assert counts["memory/num_oom"] == 3 * failures and counts["memory/num_recovered"] == (3 if failures else 0)
+        assert counts["memory/weights_bytes"] > 0 and counts["memory/train_rss_bytes"] > 0
+        runner.run(engine.close())
+        runner.close()
+    assert all(tokens == told[0] for tokens in told)
+
+
+def test_a_publication_that_never_fits_is_refused_and_the_engine_keeps_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from miles_rollout.engines.embedded import engine as module
+
+    trainer, engine, runner, memory = parts(MemoryConfig(), tmp_path)
+    memory.publishing(lambda: runner.run(publish(trainer, engine, 0)))
+
+    def no_room(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("staging")
+
+    monkeypatch.setattr(module, "stage", no_room)
+    with pytest.raises(OutOfRoom, match="out of memory in publish: staging"):
+        memory.publishing(lambda: runner.run(publish(trainer, engine, 1)))
+    assert engine.info().weight_version == 0
+    runner.run(engine.close())
+    runner.close()
+
+
+def test_the_margin_counts_breaches_and_warns_once() -> None:
+    margin = Margin(torch.device("cuda"), 1 << 30, 80 << 30)
+    margin.note(900 << 20)
+    assert margin.num_breaches == 0
+    with pytest.warns(UserWarning, match=r"1\.50 GiB of the device .* raise memory.reserve_bytes"):
+        margin.note(1536 << 20)
+    margin.note(1536 << 20)
+    assert margin.metrics()["memory/num_reserve_breaches"] == 2
+    assert Margin.of(torch.device("cpu"), None).metrics() == {}
