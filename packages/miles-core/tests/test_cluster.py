@@ -19,7 +19,7 @@ from miles_core.algorithm.config import AlgorithmConfig
 from miles_core.cluster.codec import pack_batch, pack_stats, unpack_batch, unpack_stats
 from miles_core.cluster.fleet import Fleet, WorkerDied, WorkerFailed
 from miles_core.cluster.local import LocalHandle
-from miles_core.cluster.start import Cluster, start
+from miles_core.cluster.start import Cluster, LocalPlacement, Seat, start
 from miles_core.compose import make_trainer
 from miles_core.config.schema import RunConfig
 from miles_core.models import load_model
@@ -221,3 +221,12 @@ def test_a_death_is_named_before_what_survivors_say_of_it(monkeypatch: pytest.Mo
     assert caught.value.__cause__ is lost[0]
     with pytest.raises(WorkerFailed, match="trainer-0: RuntimeError"):  # nobody has died: the error itself
         Fleet([Told("trainer-0", lost[0]), Told("trainer-1", b"")], 5).call("step")
+
+
+def test_an_engine_over_several_gpus_gets_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    placement = LocalPlacement(tmp_path, num_trainers=2, colocated=False, cuda=True, engine_gpus=2)
+    seen = [placement._environment(seat)["CUDA_VISIBLE_DEVICES"] for seat in (Seat("trainer", 1), Seat("engine", 0))]
+    assert seen == ["5", "6,7"]
+    with pytest.raises(ValueError, match="engine-1 needs GPU number 5; CUDA_VISIBLE_DEVICES names 4"):
+        placement._environment(Seat("engine", 1))

@@ -145,3 +145,18 @@ def test_key_lines() -> None:
     assert lines[("c", 0, "z")] == 8 and lines[("c", 1, "z")] == 10 and lines[("c", 1, "d", "e")] == 11
     assert lines[("a", "b", "q.r")] == 6 and lines[("c", 1, "f", "g")] == 13
     assert line_of(lines, ("a", "b", "nothing")) == 2 and line_of(lines, ("zzz",)) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--trainer.backend", "megatron"], "the megatron trainer does not fold its sums"),
+        (["--model.precision", "fp8"], "float8 products are quantised by whole rows"),
+        (["--cluster.kind", "ray"], "which Ray is not asked for"),
+        (["--cluster.num_engines", "2"], "use cluster.layout disaggregated"),
+        (["--engine.draft", "ngram"], "tensor_parallel=2 knows no drafts yet"),
+    ],
+)
+def test_what_a_divided_engine_cannot_be_combined_with(tmp_path: Path, flags: list[str], message: str) -> None:
+    found = problems(tmp_path / "my.toml", MODEL, "--engine.tensor_parallel", "2", *flags)
+    assert any(message in problem for problem in found), found

@@ -56,12 +56,16 @@ class Placement(Protocol):
 
 
 class LocalPlacement:
-    """Processes of this machine, each with a log in `folder`. GPUs are dealt out in order; a colocated engine shares one."""
+    """Processes of this machine, each with a log in `folder`. GPUs are dealt out in order; a colocated engine shares one.
+
+    An engine gets `engine_gpus` of them, one after the other.
+    """
 
     single_host = True
 
-    def __init__(self, folder: Path, *, num_trainers: int, colocated: bool, cuda: bool) -> None:
+    def __init__(self, folder: Path, *, num_trainers: int, colocated: bool, cuda: bool, engine_gpus: int = 1) -> None:
         self._folder = folder
+        self._engine_gpus = engine_gpus
         self._num_trainers, self._colocated, self._cuda = num_trainers, colocated, cuda
 
     def place(self, seats: list[Seat]) -> list[Handle]:
@@ -97,11 +101,12 @@ class LocalPlacement:
             import os
 
             shift = self._num_trainers if seat.role == "engine" and not self._colocated else 0
-            number = seat.number + shift
+            count = self._engine_gpus if seat.role == "engine" else 1
+            numbers = range(shift + seat.number * count, shift + (seat.number + 1) * count)
             visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
-            if visible and number >= len(visible):
-                raise ValueError(f"{seat.name} needs GPU number {number}; CUDA_VISIBLE_DEVICES names {len(visible)}")
-            environment["CUDA_VISIBLE_DEVICES"] = visible[number] if visible else str(number)
+            if visible and numbers[-1] >= len(visible):
+                raise ValueError(f"{seat.name} needs GPU number {numbers[-1]}; CUDA_VISIBLE_DEVICES names {len(visible)}")
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[number] if visible else str(number) for number in numbers)
         return environment
 
 
@@ -204,4 +209,6 @@ def _placement(config: RunConfig, folder: Path, num_trainers: int, num_engines: 
             num_trainers=num_trainers, num_engines=num_engines, colocated=colocated, cuda=cuda, address=config.cluster.address,
             deadline_s=config.cluster.deadline_s,
         )  # fmt: skip
-    return LocalPlacement(folder, num_trainers=num_trainers, colocated=colocated, cuda=cuda)
+    return LocalPlacement(
+        folder, num_trainers=num_trainers, colocated=colocated, cuda=cuda, engine_gpus=config.engine.tensor_parallel
+    )

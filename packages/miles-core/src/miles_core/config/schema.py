@@ -65,6 +65,8 @@ class RunConfig(Section):
             raise ValueError(f"{what}: the {self.trainer.backend} trainer does not fold its sums as several GPUs do; use fsdp")
         if self.model.precision != "full":
             raise ValueError(f"{what}: float8 products are quantised by whole rows; set model.precision to full")
+        if self.cluster.layout == "colocated" and (self.cluster.num_engines or 1) > 1:
+            raise ValueError(f"{what}: several engines share no GPUs with trainers one by one; use cluster.layout disaggregated")
         if self.cluster.kind == "ray":
             raise ValueError(f"{what}: an engine's processes share a machine, which Ray is not asked for; use cluster.kind local")
 

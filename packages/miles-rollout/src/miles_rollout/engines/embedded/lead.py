@@ -121,6 +121,10 @@ class LeadingCore(RankCore):
 
         Raises ValueError, on all ranks, when one got other bytes: the old weights stay then.
         """
+        if not all(spec.hash for spec in manifest.tensors):  # verified by a checksum of the whole stream, on the way here
+            names = [spec.name for spec in manifest.tensors]
+            pairs = ((name, staged[name]) for name in names)
+            manifest = make_manifest(pairs, version=manifest.version, contract_digest=manifest.contract_digest)
         with self._told(Load(manifest)):
             ready = self.settle()
             parts: Any = ranks.spread_weights(manifest, staged, self.decoder, self.peers.group, 0, self.state())
