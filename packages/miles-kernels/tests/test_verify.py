@@ -27,6 +27,12 @@ def test_everything_is_proved_and_reported(what, dtype, tmp_path, capsys):
     assert (tmp_path / "report.md").read_text().startswith("# miles-kernels verify: passed")
 
 
+def test_several_names_and_progress(capsys):
+    assert main(["verify", "rope", "swiglu", "rope", "--rows"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("  rope, axis 1: ") == 1 and "  swiglu, axis 2: " in out and "linear, axis" not in out
+
+
 def test_decoder_cases_see_a_cache_that_is_read_wrongly_and_gradients_that_drift(monkeypatch):
     size = blocks.shape("qwen3", large=False)
 

@@ -38,7 +38,7 @@ def subjects(what: str, device: str = "cpu") -> tuple[str, ...]:
 
 
 def verify(
-    what: str = "all",
+    what: str | Sequence[str] = "all",
     *,
     device: str = "cpu",
     dtype: str = "bfloat16",
@@ -50,7 +50,8 @@ def verify(
 
     Raises ValueError for an unknown subject, a missing device, or float32 on CUDA (its kernels are for bfloat16).
     """
-    names = subjects(what, device)
+    asked = (what,) if isinstance(what, str) else what
+    names = tuple(dict.fromkeys(name for one in asked for name in subjects(one, device)))
     if dtype not in DTYPES or (device == "cuda" and dtype != "bfloat16"):
         raise ValueError(f"dtype must be {' or '.join(DTYPES)} on the CPU and bfloat16 on CUDA, got {dtype!r} for {device}")
     ops = backend(device)
