@@ -167,7 +167,7 @@ def _comparison(
         stack.callback(lambda engine=made: runner.run(engine.close()))
         engines[arm] = made
     sampling = config.sampling.params(seed=config.run.seed, n=config.rollout.group_size)
-    return Comparison(trainer, engines, sampling, config.draft.compare_every)
+    return Comparison(trainer, engines, sampling, config.draft.compare_every, config.draft.compare_samples)
 
 
 def _publish(runner: asyncio.Runner, trainer: Trainer, engine: Engine, version: int) -> None:

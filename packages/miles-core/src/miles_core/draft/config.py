@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from miles_core.config.base import Section
 
@@ -22,7 +22,7 @@ class DraftConfig(Section):
 
     model: Literal["none", "mtp", "eagle3"] = "none"
     """"mtp": one multi-token-prediction layer, recycled at every depth. "eagle3": a layer over three of the policy's, with a
-    head of its own."""
+    head of its own. "none": the rest of this section is ignored."""
     path: str | None = None
     """Folder of a trained draft; "recipe:NAME" is one shipped with Miles. None: made of the policy's last layer."""
     train: bool = True
@@ -63,14 +63,6 @@ class DraftConfig(Section):
     """Steps whose rollout every arm of `compare` makes again, to the same tokens: the first, and those this divides."""
     compare_samples: int | None = Field(default=None, ge=1)
     """Most samples made again at once, in whole groups. None: all of the step."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> DraftConfig:
-        if self.model == "none":
-            changed = [name for name in type(self).model_fields if getattr(self, name) != type(self).model_fields[name].default]
-            if changed:
-                raise ValueError(f'{", ".join(changed)} is set, but draft.model = "none"; set draft.model = "mtp"')
-        return self
 
     def training(self) -> DraftTrainConfig:
         """The same as the trainer's own type."""
