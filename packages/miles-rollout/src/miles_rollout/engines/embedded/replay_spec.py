@@ -3,7 +3,8 @@
 Legend: R = decoding rows, S = R rounded up to a captured size, W = 1 + draft tokens a row may have, C = entries of the draft's
 cache that are made again, V = vocabulary.
 
-Rows with fewer drafts than others compute padding behind them, which is written to the null page and read by nobody.
+Rows with fewer drafts than others compute padding before their last token: queries of earlier positions, whose keys are known,
+that write to the null page and are read by nobody. Behind the drafts there is nothing: a masked key must still be a number.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class SpecGraphs(StepGraphs):
         """
         position = self._tables.position[rows]
         width = 1 + int(drafts.counts.max())
+        if int((position + drafts.counts).min()) + 1 < width:
+            return None
         size, keys = first_at_least(self._sizes, len(rows)), first_at_least(self._keys, int(position.max()) + width)
         if drafts.parents is not None or size is None or keys is None or size * (3 * width + _FIELDS) > len(self._inputs):
             return None
@@ -54,7 +57,7 @@ class SpecGraphs(StepGraphs):
         self._stage_verify(rows, drafts, position, size, width)
         logits, readback = self._launch(captured, used)
         spread = drafts.spread(np.arange(len(rows)))
-        index = spread.rows * width + spread.place
+        index = spread.rows * width + (width - 1 - drafts.counts)[spread.rows] + spread.place
         readback.index = index
         return logits, readback, index
 
@@ -66,18 +69,16 @@ class SpecGraphs(StepGraphs):
         array[:used] = 0
         each = array[: 3 * width * size].reshape(3, size, width)
         lanes = array[3 * width * size : used].reshape(_FIELDS, size)
-        has = np.arange(1, width) <= drafts.counts[:, None]
-        each[0, :count, 0] = tables.last_token[rows]
-        each[0, :count, 1:][has] = drafts.tokens
-        place = np.arange(width)
-        real = place <= drafts.counts[:, None]
-        each[1, :count] = position[:, None] + np.where(real, place, 0)
+        place = np.arange(width) - (width - 1 - drafts.counts[:, None])  # 0 for the last token, below for padding
+        each[0, :count][place == 0] = tables.last_token[rows]
+        each[0, :count][place > 0] = drafts.tokens
+        each[1, :count] = position[:, None] + place
         slots = tables.slots_at(np.repeat(rows, width), each[1, :count].ravel()).reshape(count, width)
-        each[2, :count] = np.where(real, slots, 0)
+        each[2, :count] = np.where(place < 0, 0, slots)
         lanes[0, :count], lanes[0, count:] = rows, self._idle_row
         lanes[1] = self._idle_row
         lanes[3] = np.arange(size) * width
-        lanes[4, :count], lanes[4, count:] = position + width, width
+        lanes[4, :count], lanes[4, count:] = position + 1 + drafts.counts, width
         lanes[6:, :count] = self._keys_of(rows)
         self._inputs[:used].copy_(buffer[:used], non_blocking=True)
 
