@@ -22,7 +22,7 @@ def asgi():  # type: ignore[no-untyped-def]
 
     model = os.environ["MODEL"]
     config = EmbeddedConfig(kv_memory_bytes=int(os.environ.get("KV_MEMORY_MIB", "1024")) << 20)
-    device, dtype = os.environ.get("DEVICE"), os.environ.get("DTYPE")
+    device, dtype = os.environ.get("DEVICE", "cpu"), os.environ.get("DTYPE")
     engine, tokenizer, load = load_embedded(model, config, device=device, dtype=dtype, threads=1)
     server = ServerConfig(admin_token=os.environ.get("MILES_ROLLOUT_ADMIN_TOKEN"), weight_roots=(os.path.dirname(model),))
     return create_app(engine, tokenizer, server, load_weights=load)

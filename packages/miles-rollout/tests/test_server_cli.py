@@ -85,8 +85,8 @@ def test_a_port_in_use_is_noticed_before_the_model_is_looked_at() -> None:
         (["serve", "no-such-model", "--port", "0", "--page-size", "5"], "page_size=5"),
         (["serve", "no-such-model", "--port", "0", "--threads", "0"], "--threads 0"),
         (["serve", "no-such-model", "--port", "0", "--draft", "eagle3"], "draft 'eagle3' needs draft_path"),
-        (["serve", ".", "--port", "0", "--device", "tpu"], "--device tpu must be cpu, cuda or cuda:INDEX"),
-        (["serve", ".", "--port", "0", "--device", "cuda:99"], "--device cuda:99: torch sees"),
+        (["serve", ".", "--port", "0", "--device", "tpu"], "--device tpu must be cpu, cuda or auto"),
+        (["serve", ".", "--port", "0", "--device", "cuda:1"], "CUDA_VISIBLE_DEVICES"),
         (["serve", "no-such-model", "--port", "0", "--log-level", "loud"], "--log-level loud"),
         (["generate", "no-such-model", "--prompt", "1"], "no-such-model: not a directory"),
     ],
@@ -107,14 +107,18 @@ class _Gpu:
 
     @staticmethod
     def device(name: str) -> SimpleNamespace:
-        kind, _, index = name.partition(":")
-        return SimpleNamespace(type=kind, index=int(index) if index else None)
+        return SimpleNamespace(type=name)
 
 
-def test_a_gpu_is_taken_when_there_is_one_and_its_memory_is_shared_out(tmp_path: Path) -> None:
-    assert launch._device(_Gpu, None).type == "cuda" and launch._device(_Gpu, "cpu").type == "cpu"
-    with pytest.raises(ValueError, match="torch sees 1 GPUs"):
-        launch._device(_Gpu, "cuda:1")
+def test_a_gpu_is_taken_when_asked_for_and_its_memory_is_shared_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert launch._device(_Gpu, "auto").type == launch._device(_Gpu, "cuda").type == "cuda" and not caplog.records
+    assert launch._device(_Gpu, "cpu").type == "cpu" and "--device cuda uses it" in caplog.text
+    monkeypatch.setattr(_Gpu.cuda, "is_available", lambda: False)
+    assert launch._device(_Gpu, "auto").type == "cpu"
+    with pytest.raises(ValueError, match="torch sees no GPU"):
+        launch._device(_Gpu, "cuda")
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(10 << 30)
     assert launch._left_on_gpu(_Gpu, "cuda", str(tmp_path), "bfloat16") == int(0.85 * (20 << 30))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from miles_rollout.text import Tokenizer
 
 
+LOG = logging.getLogger("miles_rollout.launch")
 FILL = 0.85
 """Share of a GPU's free memory, less the weights and one update of them, that keys and values take when nobody says."""
 
@@ -25,16 +27,16 @@ def load_embedded(
     model: str,
     config: EmbeddedConfig,
     *,
-    device: str | None = "cpu",
+    device: str = "cpu",
     dtype: str | None = "float32",
     threads: int | None = None,
     fill: bool = False,
 ) -> tuple[Engine, Tokenizer, WeightLoader]:
     """Engine, tokenizer and weight loader of a local model directory.
 
-    `device` None: a GPU if torch sees one, else the CPU. `dtype` None: bfloat16 on a GPU, else float32. With `fill` keys and
-    values take what a GPU has left, whatever `config.kv_memory_bytes` says. Raises ValueError naming what is wrong with model
-    or settings, MissingExtraError naming the extra to install.
+    `device`: "cpu", "cuda", or "auto", a GPU if torch sees one. `dtype` None: bfloat16 on a GPU, else float32. With `fill` keys
+    and values take what a GPU has left, whatever `config.kv_memory_bytes` says. Raises ValueError naming what is wrong with
+    model or settings, MissingExtraError naming the extra to install.
     """
     config.validate()
     if threads is not None and threads < 1:
@@ -57,20 +59,16 @@ def load_embedded(
     return engine, engine.tokenizer, disk_loader(dtype)
 
 
-def _device(torch: Any, name: str | None) -> Any:
-    """The device of that name, or the best one. Raises ValueError for one that is not there."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    try:
-        place = torch.device(name or ("cuda" if gpus else "cpu"))
-    except RuntimeError:
-        place = None
-    if place is None or place.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name} must be cpu, cuda or cuda:INDEX")
-    if place.type == "cuda" and (place.index or 0) >= gpus:
-        raise ValueError(f"--device {name}: torch sees {gpus} GPUs" + ("; use --device cpu" if not gpus else ""))
-    if place.type == "cuda":
-        torch.cuda.set_device(place.index or 0)
-    return place
+def _device(torch: Any, name: str) -> Any:
+    """The device of that name. Raises ValueError for one that is not there."""
+    there = torch.cuda.is_available() and torch.cuda.device_count() > 0
+    if name not in ("cpu", "cuda", "auto"):
+        raise ValueError(f"--device {name} must be cpu, cuda or auto; CUDA_VISIBLE_DEVICES=INDEX chooses among several GPUs")
+    if name == "cuda" and not there:
+        raise ValueError("--device cuda: torch sees no GPU; use --device cpu")
+    if name == "cpu" and there:
+        LOG.warning("this machine has a GPU that --device cpu leaves alone; --device cuda uses it")
+    return torch.device("cuda" if there and name != "cpu" else "cpu")
 
 
 def _left_on_gpu(torch: Any, place: Any, model: str, dtype: str) -> int:

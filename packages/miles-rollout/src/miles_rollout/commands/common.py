@@ -12,7 +12,9 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="float32 or bfloat16: weights, activations and KV cache. [default: bfloat16 on a GPU, else float32]"),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:INDEX. [default: a GPU if torch sees one]")]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, or auto: a GPU if torch sees one. Which GPU is CUDA_VISIBLE_DEVICES' choice.")
+]
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads of torch; tiny models are fastest with 1. [default: torch's choice]")
 ]

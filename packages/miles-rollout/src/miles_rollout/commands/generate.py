@@ -26,7 +26,7 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option(help="Go on after an end-of-sequence token.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Whole replies, one JSON object a line.")] = False,
     timeout_s: Annotated[float, typer.Option(help="Deadline of the whole command.")] = 600.0,
-    device: Device = None,
+    device: Device = "cpu",
     dtype: Dtype = None,
     threads: Threads = None,
 ) -> None:
@@ -53,7 +53,7 @@ def generate(
 
 
 async def _ask(
-    target: str, path: str, bodies: list[Any], *, timeout_s: float, device: str | None, dtype: str | None, threads: int | None
+    target: str, path: str, bodies: list[Any], *, timeout_s: float, device: str, dtype: str | None, threads: int | None
 ) -> list[Any]:
     """Post each body; all completions in order. Raises ValueError with the server's message."""
     import httpx
