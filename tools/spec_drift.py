@@ -209,60 +209,48 @@ def _key(arm: str) -> str:
     return "draft/accept_length_estimate" if arm == "draft" else f"draft/{arm}/accept_length_estimate"
 
 
-def main() -> int:
-    """Run the experiment."""
+def options_of() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--draft-lr", type=float, default=2e-3)
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--count", type=int, default=6)
-    parser.add_argument("--written-out", type=float, default=0.05)
-    parser.add_argument("--careless", type=float, default=0.4)
-    parser.add_argument("--sft-steps", type=int, default=1500)
-    parser.add_argument("--sft-batch", type=int, default=64)
-    parser.add_argument("--sft-lr", type=float, default=3e-3)
-    parser.add_argument("--draft-steps", type=int, default=40)
-    parser.add_argument("--num-draft", type=int, default=3)
-    parser.add_argument("--max-rows", type=int)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", type=Path, help="a warmed-up policy, instead of making one")
-    parser.add_argument("--deadline", type=float, default=1e9, help="seconds after which no further stage starts")
+    parser.add_argument("--max-rows", type=int, help="most rows a draft is trained on per step")
+    parser.add_argument("--deadline", type=float, default=1e9, help="seconds after which no further arm is served")
+    numbers = {"seed": 0, "steps": 60, "prompts": 16, "group": 8, "count": 6, "sft-steps": 1500, "sft-batch": 64}
+    numbers |= {"draft-steps": 40, "num-draft": 3, "repeats": 3}
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, rate in {"lr": 3e-4, "draft-lr": 2e-3, "sft-lr": 3e-3, "written-out": 0.05, "careless": 0.4}.items():
+        parser.add_argument(f"--{name}", type=float, default=rate)
     options = parser.parse_args()
-    started = time.perf_counter()
     options.dtype = "bfloat16" if options.device == "cuda" else "float32"
-    shutil.rmtree(options.out / "runs", ignore_errors=True)
-    options.out.mkdir(parents=True, exist_ok=True)
+    return options
 
-    import torch
 
+def warm_up_draft(options: argparse.Namespace, model: Path) -> tuple[dict[str, Any], int]:
+    """A draft trained on the rollouts of the policy as it is; its weights, and the number of the policy's."""
     from miles_core.draft.trainer import Arm
-    from miles_rollout.wire import read_samples
     from miles_spec.models import MtpDraft
-    from miles_spec.train import UPSTREAM, DraftTrainConfig, DraftTrainer
-
-    torch.set_num_threads(1)
-    name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    print(f"torch {torch.__version__} on {name}; {vars(options)}", flush=True)
-    with timed("policy warm-up"):
-        model = options.model or warm_up_policy(options)
+    from miles_spec.train import DraftTrainConfig, DraftTrainer
 
     def one(decoder: Any) -> dict[str, Any]:
-        config = DraftTrainConfig(lr=3e-3, ema=0.0)
-        return {"draft": Arm(trainer=DraftTrainer(MtpDraft.from_trunk(decoder), config, num_draft=options.num_draft))}
+        draft, config = MtpDraft.from_trunk(decoder), DraftTrainConfig(lr=3e-3)
+        return {"draft": Arm(trainer=DraftTrainer(draft, config, num_draft=options.num_draft))}
 
-    with timed("draft warm-up"):
-        (trainer, *_), rows = reinforce(options, model, "draft-warm-up", options.draft_steps, 0.0, one)
-        table(rows, ["draft"])
-        weights = {key: value.clone() for key, value in trainer.main.draft.state_dict().items()}
+    (trainer, *_), rows = reinforce(options, model, "draft-warm-up", options.draft_steps, 0.0, one)
+    table(rows, ["draft"])
     parameters = sum(p.numel() for p in trainer.inner.decoder.parameters())
     print(f"policy {parameters:,} parameters, draft {sum(p.numel() for p in trainer.main.draft.parameters()):,}", flush=True)
-    del trainer
+    return {key: value.clone() for key, value in trainer.main.draft.state_dict().items()}, parameters
+
+
+def drift(options: argparse.Namespace, model: Path, weights: dict[str, Any]) -> tuple[Any, list[dict]]:
+    """The run that all arms go through."""
+    from miles_core.draft.trainer import Arm
+    from miles_spec.models import MtpDraft
+    from miles_spec.train import UPSTREAM, DraftTrainConfig, DraftTrainer
 
     def drafts(decoder: Any) -> dict[str, Any]:
         def arm(train: bool = True, **fields: Any) -> Any:
@@ -271,58 +259,74 @@ def main() -> int:
             config = DraftTrainConfig(max_rows=options.max_rows, **fields)
             return Arm(trainer=DraftTrainer(draft, config, num_draft=options.num_draft), train=train)
 
-        return {
-            "draft": arm(lr=options.draft_lr, warmup_steps=0),
-            "frozen": arm(train=False),
-            "upstream": arm(**UPSTREAM, lr=options.lr),
-        }
+        ours = arm(lr=options.draft_lr, warmup_steps=0)
+        return {"draft": ours, "frozen": arm(train=False), "upstream": arm(**UPSTREAM, lr=options.lr)}
 
-    with timed("reinforcement learning"):
-        dressed, rows = reinforce(options, model, "drift", options.steps, options.lr, drafts)
-    trainer = dressed[0]
+    dressed, rows = reinforce(options, model, "drift", options.steps, options.lr, drafts)
     table(rows, ["draft", "frozen", "upstream"])
-    mean = {k: sum(r.get(k, 0.0) for r in rows[len(rows) // 2 :]) / (len(rows) - len(rows) // 2) for k in (
-        "perf/rollout_s", "perf/train_s", "perf/step_s", "perf/publish_s", "draft/train_s", "draft/frozen/train_s",
-        "draft/upstream/train_s", "mismatch/tokens_unequal",
-    )}  # fmt: skip
-    print("means of the second half:", {k: round(v, 4) for k, v in mean.items()}, flush=True)
+    half = rows[len(rows) // 2 :]
+    names = ["perf/rollout_s", "perf/train_s", "perf/step_s", "perf/publish_s", "mismatch/tokens_unequal"]
+    names += ["draft/train_s", "draft/frozen/train_s", "draft/upstream/train_s"]
+    means = {name: round(sum(row.get(name, 0.0) for row in half) / len(half), 4) for name in names}
+    print("means of the second half:", means, flush=True)
+    return dressed, rows
+
+
+def serve_all(options: argparse.Namespace, dressed: Any, samples: list[Any], started: float) -> dict[str, Any]:
+    """Every arm at a small batch and at that of a step."""
+    found: dict[str, Any] = {}
+    arms = {"none": None, "frozen": "frozen", "upstream": "upstream", "ours": "draft", "adaptive": "draft"}
+    for batch in (options.group * 4, len(samples)):
+        chosen, reference = sorted(samples, key=lambda sample: sample.sample_id)[:batch], {}
+        for arm, draft in arms.items():
+            if time.perf_counter() - started > options.deadline:
+                print("  deadline: no further arm", flush=True)
+                return found
+            try:
+                served = None if draft is None else dressed[0].arms[draft].trainer.serving
+                made = serve(options, dressed, chosen, arm, served, arm == "adaptive", reference)
+                found[f"{arm}@{len(chosen)}"] = made
+            except Exception as error:  # an arm that fails must not cost the others
+                print(f"  served {arm} failed: {type(error).__name__}: {error}", flush=True)
+    return found
+
+
+def main() -> int:
+    """Run the experiment."""
+    options, started = options_of(), time.perf_counter()
+    shutil.rmtree(options.out / "runs", ignore_errors=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    import torch
+
+    from miles_rollout.wire import read_samples
+
+    torch.set_num_threads(1)
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    print(f"torch {torch.__version__} on {name}; {vars(options)}", flush=True)
+    with timed("policy warm-up"):
+        model = options.model or warm_up_policy(options)
+    with timed("draft warm-up"):
+        weights, parameters = warm_up_draft(options, model)
+    with timed("reinforcement learning"):
+        dressed, rows = drift(options, model, weights)
     result: dict[str, Any] = {"options": {k: str(v) for k, v in vars(options).items()}, "device": name, "rows": rows}
-    result |= {"times": TIMES, "policy_parameters": parameters, "torch": torch.__version__, "served": {}, "overhead": []}
+    result |= {"times": TIMES, "policy_parameters": parameters, "torch": torch.__version__, "overhead": []}
 
     def save() -> None:
         (options.out / "result.json").write_text(json.dumps(result) + "\n")
 
     save()
     samples = read_samples(sorted((options.out / "runs" / "drift" / "samples").glob("step_*.jsonl"))[-1])
+    with timed("served"):
+        result["served"] = serve_all(options, dressed, samples, started)
+    save()
     with timed("overhead"):
         for depths, most in ((3, options.max_rows), (3, None), (1, None)):
-            try:
-                found = overhead_guarded(trainer, samples, depths, most)
-                print("  draft training:", {k: round(v, 4) for k, v in found.items()}, flush=True)
-                result["overhead"].append(found)
-            except Exception as error:  # a variant that fails must not cost the others
-                print(f"  draft training failed: {type(error).__name__}: {error}", flush=True)
+            found = overhead_guarded(dressed[0], samples, depths, most)
+            print("  draft training:", {k: round(v, 4) for k, v in found.items()}, flush=True)
+            result["overhead"].append(found)
     save()
-    with timed("served"):
-        for batch in (options.group * 4, len(samples)):
-            reference: dict = {}
-            for arm, draft, adaptive in (
-                ("none", None, False),
-                ("frozen", "frozen", False),
-                ("upstream", "upstream", False),
-                ("ours", "draft", False),
-                ("adaptive", "draft", True),
-            ):
-                if time.perf_counter() - started > options.deadline:
-                    print("  deadline: no further arm", flush=True)
-                    break
-                try:
-                    served = None if draft is None else trainer.arms[draft].trainer.serving
-                    chosen = sorted(samples, key=lambda s: s.sample_id)[:batch]
-                    result["served"][f"{arm}@{len(chosen)}"] = serve(options, dressed, chosen, arm, served, adaptive, reference)
-                except Exception as error:
-                    print(f"  served {arm} failed: {type(error).__name__}: {error}", flush=True)
-            save()
     return 0
 
 

@@ -164,10 +164,14 @@ def _comparison(
         made = make_engine(
             config, model, deepcopy(model.decoder), weight_version=-1, draft=draft, adaptive=arm == "adaptive"
         )  # fmt: skip
-        stack.callback(lambda engine=made: runner.run(engine.close()))
+        stack.callback(_close, runner, made)
         engines[arm] = made
     sampling = config.sampling.params(seed=config.run.seed, n=config.rollout.group_size)
     return Comparison(trainer, engines, sampling, config.draft.compare_every, config.draft.compare_samples)
+
+
+def _close(runner: asyncio.Runner, engine: Engine) -> None:
+    runner.run(engine.close())
 
 
 def _publish(runner: asyncio.Runner, trainer: Trainer, engine: Engine, version: int) -> None:
