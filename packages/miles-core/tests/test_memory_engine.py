@@ -97,7 +97,7 @@ def test_a_step_without_memory_changes_no_token(overlap: bool, times: int) -> No
     core = made(config)
     with FakeDevice() as device:
         served(core, requests(seed))
-    for _ in range(8):
+    for _ in range(5):
         core, first, left = made(config), random.randrange(device.num_allocations), times
 
         def fails(number: int, size: int, first: int = first) -> bool:

@@ -26,8 +26,9 @@ class MemoryConfig(Section):
     """Compare checksums of everything that leaves and returns."""
     recover: bool = True
     """After an allocation failure make room, step by step, and do the work again with the same result; false: fail at once."""
-    reserve_bytes: int | None = Field(default=None, ge=0)
-    """Device memory that torch's allocator may not touch, for the CUDA context, communication and graphs. None: measured."""
+    reserve_bytes: int | Literal["measured"] | None = None
+    """Device memory that torch's allocator may not touch, for the CUDA context, communication and graphs. "measured": what
+    they take at start-up, and 512 MiB. None: no cap; what they take is still measured and reported."""
 
     trace_step: int | None = Field(default=None, ge=1)
     """Record every allocation of this training step of the process, counted from its start, into the run directory: the
@@ -35,6 +36,8 @@ class MemoryConfig(Section):
 
     @model_validator(mode="after")
     def _disk_has_folder(self) -> MemoryConfig:
+        if isinstance(self.reserve_bytes, int) and self.reserve_bytes < 0:
+            raise ValueError(f'reserve_bytes = {self.reserve_bytes}: a number of bytes, or "measured"')
         if self.directory is None and "disk" in (self.optimizer, self.sleep_to):
             raise ValueError('"disk" needs memory.directory, a folder on a disk')
         return self

@@ -53,6 +53,16 @@ def knobs(job: Job) -> list[Knob]:
         )
     if job.trains and not job.recompute:
         found.append(Knob("trainer.recompute = true", "about a third more time to train", lambda j: replace(j, recompute=True)))
+    if job.trains and job.rolls_out and not job.sleep and job.num_gpus == 1:
+        found.append(Knob("memory.sleep = true", "seconds a step to move", lambda j: replace(j, sleep=True)))
+    if job.trains and job.optimizer == "device":
+        found.append(
+            Knob(
+                'memory.optimizer = "host"',
+                "every update streams its state over the bus; needs that much host memory",
+                lambda j: replace(j, optimizer="host"),
+            )
+        )
     if job.trains and job.master == "float32" and job.dtype_bytes < 4:
         found.append(
             Knob(

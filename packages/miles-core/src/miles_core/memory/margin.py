@@ -26,20 +26,22 @@ class Margin:
         self.num_breaches = 0
 
     @classmethod
-    def of(cls, device: torch.device, reserve_bytes: int | None) -> Margin:
-        """Measure what is taken outside the allocator now, keep that and a margin free, and cap the allocator.
+    def of(cls, device: torch.device, reserve_bytes: int | str | None) -> Margin:
+        """Measure what is taken outside the allocator now, and cap the allocator so that `reserve_bytes` stay free of it.
 
-        Raises ValueError when the reserve leaves the allocator nothing.
+        "measured" is what is taken now and GROWTH_BYTES; None is no cap, and then only the growth beyond that is reported. Raises
+        ValueError when the reserve leaves the allocator nothing.
         """
         if device.type != "cuda":
             return cls(None, 0)
         torch.cuda.synchronize(device)
         free, total = torch.cuda.mem_get_info(device)
         outside = total - free - torch.cuda.memory_reserved(device)
-        reserve = outside + GROWTH_BYTES if reserve_bytes is None else reserve_bytes
+        reserve = reserve_bytes if isinstance(reserve_bytes, int) else outside + GROWTH_BYTES
         if reserve >= total:
             raise ValueError(f"memory.reserve_bytes = {reserve} leaves nothing of the device's {total} bytes")
-        torch.cuda.set_per_process_memory_fraction((total - reserve) / total, device)
+        if reserve_bytes is not None:
+            torch.cuda.set_per_process_memory_fraction((total - reserve) / total, device)
         margin = cls(device, reserve, total)
         margin.look()
         return margin

@@ -216,7 +216,8 @@ def _train_moments(job: Job, parameters: Parameters) -> list[tuple[str, list[Ite
     layer_gradient = Item(
         "layer gradient", 0 if cut == 1 else parameters.largest_layer * (4 + size), "whole, before it is summed over processes"
     )
-    wide = 4 if parameters.head and not in_place else 0  # a tied table's gradient is whole, and added to its sum, at the end
+    # a tied table's gradient is whole, and becomes a sum, at the end; where there is a sum already, it is added in place
+    wide = 4 if parameters.head and not in_place and job.num_microbatches == 1 else 0
     table = Item("gradient of the output projection", head * (size + wide) // cut, "first of the backward pass")
     late = 0 if in_place else 4 * parameters.embedding // cut  # the sum of the embedding comes when no layer is at work any more
     behind = working._replace(

@@ -67,9 +67,13 @@ class TrainerMemory:
         *,
         model: Recomputing | None = None,
         rank: int | None = None,
+        splits_gradients: bool = False,
     ) -> None:
         self.optimizer, self.device, self.config = optimizer, device, config
         self._model = model
+        self.splits_gradients = splits_gradients
+        self.split = 1
+        """Parts that a micro-batch is cut into."""
         self.saves_on_host = False
         """Whether what the forward pass keeps for the backward one waits on the host."""
         self.facts = Refusal(device)
@@ -78,6 +82,7 @@ class TrainerMemory:
             Rung("free cached blocks", self._free),
             Rung("optimizer state to the host", self._rehouse),
             Rung("smaller pieces of the update", self._smaller_pieces),
+            Rung("smaller micro-batches", self._smaller),
             Rung("recompute layers", self._recompute),
             Rung("activations to the host", self._activations_away),
         ]
@@ -170,6 +175,14 @@ class TrainerMemory:
         if phase != "optimizer" or home is None or home.piece <= PAD:
             return False
         home.piece = max(PAD, home.piece // 8 // PAD * PAD)
+        empty_device(self.device)
+        return True
+
+    def _smaller(self, phase: str) -> bool:
+        """Log-probabilities do not depend on how sequences are packed; sums of gradients only do not where they are chained."""
+        if self.split > 1 or not (phase == "forward" or (phase == PASSES and self.splits_gradients)):
+            return False
+        self.split = 4
         empty_device(self.device)
         return True
 

@@ -92,7 +92,7 @@ class FsdpTrainer:
         self.optimizer = AdamW(self.model.optimized(), optimizer, total_updates, stochastic=stochastic, home=home)
         self.memory = TrainerMemory(
             self.optimizer, self._weights, self._frozen, self.model.device, memory,
-            model=self.decoder, rank=self.parallel.rank if several else None,
+            model=self.decoder, rank=self.parallel.rank if several else None, splits_gradients=config.gradients == "chained",
         )  # fmt: skip
         self._observer: TrainObserver | None = None
         self._chained = config.gradients == "chained"
@@ -210,7 +210,7 @@ class FsdpTrainer:
         result = _Update()
         if self._chained:
             self.model.begin_chain()
-        for micro in self._microbatches(batch, blocks):
+        for micro in self._microbatches(batch, blocks, self.memory.split if self._chained else 1):
             self._backward(batch, micro, old_N, result)
             if self._speaks and not micro.idle:
                 result.num_microbatches += 1
@@ -275,19 +275,26 @@ class FsdpTrainer:
     @torch.no_grad()
     def _forward_all(self, model: WholeModel, batch: TrainBatch) -> Tensor:
         logprob_N = torch.zeros(batch.num_tokens)
-        found = [(micro.token_index, model(micro).logprob) for micro in self._microbatches(batch, range(len(batch.blocks)))]
+        passes = self._microbatches(batch, range(len(batch.blocks)), self.memory.split)
+        found = [(micro.token_index, model(micro).logprob) for micro in passes]
         if self._speaks and found:
             index, logprob = zip(*found, strict=True)
             logprob_N[torch.cat(index)] = torch.cat(logprob).cpu()
         return self.parallel.merge(logprob_N)
 
-    def _microbatches(self, batch: TrainBatch, blocks: Sequence[int]) -> Iterator[Microbatch]:
-        """This process's share of `blocks`; the weights have the denominators of all of them."""
+    def _microbatches(self, batch: TrainBatch, blocks: Sequence[int], split: int = 1) -> Iterator[Microbatch]:
+        """This process's share of `blocks`, `split` times smaller where sequences allow.
+
+        The weights have the denominators of all of them.
+        """
         reduction = "token" if batch.kind == "sft" else self.algorithm.reduction
         weight_S = batch.loss_weights(blocks, reduction, self.algorithm.constant_tokens)
         mine = shard(batch, blocks, self.layout.data_rank(self.parallel.rank), self.layout.num_data)
         budget, device = self.config.max_tokens_per_microbatch, self.model.device
         unit = UNIT if self._chained else 1
+        if split > 1:
+            longest = -(-max(batch.last) // (unit * self.layout.cp)) * unit
+            budget = min(budget, max(budget // split, longest))
         return microbatches(batch, mine, budget, weight_S, device, self.model.context, self.parallel.most, unit)
 
     def _read(self, result: _Update, seen_N: Tensor) -> None:
