@@ -184,6 +184,7 @@ class AdamW:
             if low:
                 self._take(i)
 
+    @torch.no_grad()
     def gradients(self) -> list[Tensor]:
         """The summed gradients, fp32, one per parameter; zeros where nothing arrived."""
         found = []

@@ -221,15 +221,17 @@ class ShardedModel(WholeModel):
         if self.layout.replicate == 1:
             return
         bucket: list[Tensor] = []
+        size = 0
         for gradient in [*gradients, None]:
-            if gradient is None or sum(g.numel() for g in bucket) >= _BUCKET_ELEMENTS:
+            if bucket and (gradient is None or size >= _BUCKET_ELEMENTS):
                 flat = torch.cat([g.reshape(-1) for g in bucket])
                 all_reduce_(flat, self.copies)
-                for g, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                    g.copy_(part.view_as(g))
-                bucket = []
+                parts = flat.split([g.numel() for g in bucket])
+                torch._foreach_copy_(bucket, [part.view_as(g) for g, part in zip(bucket, parts, strict=True)])
+                bucket, size = [], 0
             if gradient is not None:
                 bucket.append(gradient)
+                size += gradient.numel()
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Squares of each process's stretches, added in the order of ranks: the same bits everywhere."""
