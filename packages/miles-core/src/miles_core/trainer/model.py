@@ -67,6 +67,12 @@ class WholeModel:
             raise ValueError(f"{what}: the gradients of biases are not chained; use summed")
         if self.decoder.contract.precision != "full":
             raise ValueError(f"{what}: float8 products are not chained; use summed")
+        if self.device.type == "cuda":
+            from miles_kernels.cuda.chain import disagreement
+
+            why = disagreement(str(self.device))
+            if why is not None:
+                raise ValueError(f"{what} does not hold on this GPU: {why}; use summed")
 
     def begin_chain(self) -> None:
         """From now on the gradients of all weights are sums that each backward pass continues."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,23 @@ def add_product(total: Tensor, grad: Tensor, x: Tensor, tile: Tile | None = None
         descriptor(grad, tile.depth, tile.rows), descriptor(x, tile.depth, tile.cols), total, m, n, rows, total.stride(0),
         BM=tile.rows, BN=tile.cols, BK=tile.depth, GROUP_M=8, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+
+
+@functools.cache
+def disagreement(device: str) -> str | None:
+    """Try on this GPU whether a cut between units changes the bits of a product: what differs, in words; None if nothing does."""
+    generator = torch.Generator(device).manual_seed(0)
+    rows, m, n = 1040, 256, 384
+    grad, x = (torch.randn((rows, k), generator=generator, device=device).to(torch.bfloat16) for k in (m, n))
+    for tile in (TILE, NARROW):
+        whole, cut = (torch.zeros((m, n), device=device) for _ in range(2))
+        add_product(whole, grad, x, tile)
+        for first, last in ((0, 16), (16, 528), (528, 624), (624, rows)):
+            add_product(cut, grad[first:last], x[first:last], tile)
+        unequal = int((whole != cut).sum())
+        if unequal:
+            return f"{unequal} of {m * n} elements of a product over {rows} rows change when it is cut (tile {tile.name})"
+    return None
 
 
 def add_parts(total: Tensor, parts: Tensor, kinds: tuple[int, ...]) -> None:

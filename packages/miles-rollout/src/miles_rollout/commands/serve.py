@@ -29,6 +29,10 @@ Roots = Annotated[
     typer.Option(help="Directory that weight updates may be read from; may be repeated. [default: the one MODEL lies in]"),
 ]
 
+TensorParallel = Annotated[
+    int, typer.Option(help="GPUs the model is divided over. More than 1: a contract of its own, the same for 2, 4, 8.")
+]
+
 
 def serve(
     context: typer.Context,
@@ -67,9 +71,7 @@ def serve(
     draft: Annotated[str, typer.Option(help="Speculation: none, ngram, suffix, mtp or eagle3. Tokens stay the same.")] = "none",
     draft_path: Annotated[str | None, typer.Option(help="Directory of the draft model, for mtp and eagle3.")] = None,
     draft_tokens: Annotated[int, typer.Option(help="Most draft tokens of a sequence in one step.")] = 4,
-    tensor_parallel: Annotated[
-        int, typer.Option(help="GPUs the model is divided over. More than 1: a contract of its own, the same for 2, 4, 8.")
-    ] = 1,
+    tensor_parallel: TensorParallel = 1,
     sglang_url: Annotated[str, typer.Option(help="Engine sglang: attach to this server instead of starting one.")] = "",
     sglang_python: Annotated[str, typer.Option(help="Engine sglang: interpreter of an environment that has SGLang.")] = "",
     seeds: Annotated[bool, typer.Option(help="Engine sglang: seeds hold (deterministic inference), at some cost.")] = True,
