@@ -137,6 +137,7 @@ def logprob_from_logits(
     if logits.dtype is not torch.float32:
         raise ValueError(f"logits must be float32, got {logits.dtype}")
     rows, vocab = logits.shape
+    targets = targets.contiguous()  # the kernel reads target n at address n: a column of a matrix would give other rows' targets
     inverse = inverse_temperature(temperature, rows, logits.device)
     outs = _outputs(rows, logits.device)
     space = _stats_space(min(rows, ROW_CHUNK), vocab, entropy, logits.device)
@@ -367,7 +368,7 @@ def linear_logprob(
     if hidden.dtype is not torch.bfloat16 or hidden.shape[1] % 8:
         raise ValueError(f"linear_logprob: bfloat16 rows of a multiple of 8 wanted, got {hidden.dtype} {tuple(hidden.shape)}")
     inverse = inverse_temperature(temperature, hidden.shape[0], hidden.device)
-    logprob, ent = _LinearLogprob.apply(hidden.contiguous(), weight, bias, targets, inverse, entropy)
+    logprob, ent = _LinearLogprob.apply(hidden.contiguous(), weight, bias, targets.contiguous(), inverse, entropy)
     return LogprobOutput(logprob, ent if entropy else None)
 
 
