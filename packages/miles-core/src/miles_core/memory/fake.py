@@ -82,7 +82,8 @@ class FakeDevice(TorchDispatchMode):
         self._forget(storage._cdata)
         self._live[storage._cdata] = (StorageWeakRef(storage), size)
         self._bytes += size
-        self.peak_bytes = max(self.peak_bytes, self._bytes)
+        if self._bytes > self.peak_bytes:
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def _forget(self, key: int) -> None:
         _, size = self._live.pop(key, (None, 0))
