@@ -100,6 +100,7 @@ class EngineCore:
         self._runner = Runner(decoder, kv, self._tables, max_context=max_context, cuda_graphs=config.cuda_graphs, experts=experts)
         if self._runner.graphs is not None:
             self._runner.graphs.captures_prefill = config.cuda_graph_prefill
+            self._runner.graphs.captures_drafts = config.cuda_graph_drafts
         self.speculator: Speculator | None = None
         if draft is not None:
             self.speculator = Speculator(draft, config.draft_tokens, make_controller(config), self._proposer_of)
@@ -339,7 +340,7 @@ class EngineCore:
             widths=self._config.draft_tree,
             wants_probs=self._config.verification == "rejection",
             number=self._num_drafts,
-            graphs=self._runner.graphs,
+            graphs=self._runner.graphs if self._config.cuda_graph_drafts else None,
         )
 
     # ------------------------------------------------------------------ one step

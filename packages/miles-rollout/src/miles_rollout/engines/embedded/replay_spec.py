@@ -29,6 +29,8 @@ _FIELDS = 9
 class SpecGraphs(StepGraphs):
     """`StepGraphs`, and steps that verify chains of drafts."""
 
+    captures_drafts = True
+
     def verify(self, rows: np.ndarray, drafts: Drafts) -> tuple[Tensor, Readback, np.ndarray] | None:
         """One step of rows [R] with their drafts: (logits [S x W, V], drawn tokens [R + D], their places [R + D] in the logits).
 
@@ -36,7 +38,7 @@ class SpecGraphs(StepGraphs):
         """
         position = self._tables.position[rows]
         width = 1 + int(drafts.counts.max())
-        if int((position + drafts.counts).min()) + 1 < width:
+        if not self.captures_drafts or int((position + drafts.counts).min()) + 1 < width:
             return None
         size, keys = first_at_least(self._sizes, len(rows)), first_at_least(self._keys, int(position.max()) + width)
         if drafts.parents is not None or size is None or keys is None or size * (3 * width + _FIELDS) > len(self._inputs):
