@@ -247,3 +247,15 @@ def test_settings_of_verification_are_checked():
         )
     with pytest.raises(ValueError, match="RandomDraft makes chains only"):
         EngineCore(policy, TOKENIZER, msgspec.structs.replace(CONFIG, draft_tree=(2, 1)), num_pages=9, draft=RandomDraft(24))
+
+
+@pytest.mark.parametrize("tree", [(), (3, 1, 1)])
+def test_the_likeliest_tokens_beside_drafts_are_those_of_plain_decoding(tree: tuple[int, ...]):
+    sampling = msgspec.structs.replace(REQUEST.sampling, n=3)
+    told = msgspec.structs.replace(REQUEST, num_top_logprobs=3, sampling=sampling, sample_ids=(1, 2, 3))
+    other = msgspec.structs.replace(REQUEST, request_id="b")
+    plain, _ = serve([told, other], CONFIG)
+    config = msgspec.structs.replace(CONFIG, draft_tree=tree, draft_tokens=5)
+    drafted, metrics = serve([told, other], config, MtpDraft.from_trunk(random_decoder(SHAPE, 0)))
+    assert drafted == plain and metrics["spec_num_drafted"] > 0
+    assert len(plain["a"].completions[0].top_logprobs) == 40

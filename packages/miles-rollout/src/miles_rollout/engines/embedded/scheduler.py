@@ -259,6 +259,11 @@ class Scheduler:
         lengths = self._speculator.lengths(self.decoding, left, budget // 2 if self.prefilling or self.waiting else budget)
         if lengths is None:
             return None
+        if (
+            self._config.draft_tree or self._speculator.makes_trees
+        ):  # the likeliest tokens are kept by position, of which nodes share
+            tells = [seq.job.request.num_top_logprobs > 0 for seq in self.decoding]
+            lengths = np.where(tells, 0, lengths)
         if self._speculator.rejects:  # its rule knows nothing of ids that are out of reach
             lengths = np.where(tables.first_stop[rows] > tables.position[rows] + 1, 0, lengths)
         room = tables.capacity[rows] - tables.position[rows] - 1

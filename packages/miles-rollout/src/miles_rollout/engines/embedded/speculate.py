@@ -137,6 +137,7 @@ class Speculator:
     def use(self, draft: Draft | DraftModel) -> None:
         """Go on with another draft, running requests included."""
         self.draft = draft
+        self.makes_trees = bool(getattr(draft, "makes_trees", False))
         self.proposer = self._make(draft)
 
     def forget(self, version: int | None = None) -> None:
