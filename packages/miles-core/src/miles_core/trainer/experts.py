@@ -58,7 +58,7 @@ def _on_cuda(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Ten
     routes, counts, order = _agree(dispatch.groups.offsets.diff().to(torch.int64), group)
     rows = permuted(carry_rows(cuda.permute(x, dispatch), routes), order)
     groups = grouped.Groups.from_counts(counts, len(rows), x.device)
-    inner = cuda._GatedLinear.apply(rows, gate_up, groups)
+    inner = cuda.gated_linear(rows, gate_up, groups)
     out = grouped.grouped_linear(inner, down, groups)
     home = carry_rows(permuted(out, torch.argsort(order)), routes.back())
     return cuda.combine(home, weights, dispatch)

@@ -71,7 +71,7 @@ def _steps(slices: Slices, step: int) -> Iterator[tuple[int, int]]:
 
 
 class _OnCpu(torch.autograd.Function):
-    """As `miles_kernels.ops.logprob._LinearLogprob`, with the chunks read when they are needed."""
+    """As the op of `miles_kernels.ops.logprob`, with the chunks read when they are needed."""
 
     @staticmethod
     def compute(
@@ -122,20 +122,20 @@ class _OnCuda(torch.autograd.Function):
         from miles_kernels.cuda import logprob as cuda
 
         inverse = cuda.inverse_temperature(temperature, len(hidden), hidden.device)
-        outs = cuda._outputs(len(hidden), hidden.device)
+        outs = cuda.new_outputs(len(hidden), hidden.device)
         for top in range(0, len(hidden), CUDA_ROWS):
             span = slice(top, min(top + CUDA_ROWS, len(hidden)))
             x, target = hidden[span].contiguous(), targets[span]
-            stats = cuda._stats(len(x), slices.num_rows, entropy, hidden.device)
+            stats = cuda.new_stats(len(x), slices.num_rows, entropy, hidden.device)
             logit = torch.empty(len(x), dtype=torch.float32, device=hidden.device)
             for start, stop in _steps(slices, _cuda_step(hidden.shape[1])):
                 part = slices.read(start, stop)
                 local = target - start
                 inside = (local >= 0) & (local < stop - start)
-                found = cuda._target_logits(x, part, None, local.clamp(0, stop - start - 1))
+                found = cuda.target_logits(x, part, None, local.clamp(0, stop - start - 1))
                 logit = torch.where(inside, found, logit)
                 _slice_stats(x, part, inverse[span], stats, start, entropy)
-            cuda._finish(inverse[span], logit, stats, tuple(out[span] for out in outs), entropy)
+            cuda.finish(inverse[span], logit, stats, tuple(out[span] for out in outs), entropy)
         return outs[0], outs[1], outs[2]
 
     @staticmethod
@@ -178,11 +178,11 @@ class _OnCuda(torch.autograd.Function):
                     span = slice(top, min(top + height, rows))
                     x = hidden[span]
                     dz = buffer[: len(x), : stop - start]
-                    cuda._logit_gradient(
+                    cuda.logit_gradient(
                         x, part, None, inverse[span], targets[span], normaliser[span], entropy[span], g_logprob[span],
                         None if g_entropy is None else g_entropy[span], dz, start,
                     )  # fmt: skip
-                    cuda._add_product(dz, part, d_hidden[span], low[span], start == 0, stop == slices.num_rows)
+                    cuda.add_to_hidden(dz, part, d_hidden[span], low[span], start == 0, stop == slices.num_rows)
                     product(dz, x, room, a_t=True, b_t=True, accumulate=top > 0)
             slices.add(gradient, first, last, d_part)
         return d_hidden, gradient.to(ctx.dtype), None, None, None, None

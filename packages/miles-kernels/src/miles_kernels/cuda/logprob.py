@@ -20,7 +20,8 @@ ROW_CHUNK = 4096
 """Rows per pass: 12 bytes of statistics per row and block, 58 MB at a vocabulary of 151936."""
 
 
-def _target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """The logit [N] fp32 of each row's target, for x [N, H], weight [V, H] and int64 targets [N] in 0..V-1."""
     from miles_kernels.cuda import logprob_kernels
 
     out = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
@@ -77,7 +78,9 @@ def forward_config(hidden_size: int) -> _Config:
     return _Config(128, 64, 2 * BLOCK, 8, 4, 1) if hidden_size >= 2048 else _Config(128, 64, BLOCK, 4, 3, 2)
 
 
-class _Stats(NamedTuple):
+class LogprobStats(NamedTuple):
+    """Of every block of the vocabulary and row, int32 [blocks, N]: see `logprob_kernels`."""
+
     exponent: Tensor
     total: Tensor
     weighted: Tensor
@@ -98,14 +101,16 @@ def _stats_space(rows: int, vocab: int, entropy: bool, device: torch.device) -> 
     return torch.empty((3 if entropy else 2, size + -size % 32), dtype=torch.int32, device=device)
 
 
-def _stats(rows: int, vocab: int, entropy: bool, device: torch.device, space: Tensor | None = None) -> _Stats:
+def new_stats(rows: int, vocab: int, entropy: bool, device: torch.device, space: Tensor | None = None) -> LogprobStats:
+    """Room for the statistics of some rows over the whole vocabulary, unset; in `space` if given."""
     blocks = -(-vocab // BLOCK)
     space = _stats_space(rows, vocab, entropy, device) if space is None else space
     parts = [part[: blocks * rows].view(blocks, rows) for part in space]
-    return _Stats(parts[0], parts[1], parts[-1])
+    return LogprobStats(parts[0], parts[1], parts[-1])
 
 
-def _finish(inverse: Tensor, target_logit: Tensor, stats: _Stats, outs: tuple[Tensor, ...], entropy: bool) -> None:
+def finish(inverse: Tensor, target_logit: Tensor, stats: LogprobStats, outs: tuple[Tensor, ...], entropy: bool) -> None:
+    """Combine statistics in ascending order of blocks into `outs`, as from `new_outputs`."""
     from miles_kernels.cuda import logprob_kernels
 
     rows, blocks = inverse.shape[0], stats.exponent.shape[0]
@@ -123,7 +128,8 @@ def _finish(inverse: Tensor, target_logit: Tensor, stats: _Stats, outs: tuple[Te
     )
 
 
-def _outputs(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def new_outputs(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for log-probability, entropy and normaliser, fp32 [N] each."""
     logprob, ent, normaliser = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(3))
     return logprob, ent, normaliser
 
@@ -139,12 +145,12 @@ def logprob_from_logits(
     rows, vocab = logits.shape
     targets = targets.contiguous()  # the kernel reads target n at address n: a column of a matrix would give other rows' targets
     inverse = inverse_temperature(temperature, rows, logits.device)
-    outs = _outputs(rows, logits.device)
+    outs = new_outputs(rows, logits.device)
     space = _stats_space(min(rows, ROW_CHUNK), vocab, entropy, logits.device)
     for start in range(0, rows, ROW_CHUNK):
         part = slice(start, min(start + ROW_CHUNK, rows))
         count = part.stop - start
-        stats = _stats(count, vocab, entropy, logits.device, space)
+        stats = new_stats(count, vocab, entropy, logits.device, space)
         target_logit = torch.empty(count, dtype=torch.float32, device=logits.device)
         height = 16 if count > 8 else 4
         logprob_kernels.stats_from_logits[(-(-vocab // BLOCK), -(-count // height))](
@@ -161,7 +167,7 @@ def logprob_from_logits(
             ENTROPY=entropy,
             num_warps=4 if height == 16 else 1,
         )
-        _finish(inverse[part], target_logit, stats, tuple(x[part] for x in outs), entropy)
+        finish(inverse[part], target_logit, stats, tuple(x[part] for x in outs), entropy)
     return LogprobOutput(outs[0], outs[1] if entropy else None)
 
 
@@ -181,15 +187,15 @@ def forward(
 
     rows, vocab = hidden.shape[0], weight.shape[0]
     config = config or forward_config(hidden.shape[1])
-    outs = _outputs(rows, hidden.device)
+    outs = new_outputs(rows, hidden.device)
     b = descriptor(weight, config.cols, config.depth)
     space = _stats_space(min(rows, row_chunk), vocab, entropy, hidden.device)
     for start in range(0, rows, row_chunk):
         part = slice(start, min(start + row_chunk, rows))
         x = hidden[part]
         count = x.shape[0]
-        stats = _stats(count, vocab, entropy, hidden.device, space)
-        target_logit = _target_logits(x, weight, bias, targets[part])
+        stats = new_stats(count, vocab, entropy, hidden.device, space)
+        target_logit = target_logits(x, weight, bias, targets[part])
         tiles = -(-count // config.rows) * -(-vocab // config.cols)
         programs = min(num_sms(hidden.device.index or 0) * config.per_sm, tiles)
         logprob_kernels.stats_from_product[(programs,)](
@@ -212,7 +218,7 @@ def forward(
             num_warps=config.warps,
             num_stages=config.stages,
         )
-        _finish(inverse[part], target_logit, stats, tuple(o[part] for o in outs), entropy)
+        finish(inverse[part], target_logit, stats, tuple(o[part] for o in outs), entropy)
     return outs
 
 
@@ -258,12 +264,12 @@ def backward(
             span = slice(top, min(top + height, rows))
             x = hidden[span]
             dz = buffer[: x.shape[0], :count]
-            _logit_gradient(
+            logit_gradient(
                 x, part, None if bias is None else bias[start : start + count], inverse[span], targets[span], normaliser[span],
                 entropy[span], g_logprob[span], None if g_entropy is None else g_entropy[span], dz, start, config,
             )  # fmt: skip
             if d_hidden is not None and low is not None:
-                _add_product(dz, part, d_hidden[span], low[span], start == 0, start + step >= vocab)
+                add_to_hidden(dz, part, d_hidden[span], low[span], start == 0, start + step >= vocab)
             if main is not None:
                 add_product(main[start : start + count], dz, x)
             if partial is not None:
@@ -279,7 +285,7 @@ def backward(
     return d_hidden, d_weight, d_bias
 
 
-def _logit_gradient(
+def logit_gradient(
     x: Tensor,
     part: Tensor,
     bias: Tensor | None,
@@ -293,6 +299,7 @@ def _logit_gradient(
     first: int,
     config: _Config | None = None,
 ) -> None:
+    """Gradient of the logits of vocabulary rows `first` .. (`part` [C, H]) for x [N, H], into `dz` [N, C] in the dtype of x."""
     from miles_kernels.cuda import logprob_kernels
 
     rows, count = dz.shape
@@ -325,9 +332,10 @@ def _logit_gradient(
     )
 
 
-def _add_product(
+def add_to_hidden(
     dz: Tensor, part: Tensor, d_hidden: Tensor, low: Tensor, first: bool, last: bool, config: _Config | None = None
 ) -> None:
+    """Add dz [N, C] part [C, H] to a sum of 24 bits: 16 in `d_hidden` [N, H] bfloat16, 8 in `low` uint8; rounded when `last`."""
     from miles_kernels.cuda import logprob_kernels
 
     (rows, count), size = dz.shape, part.shape[1]

@@ -84,7 +84,7 @@ def moe_mlp(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tens
         return _few(x.contiguous(), gate_up, down, ids.contiguous(), weights)
     dispatch = plan_dispatch(ids, gate_up.shape[0])
     if learns:
-        inner = _GatedLinear.apply(permute(x, dispatch), gate_up, dispatch.groups)
+        inner = gated_linear(permute(x, dispatch), gate_up, dispatch.groups)
     elif x.shape[1] % GATHER_MULTIPLE == 0 and ids.numel() <= GATHER_ROWS * gate_up.shape[0]:
         inner = gemm(x, gate_up, dispatch.groups, gated=True, gather=(dispatch.order, ids.shape[1]))
     else:
@@ -219,6 +219,11 @@ class _Combine(torch.autograd.Function):
                 num_warps=4,
             )
         return d_y, d_weights, None
+
+
+def gated_linear(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+    """silu(x gate^T) * (x up^T) [R, I] of rows x [R, H] sorted by expert, `weight` [E, 2 I, H]: gate rows, then up rows."""
+    return _GatedLinear.apply(x, weight, groups)
 
 
 class _GatedLinear(torch.autograd.Function):
