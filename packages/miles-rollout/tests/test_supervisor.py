@@ -103,8 +103,9 @@ def test_dead_and_hung_workers_are_restarted_with_the_fleets_weights(tmp_path: P
         ports = [free_port(), free_port()]
         env = os.environ | {"MILES_ROLLOUT_ADMIN_TOKEN": "w"}
         supervisor = Supervisor(
-            fleet, lambda port: [sys.executable, str(script), str(port)], ports, env=env, hung_s=1.5, start_s=30, grace_s=1
-        )
+            fleet, lambda port: [sys.executable, str(script), str(port)], ports, env=env, gpus=["3", "5"], hung_s=1.5, start_s=30,
+            grace_s=1,
+        )  # fmt: skip
         supervisor.start()
         headers = {"authorization": "Bearer a"}
 
@@ -131,6 +132,9 @@ def test_dead_and_hung_workers_are_restarted_with_the_fleets_weights(tmp_path: P
                 assert not alive(child.pid)
             assert fleet.counts["restarts"] == 2 and fleet.counts["repushes"] == 2
             pids = [child.pid for child in supervisor.children.values()]
+            for port, gpu in zip(ports, (b"3", b"5"), strict=True):  # after the restarts too
+                told = Path(f"/proc/{supervisor.children[port].pid}/environ").read_bytes().split(b"\0")
+                assert b"CUDA_VISIBLE_DEVICES=" + gpu in told and b"MILES_ROLLOUT_ADMIN_TOKEN=w" in told
             await supervisor.stop()
             assert not any(alive(pid) for pid in pids)
         await router.state.service.close()
@@ -191,6 +195,7 @@ def test_mistakes_are_one_line() -> None:
     for args, words in (
         (["route", "--spawn", "2"], "go together"),
         (["route", "http://127.0.0.1:1", "--", "--threads", "1"], "are for servers started with --spawn"),
+        (["route", "http://127.0.0.1:1", "--gpus", "0", "--port", "0"], "--gpus 0 is for servers started with --spawn"),
         (["route", "http://127.0.0.1:1", "--policy", "best", "--port", "0"], "policy='best'"),
         (["route", "http://127.0.0.1:1", "--hedge-s", "-1", "--port", "0"], "hedge_s=-1.0"),
         (["serve", ".", "--engine", "vllm"], "--engine vllm"),

@@ -23,6 +23,7 @@ def route(
     spawn: Annotated[int, typer.Option(help="Start this many servers of --model and restart those that die or hang.")] = 0,
     model: Annotated[str | None, typer.Option(help="With --spawn: the model; options after -- are those of `serve`.")] = None,
     spawn_port: Annotated[int, typer.Option(help="With --spawn: port of the first server; 0 takes free ones.")] = 0,
+    gpus: Annotated[str, typer.Option(help="With --spawn and --device cuda: GPUs dealt to the servers, as in 0,1,2,3.")] = "",
     admin_token: AdminToken = None,
     worker_token: Annotated[
         str | None, typer.Option(envvar="MILES_ROLLOUT_WORKER_TOKEN", help="The admin token of the servers.")
@@ -61,6 +62,8 @@ def route(
             raise ValueError("--spawn COUNT and --model MODEL go together")
         if options and not spawn:
             raise ValueError(f"unexpected argument {options[0]!r}; options after -- are for servers started with --spawn")
+        if gpus and not (spawn and all(each.strip() for each in gpus.split(","))):
+            raise ValueError(f"--gpus {gpus} is for servers started with --spawn: names between commas, as in 0,1,2,3")
         if spawn and worker_token is None:
             worker_token = secrets.token_urlsafe(24)
         config = RouterConfig(
@@ -76,7 +79,8 @@ def route(
             setup_tracing("miles-rollout-router")
         sock = bind(host, port)
         with sock:
-            asyncio.run(_route(urls, config, sock, spawn, model or "", options, spawn_port, hung_s, log_level))
+            own = [each.strip() for each in gpus.split(",")] if gpus else []
+            asyncio.run(_route(urls, config, sock, spawn, model or "", options, spawn_port, hung_s, log_level, own))
 
 
 def _split(words: list[str], extra: list[str]) -> tuple[list[str], list[str]]:
@@ -87,7 +91,16 @@ def _split(words: list[str], extra: list[str]) -> tuple[list[str], list[str]]:
 
 
 async def _route(
-    urls: list[str], config: Any, sock: Any, spawn: int, model: str, options: list[str], first: int, hung_s: float, level: str
+    urls: list[str],
+    config: Any,
+    sock: Any,
+    spawn: int,
+    model: str,
+    options: list[str],
+    first: int,
+    hung_s: float,
+    level: str,
+    gpus: list[str],
 ) -> None:
     from miles_rollout.child import free_port
     from miles_rollout.router import create_router
@@ -102,7 +115,8 @@ async def _route(
 
     ports = [first + i if first else free_port() for i in range(spawn)]
     env = os.environ | {"MILES_ROLLOUT_ADMIN_TOKEN": config.worker_token or ""}
-    supervisor = Supervisor(app.state.service.fleet, command, ports, env=env, hung_s=hung_s, grace_s=config.drain_s + 5)
+    fleet, grace_s = app.state.service.fleet, config.drain_s + 5
+    supervisor = Supervisor(fleet, command, ports, env=env, gpus=gpus, hung_s=hung_s, grace_s=grace_s)
     supervisor.start()
     host, port = sock.getsockname()[:2]
     typer.echo(f"miles-rollout {__version__}: routing on http://{shown(host)}:{port}", err=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -21,7 +22,8 @@ class Supervisor:
     """Keeps one process per port running and its worker in the fleet. The fleet brings a fresh worker its weights.
 
     `command(port)` is the command line of the worker that listens on the port. A process that answers no health check for
-    `hung_s`, though it has served before, is killed; one that never served within `start_s` too.
+    `hung_s`, though it has served before, is killed; one that never served within `start_s` too. `gpus` are dealt to the ports in
+    turn: what CUDA_VISIBLE_DEVICES says to each process.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class Supervisor:
         ports: Sequence[int],
         *,
         env: Mapping[str, str] | None = None,
+        gpus: Sequence[str] = (),
         hung_s: float = 10.0,
         start_s: float = 900.0,
         grace_s: float = 35.0,
@@ -38,6 +41,7 @@ class Supervisor:
         self._fleet, self._command, self._env = fleet, command, env
         self._hung_s, self._start_s, self._grace_s = hung_s, start_s, grace_s
         self._ports = list(ports)
+        self._gpus = {port: gpus[i % len(gpus)] for i, port in enumerate(ports)} if gpus else {}
         self.children: dict[int, Child] = {}
         """Port to the process that runs there now."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -53,12 +57,17 @@ class Supervisor:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(child.stop(self._grace_s + 5) for child in self.children.values() if child.running))
 
+    def _env_of(self, port: int) -> Mapping[str, str] | None:
+        if port not in self._gpus:
+            return self._env
+        return dict(os.environ if self._env is None else self._env) | {"CUDA_VISIBLE_DEVICES": self._gpus[port]}
+
     async def _keep(self, port: int) -> None:
         pause_s = 0.0
         while True:
             started = time.monotonic()
             try:
-                child = await Child.start(self._command(port), grace_s=self._grace_s, env=self._env)
+                child = await Child.start(self._command(port), grace_s=self._grace_s, env=self._env_of(port))
             except (ValueError, OSError, TimeoutError) as error:
                 logger.error("the worker on port %d cannot be started: %s", port, error)
             else:
