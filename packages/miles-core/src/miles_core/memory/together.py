@@ -7,6 +7,7 @@ watching thread aborts them. What needs no other process is recovered by each al
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -24,22 +25,22 @@ _LOOK_S = 0.5
 
 
 class Together:
-    """Wraps collective work of process `rank` so that all processes end it alike.
+    """Wraps collective work of process `rank` of `size` so that all processes end it alike.
 
-    Example: Together(rank, on_cuda=False).run("forward and backward", work, report)
+    Example: Together(rank, size, on_cuda=False).run("forward and backward", work, report)
     """
 
-    def __init__(self, rank: int, *, on_cuda: bool) -> None:
+    def __init__(self, rank: int, size: int, *, on_cuda: bool) -> None:
         import torch.distributed as dist
 
-        self.rank, self._on_cuda = rank, on_cuda
+        self.rank, self.size, self._on_cuda = rank, size, on_cuda
         self._store: Any = dist.distributed_c10d._get_default_store()
         self._watch: threading.Thread | None = None
         self._reason: str | None = None
 
     def run(self, phase: str, work: Callable[[], T], report: Callable[[str, str, list[str]], str]) -> T:
         """The result of `work`. Raises OutOfRoom in every process when one of them runs out of memory."""
-        if self._on_cuda and self._watch is None:
+        if self._watch is None:
             self._watch = threading.Thread(target=self._look, name="memory-watch", daemon=True)
             self._watch.start()
         try:
@@ -57,33 +58,37 @@ class Together:
             raise OutOfRoom(report(phase, told, [])) from error
 
     def _tell(self, reason: str) -> None:
-        try:
+        """Say why, and wait until the others know: the store may end with this process."""
+        self._reason = reason
+        with contextlib.suppress(RuntimeError):  # the store's process has ended, and with it all collectives
             if not self._store.check([_KEY]):
                 self._store.set(_KEY, reason)
-        except RuntimeError:
-            pass  # the store's process has ended: so have all collectives
-        self._reason = reason
+            heard = [f"{_KEY}/{rank}" for rank in range(self.size) if rank != self.rank]
+            over = time.monotonic() + _TOLD_S
+            while not self._store.check(heard) and time.monotonic() < over:
+                time.sleep(0.05)
 
     def _told(self, wait_s: float) -> str | None:
         """What another process said, if one did."""
         over = time.monotonic() + wait_s
         while self._reason is None and time.monotonic() < over:
-            try:
-                if self._store.check([_KEY]):
-                    self._reason = self._store.get(_KEY).decode()
-                    break
-            except RuntimeError:
-                break
             time.sleep(0.05)
         return self._reason
 
     def _look(self) -> None:
-        """Abort NCCL's collectives, which wait for good, once somebody has failed."""
+        """Hear of the failure of another process; abort NCCL's collectives, which would wait for good."""
         import torch.distributed as dist
 
-        while self._told(0.01) is None:
+        while self._reason is None:
+            try:
+                if self._store.check([_KEY]):
+                    self._reason = self._store.get(_KEY).decode()
+                    self._store.set(f"{_KEY}/{self.rank}", "heard")
+                    break
+            except RuntimeError:
+                return
             time.sleep(_LOOK_S)
             if not dist.is_initialized():
                 return
-        if torch.cuda.is_available():
+        if self._on_cuda and torch.cuda.is_available():
             dist.distributed_c10d._abort_process_group()

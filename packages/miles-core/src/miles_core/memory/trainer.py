@@ -51,8 +51,8 @@ class _Optimizer(Protocol):
 class TrainerMemory:
     """Moves what a trainer holds by tag, and makes room when there is none.
 
-    `weights` and `reference` yield the tensors of model and frozen policy; `model` is what can recompute its layers. `rank` is
-    set when several processes work together.
+    `weights` and `reference` yield the tensors of model and frozen policy; `model` is what can recompute its layers. `place`
+    is the rank and number of processes that work together.
 
     Example: memory.sleep(); ...; memory.wake()
     """
@@ -66,7 +66,7 @@ class TrainerMemory:
         config: MemoryConfig,
         *,
         model: Recomputing | None = None,
-        rank: int | None = None,
+        place: tuple[int, int] | None = None,
         splits_gradients: bool = False,
     ) -> None:
         self.optimizer, self.device, self.config = optimizer, device, config
@@ -77,7 +77,7 @@ class TrainerMemory:
         self.saves_on_host = False
         """Whether what the forward pass keeps for the backward one waits on the host."""
         self.facts = Refusal(device)
-        self._together = None if rank is None else Together(rank, on_cuda=device.type == "cuda")
+        self._together = None if place is None else Together(*place, on_cuda=device.type == "cuda")
         rungs = [
             Rung("free cached blocks", self._free),
             Rung("optimizer state to the host", self._rehouse),

@@ -1,0 +1,115 @@
+"""Two processes, one of which runs out of memory: recovered where it needs nobody else, else one refusal for both, at once."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+WORKER = textwrap.dedent(
+    """
+    import sys
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    from miles_core.algorithm.config import AlgorithmConfig
+    from miles_core.memory.ladder import OutOfRoom
+    from miles_core.trainer.batch import TrainBatch
+    from miles_core.trainer.config import OptimizerConfig, TrainerConfig
+    from miles_core.trainer.fsdp import FsdpTrainer
+    from miles_core.trainer.hashing import combined_hash
+    from miles_core.trainer.testing import random_samples
+    from miles_kernels.nn.checkpoint import random_decoder
+    from miles_kernels.nn.config import DecoderConfig
+
+    rank, port, where = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=timedelta(seconds=240)
+    )
+    shape = DecoderConfig(
+        family="qwen3", vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    )
+    trainer = FsdpTrainer(
+        random_decoder(shape, 0, dtype=torch.bfloat16), AlgorithmConfig(), TrainerConfig(), OptimizerConfig(lr=1e-3)
+    )
+    batch = TrainBatch.from_groups(random_samples(1), AlgorithmConfig())
+    left = [1]
+
+    def failing(plain):
+        def call(*args, **more):
+            if rank == 0 and left and left.pop():
+                raise torch.OutOfMemoryError("no room here")
+            return plain(*args, **more)
+        return call
+
+    if where == "optimizer":
+        trainer.optimizer._prepare = failing(trainer.optimizer._prepare)
+    elif where == "forward":
+        trainer.decoder.layers[1]._feed_forward = failing(trainer.decoder.layers[1]._feed_forward)
+    elif where == "gather":
+        trainer.decoder.table.rows = failing(trainer.decoder.table.rows)
+    elif where == "backward":
+        trainer.optimizer.collect = failing(trainer.optimizer.collect)
+    try:
+        trainer.step(batch)
+        print("hash", combined_hash(trainer.export_weights()), trainer.memory.ladder.counts["num_recovered"], flush=True)
+    except OutOfRoom as error:
+        print(error, flush=True)
+        sys.exit(3)
+    dist.barrier()
+    dist.destroy_process_group()
+    """
+)
+
+
+def both(where: str) -> tuple[list[int], list[str], float]:
+    """Exit codes, outputs, seconds."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    begun = time.monotonic()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(port), where], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env=environment,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [worker.communicate(timeout=220) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    codes = [worker.returncode for worker in workers]
+    texts = [out + err[-2000:] * (code != 3) for (out, err), code in zip(said, codes, strict=True)]
+    return codes, texts, time.monotonic() - begun
+
+
+def test_an_update_that_runs_out_of_memory_in_one_process_is_done_again_there() -> None:
+    codes, plain, _ = both("nowhere")
+    assert codes == [0, 0], plain
+    codes, found, _ = both("optimizer")
+    assert codes == [0, 0], found
+    assert plain[0].split()[1] == found[0].split()[1] == found[1].split()[1]
+    assert [text.split()[2] for text in plain] == ["0", "0"] and [text.split()[2] for text in found] == ["1", "0"]
+
+
+@pytest.mark.parametrize("where", ["gather", "backward"])
+def test_in_the_middle_of_collectives_both_refuse_alike(where: str) -> None:
+    codes, found, seconds = both(where)
+    assert codes == [3, 3], found
+    for text in found:
+        assert "process 0 ran out of memory in forward and backward: no room here" in text, text
+        assert "--resume" in text
+    assert seconds < 200, "somebody waited for the group's timeout"
