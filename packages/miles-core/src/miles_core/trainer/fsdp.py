@@ -92,7 +92,8 @@ class FsdpTrainer:
         self.optimizer = AdamW(self.model.optimized(), optimizer, total_updates, stochastic=stochastic, home=home)
         self.memory = TrainerMemory(
             self.optimizer, self._weights, self._frozen, self.model.device, memory,
-            model=self.decoder, place=(self.parallel.rank, self.parallel.size) if several else None, splits_gradients=config.gradients == "chained",
+            model=self.decoder, place=(self.parallel.rank, self.parallel.size) if several else None,
+            splits_gradients=config.gradients == "chained",
         )  # fmt: skip
         self._observer: TrainObserver | None = None
         self._chained = config.gradients == "chained"
