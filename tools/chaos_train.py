@@ -1,6 +1,6 @@
 """Kill processes of a training run with SIGKILL at random times, and see what becomes of it.
 
-    python tools/chaos_train.py [--runs 20] [--steps 4] [--trainers 2] [--engines 1] [--kind local|ray] [--seed 0]
+    python tools/chaos_train.py [--runs 20] [--steps 4] [--trainers 2] [--engines 1] [--kind local|ray] [--plain]
 
 One run is left alone first. Then, in each of the others, one process (driver, a trainer or an engine) is killed at a random
 moment: during the start, or within a step that is drawn. If the driver lives, it must end within the deadline with a message
@@ -52,11 +52,12 @@ every = 1
 """
 
 
-def command(recipe: Path, name: str, args: argparse.Namespace, *, resume: bool) -> list[str]:
+def command(recipe: Path, name: str, args: argparse.Namespace, *, resume: bool, plain: bool = False) -> list[str]:
     """The run's command line."""
     words = [sys.executable, "-m", "miles_core.cli", "train", str(recipe), "--name", name, "--cluster.deadline_s", "300"]
-    words += ["--cluster.num_trainers", str(args.trainers), "--cluster.num_engines", str(args.engines)]
-    words += ["--cluster.kind", args.kind, "--cluster.layout", "disaggregated"]
+    if not plain:
+        words += ["--cluster.num_trainers", str(args.trainers), "--cluster.num_engines", str(args.engines)]
+        words += ["--cluster.kind", args.kind, "--cluster.layout", "disaggregated"]
     return [*words, "--resume"] if resume else words
 
 
@@ -99,7 +100,7 @@ def alive(pid: int) -> bool:
 
 
 def everything(run: Path) -> dict[str, str]:
-    """Digests of what a run leaves: samples, metrics without seconds, and the tensors of the last checkpoint."""
+    """Digests of what a run leaves: samples, metrics without seconds and memory, and the tensors of the last checkpoint."""
     from safetensors import safe_open
 
     from miles_kernels.checksum import tensor_hash
@@ -108,7 +109,8 @@ def everything(run: Path) -> dict[str, str]:
     for file in sorted((run / "samples").iterdir()):
         found[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    kept = [{key: float(value) for key, value in row.items() if not key.startswith("perf/") and key != "time"} for row in rows]
+    machine = ("perf/", "memory/", "time")
+    kept = [{key: float(value) for key, value in row.items() if not key.startswith(machine)} for row in rows]
     found["metrics"] = json.dumps(kept)
     last = sorted((run / "checkpoints").glob("step_*"))[-1]
     for file in sorted(last.rglob("*.safetensors")):
@@ -131,7 +133,7 @@ class Usual:
 def left_alone(folder: Path, recipe: Path, args: argparse.Namespace) -> Usual:
     """The run that nobody disturbs."""
     started = time.monotonic()
-    driver = launch(folder, command(recipe, "alone", args, resume=False), folder / "alone.log")
+    driver = launch(folder, command(recipe, "alone", args, resume=False, plain=args.plain), folder / "alone.log")
     while num_rows(folder / "runs" / "alone") < 1 and driver.poll() is None:
         time.sleep(0.02)
     at = [time.monotonic()]
@@ -219,6 +221,7 @@ def main() -> None:
     parser.add_argument("--trainers", type=int, default=2)
     parser.add_argument("--engines", type=int, default=1)
     parser.add_argument("--kind", default="local", choices=["local", "ray"])
+    parser.add_argument("--plain", action="store_true", help="the run left alone takes one process: the same bits, sooner")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="miles-chaos-"))

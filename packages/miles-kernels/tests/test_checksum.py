@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 
-from miles_kernels import checksum
 from miles_kernels.checksum import BLOCK_BYTES as BLOCK
 from miles_kernels.checksum import BLOCK_WORDS, GOLDEN, HIGH, LOW, as_hex, dtype_name, mix, tensor_hash, tensor_hashes
 from miles_kernels.mover import Mover, copy_hashed
@@ -77,3 +76,51 @@ def test_cuda_gives_the_digits_of_the_cpu_alone_and_while_copying() -> None:
     wanted = tensor_hashes(tensors)
     assert tensor_hashes(there) == wanted == copy_hashed(there, room) == tensor_hashes(room)
     assert tensor_hash(there[-1][1:]) == tensor_hash(tensors[-1][1:])
+
+
+def test_equal_flips_in_two_words_do_not_cancel() -> None:
+    """Flips of the same bit in two words of a block, signs above all, are what a sum of words is weak at."""
+    tensor = torch.randint(-(2**62), 2**62, (512,), dtype=torch.int64)
+    base, missed = tensor_hash(tensor), 0
+    for bit in (63, 62, 61, 47, 31, 30, 15, 0):
+        for _ in range(60):
+            changed = tensor.clone()
+            for at in random.sample(range(tensor.numel()), 2):
+                changed.view(torch.uint8)[8 * at + bit // 8] ^= 1 << bit % 8
+            missed += tensor_hash(changed) == base
+    assert missed == 0
+
+
+def test_torch_and_c_give_the_same_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [of(random.randbytes(size)) for size in (0, 5, BLOCK - 8, BLOCK, 7 * BLOCK + 1)]
+    room = [torch.empty_like(tensor) for tensor in tensors]
+    wanted = tensor_hashes(tensors)
+    monkeypatch.setattr("miles_kernels.mover.native", lambda: None)
+    assert tensor_hashes(tensors) == wanted == copy_hashed(tensors, room)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, room, strict=True))
+
+
+def test_windows_of_a_stream_add_up_and_move_only_what_lies_in_them() -> None:
+    sizes = [3 * BLOCK + 5, 0, 40, 40, 2 * BLOCK]
+    offsets = [0, 4 * BLOCK, 4 * BLOCK, 4 * BLOCK + 256, 5 * BLOCK]
+    sources = [of(random.randbytes(size)) for size in sizes]
+    stream = torch.zeros(7 * BLOCK, dtype=torch.uint8)
+    mover = Mover(sizes, "cpu", offsets)
+    source, target = mover.places([each.data_ptr() for each in sources]), mover.places_in(stream.data_ptr())
+    cuts = [0, BLOCK, 3 * BLOCK, 5 * BLOCK, 6 * BLOCK, 7 * BLOCK]
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        before = stream.clone()
+        mover.move(source, target, start=start, stop=stop)
+        assert torch.equal(stream[:start], before[:start]) and torch.equal(stream[stop:], before[stop:])
+    assert as_hex(mover.checksums()) == tensor_hashes(sources)
+    for each, at in zip(sources, offsets, strict=True):
+        assert torch.equal(stream[at : at + each.numel()], each)
+    mover.reset()
+    mover.move(target)
+    assert as_hex(mover.checksums()) == tensor_hashes(sources)
+    copied = torch.zeros_like(stream)
+    mover.reset()
+    mover.move(target, mover.places_in(copied.data_ptr()), hashed=False)
+    assert torch.equal(copied, stream) and not bool(mover._sums.any())
+    with pytest.raises(AssertionError, match="inside a block"):
+        mover.move(source, target, start=24, stop=BLOCK)

@@ -327,7 +327,9 @@ def _sync(path: Path) -> None:
 
 
 def _disk_problem(error: BaseException) -> str | None:
-    """Words for a file system error, also when a library wrapped it; None for anything else."""
+    """Words for a file system error, also when a library wrapped it; None for anything else, such as a dead writer."""
+    if isinstance(error, ChildProcessError):
+        return None
     full = re.search(r"no space left on device|os error 28|disk quota exceeded", str(error), re.IGNORECASE)
     if full or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
         return f"the disk is full ({error})"

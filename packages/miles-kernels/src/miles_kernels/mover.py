@@ -48,7 +48,7 @@ class Mover:
         if self.device.type == "cuda":
             from miles_kernels.cuda import checksum
 
-            if checksum.available():
+            if checksum.available() and checksum.proven(self.device):
                 self._cuda = checksum.tables(self.sizes, self.offsets, self.device)
         self._sums = torch.zeros(len(self.sizes), dtype=torch.int64, device=self.device if self._cuda else "cpu")
 

@@ -6,12 +6,14 @@ update brings addresses, 16 bytes a tensor.
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+logger = logging.getLogger("miles_kernels.checksum")
 _COPY_WARPS, _SUM_WARPS = 16, 8
 """Measured on an H200: 0.98 of a plain device copy, and 4.3 TB/s (docs/measured/training.md)."""
 
@@ -19,6 +21,38 @@ _COPY_WARPS, _SUM_WARPS = 16, 8
 def available() -> bool:
     """Whether triton is installed."""
     return find_spec("triton") is not None
+
+
+@lru_cache(maxsize=16)
+def proven(device: torch.device) -> bool:
+    """Whether the kernel, on this device, copies every byte and gives the digits of torch operations; tried once per process.
+
+    Where it does not, that is logged and torch operations serve: slower, and right.
+    """
+    from miles_kernels.checksum import BLOCK_BYTES, blocks_sum
+
+    draw = torch.Generator().manual_seed(1)
+    sizes = (1, 13, BLOCK_BYTES - 8, BLOCK_BYTES, 3 * BLOCK_BYTES + 5)
+    offsets = tuple(4 * BLOCK_BYTES * number for number in range(len(sizes)))
+    stream = torch.randint(0, 256, (4 * BLOCK_BYTES * len(sizes),), dtype=torch.uint8, generator=draw)
+    wanted = [blocks_sum(stream[at : at + size]) for at, size in zip(offsets, sizes, strict=True)]
+    try:
+        source, target = stream.to(device), torch.zeros(stream.numel(), dtype=torch.uint8, device=device)
+        places = [torch.tensor(offsets, device=device) + each.data_ptr() for each in (source, target)]
+        sums = [torch.zeros(len(sizes), dtype=torch.int64, device=device) for _ in range(2)]
+        made = Tables(sizes, offsets, device)
+        made.launch(places[0], places[1], sums[0], 0, stream.numel(), 16)
+        made.launch(places[1], None, sums[1], 0, stream.numel(), 8)
+        same = all(torch.equal(target[at : at + size], source[at : at + size]) for at, size in zip(offsets, sizes, strict=True))
+        found = [[value & ((1 << 64) - 1) for value in each.tolist()] for each in sums]
+        untouched = int(target.count_nonzero()) <= sum(sizes)
+    except Exception as error:  # whatever a compiler or a driver raises: the other way serves
+        logger.warning("checksum kernel cannot be used on %s (%s: %s); torch operations serve", device, type(error).__name__, error)
+        return False
+    good = same and untouched and found == [wanted, wanted]
+    if not good:
+        logger.warning("checksum kernel gives other bits than torch operations on %s; these serve", device)
+    return good
 
 
 class Tables:
