@@ -19,7 +19,9 @@ from miles_kernels.nn.checkpoint import random_decoder
 from miles_kernels.nn.config import DecoderConfig
 from miles_kernels.nn.parallel import fold_decoder, local_config, shard_decoder
 from miles_rollout.engines.embedded import EmbeddedConfig
+from miles_rollout.engines.embedded.core import EngineCore
 from miles_rollout.engines.embedded.engine import EmbeddedEngine
+from miles_rollout.engines.embedded.lead import LeadingCore
 from miles_rollout.engines.embedded.reply import EngineFailure
 from miles_rollout.engines.embedded.weights import make_manifest
 from miles_rollout.text import CharTokenizer
@@ -161,3 +163,12 @@ def test_what_cannot_be_divided_is_refused_by_name():
         EmbeddedConfig(tensor_parallel=3).validate()
     with pytest.raises(ValueError, match="tensor_parallel=2 knows no drafts yet"):
         EmbeddedConfig(tensor_parallel=2, draft="ngram").validate()
+
+
+def test_every_call_of_a_core_is_told_to_the_other_ranks():
+    """A new method that changes an engine's state must reach all ranks; one that only looks is named here."""
+    public = {name for name in vars(EngineCore) if not name.startswith("_")}
+    looks = {"has_work", "metrics", "draft_state", "makes_room"}
+    inner = {"swap_weights"}  # part of swap_whole
+    assert not LeadingCore.makes_room
+    assert public - looks - inner == {name for name in vars(LeadingCore) if name in public}
