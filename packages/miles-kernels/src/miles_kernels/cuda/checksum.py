@@ -47,7 +47,8 @@ def proven(device: torch.device) -> bool:
         found = [[value & ((1 << 64) - 1) for value in each.tolist()] for each in sums]
         untouched = int(target.count_nonzero()) <= sum(sizes)
     except Exception as error:  # whatever a compiler or a driver raises: the other way serves
-        logger.warning("checksum kernel cannot be used on %s (%s: %s); torch operations serve", device, type(error).__name__, error)
+        what = f"{type(error).__name__}: {error}"
+        logger.warning("checksum kernel cannot be used on %s (%s); torch operations serve", device, what)
         return False
     good = same and untouched and found == [wanted, wanted]
     if not good:
