@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -54,7 +55,9 @@ CONFIG = EmbeddedConfig(num_pages=16, max_running=4, max_batched_tokens=32, pref
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.freeze()  # every failure collects garbage, which takes a tenth of a second over all that a test process holds
     yield
+    gc.unfreeze()
     torch.set_num_threads(before)
 
 

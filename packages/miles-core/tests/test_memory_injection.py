@@ -5,6 +5,7 @@ The pretended device fails the n-th allocation, n drawn anew in every run, a few
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 import types
@@ -46,7 +47,9 @@ TINY = DecoderConfig(
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.freeze()  # every failure collects garbage, which takes a tenth of a second over all that a test process holds
     yield
+    gc.unfreeze()
     torch.set_num_threads(before)
 
 
@@ -169,7 +172,7 @@ def test_a_step_that_ran_out_of_memory_is_the_step_it_would_have_been(
     places = Counter(sites_of(lambda: spare.step(batch)))
     assert {"forward", "backward", "optimizer", "logits"} <= set(places)
     hit: Counter[str] = Counter()
-    for number in range(15):
+    for number in range(28):
         kind = sorted(places)[number % len(places)]
         where = random.randrange(places[kind])
         fails = at(kind, where, 1)
@@ -180,7 +183,7 @@ def test_a_step_that_ran_out_of_memory_is_the_step_it_would_have_been(
         assert plain.step(batch).loss == stats.loss, (seed, kind, where)
         assert same(everything(plain), everything(tried)), (seed, kind, where)
     counts = tried.memory.ladder.counts
-    assert counts["num_recovered"] == 15 <= counts["num_oom"] and counts["num_refused"] == 0
+    assert counts["num_recovered"] == 28 <= counts["num_oom"] and counts["num_refused"] == 0
     assert min(hit.values()) >= 3
 
 
@@ -193,7 +196,7 @@ def test_every_rung_keeps_the_bits(dtype: torch.dtype) -> None:
     spare = build(None, dtype)
     places = Counter(sites_of(lambda: spare.step(batch)))
     climbed: set[str] = set()
-    for times in (1, 2, 3, 5):
+    for times in (1, 2, 3, 4):
         for kind in ("forward", "backward", "optimizer"):
             trainer = build(None, dtype)
             where = random.randrange(places[kind])

@@ -92,9 +92,25 @@ def plots_of(rows: Sequence[Row]) -> list[Plot]:
         Plot(title="Entropy", lines=lines(entropy="train/entropy"), unit="nats"),
         Plot(title="Loss", lines=lines(loss="train/loss"), smooth=frozenset({"loss"})),
         Plot(title="Gradient norm", lines=lines(gradient_norm="train/grad_norm"), smooth=frozenset({"gradient norm"})),
+        *_memory_plots(rows),
         *_draft_plots(rows),
     ]
     return [plot for plot in candidates if plot.lines]
+
+
+def _memory_plots(rows: Sequence[Row]) -> list[Plot]:
+    """Device and host over the steps: the most in each phase, and what the trainer holds by tag."""
+
+    def gib(end: str, names: Sequence[str]) -> dict[str, Series]:
+        found = {name: series(rows, f"memory/{name}{end}") for name in names}
+        return {name: (steps, [value / 2**30 for value in values]) for name, (steps, values) in found.items() if any(values)}
+
+    phases, tags = ("rollout", "train", "publish"), ("weights", "masters", "moments", "reference")
+    return [
+        Plot(title="Device memory, most in each phase", lines=gib("_peak_bytes", phases), unit="GiB"),
+        Plot(title="Host memory after each phase", lines=gib("_rss_bytes", phases), unit="GiB"),
+        Plot(title="Held by the trainer on its device", lines=gib("_bytes", tags), unit="GiB"),
+    ]
 
 
 def _draft_plots(rows: Sequence[Row]) -> list[Plot]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -50,7 +51,6 @@ def _write(file: Path) -> None:
 
 def _memray() -> Any:
     try:
-        import memray
+        return importlib.import_module("memray")
     except ImportError:
         return None
-    return memray
