@@ -94,8 +94,8 @@ class TrainObserver(Protocol):
 class Trainer(Protocol):
     """Owns the weights being trained and their optimizer.
 
-    Moving state out of memory between steps (offload and onload by tag) is not part of the protocol yet: on a CPU there
-    is one memory to be in, gradients are freed after every step anyway, and nothing else may be dropped.
+    Moving state off the device between steps is not part of the protocol: the fsdp backend has `offload` and `onload` by tag
+    (`miles_core.memory.trainer`), megatron-core's has not.
     """
 
     @property
