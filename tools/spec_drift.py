@@ -1,4 +1,4 @@
-"""The experiment of docs/measured/spec.md: a policy drifts in reinforcement learning; drafts of five kinds go along or do not.
+"""The experiment of docs/measured/draft-training.md: a policy drifts in reinforcement learning; drafts follow it or do not.
 
     python tools/spec_drift.py --device cuda --size large --steps 200 --seed 0 --out OUT
 
