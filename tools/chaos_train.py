@@ -190,7 +190,7 @@ def one(number: int, folder: Path, recipe: Path, args: argparse.Namespace, usual
         what = f"worker killed {when}, named {named[1] or named[2]} after {took:.1f} s"
     else:
         what = f"driver killed {when}" if victim == driver.pid else f"worker killed {when}, at the very end"
-    gone = time.monotonic() + 15
+    gone = time.monotonic() + (120 if args.kind == "ray" else 15)  # Ray's agents look for their raylet now and then
     while left := [pid for pid in family if alive(pid)]:
         if time.monotonic() > gone:
             return fail(log, f"left processes behind: {[family[pid] for pid in left]}")
