@@ -33,7 +33,9 @@ def test_any_bits_come_back(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None
     seed = random.randrange(10**6)
     for count in (1, 4, 5, 6, 1999, 5000):
         old = raw(count * WIDTHS[dtype], seed)
-        there_and_back(old, raw(old.numel(), seed + 1), dtype)  # NaN, infinities, both zeros, all differences
+        new = raw(old.numel(), seed + 1)  # NaN, infinities, both zeros, all differences
+        new[0] ^= torch.equal(old, new)  # a single byte may be drawn twice; nothing is encoded then
+        there_and_back(old, new, dtype)
         few = old.clone()
         few[seed % few.numel()] ^= 0x80
         there_and_back(old, few, dtype)
