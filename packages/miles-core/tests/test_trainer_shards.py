@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from miles_core.trainer import rounding
 from miles_core.trainer.config import OptimizerConfig
 from miles_core.trainer.model import WholeModel
-from miles_core.trainer.optim import AdamW, Optimized, round_by_chance
+from miles_core.trainer.optim import AdamW, Optimized
+from miles_core.trainer.rounding import _kernel_rounds, round_by_chance
 from miles_core.trainer.state import read_state, write_state
 from miles_core.trainer.table import VocabTable
 from miles_core.trainer.weights import Owned, load
@@ -79,8 +81,20 @@ def test_weights_are_widened_in_groups_without_a_trace() -> None:
     assert not any(torch.equal(w, before) for w, before in zip(together, start, strict=True))
 
 
+@pytest.mark.parametrize("broken", [None, RuntimeError("no compiler"), "other bits"])
+def test_a_rounding_kernel_serves_only_with_the_bits_of_the_operations(broken: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(wide: torch.Tensor, key: int, first: int, out: torch.Tensor) -> None:
+        if isinstance(broken, Exception):
+            raise broken
+        rounding._round_plainly(wide, key, first + (broken is not None), out)
+
+    monkeypatch.setattr(rounding, "_round_on_cuda", kernel)
+    assert _kernel_rounds.__wrapped__(torch.device("cpu")) is (broken is None)
+
+
 @pytest.mark.gpu
 def test_rounding_on_a_gpu_has_the_bits_of_the_cpu() -> None:
+    assert _kernel_rounds(torch.device("cuda", 0))
     for key, first, count in ((5, 0, 100_003), (3 << 32 | 1, 1, 1), (2**64 - 9, 2**33 + 7, 4097)):
         wide = torch.randn(count) * torch.randn(count).exp()
         assert torch.equal(round_by_chance(wide.cuda(), key, first).cpu(), round_by_chance(wide, key, first))

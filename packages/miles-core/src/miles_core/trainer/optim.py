@@ -17,9 +17,9 @@ from torch.optim.adamw import adamw
 
 from miles_core.memory.homes import StateHome
 from miles_core.trainer.config import OptimizerConfig
+from miles_core.trainer.rounding import round_by_chance
 
 _CHUNK = 4096  # elements one partial sum covers: torch never cuts such a row over threads
-_NOISE_CHUNK = 1 << 22
 _LANES = 16  # the CPU's update rounds the last elements, those that fill no vector register, differently: they are padded
 
 
@@ -348,48 +348,6 @@ class AdamW:
         computed = [each.dtype or held.dtype for each, held in zip(self.all, self.held, strict=True)]
         pairs = zip(self.names, self.masters, computed, strict=True)
         return state | {f"master.{n}": m for n, m, dtype in pairs if dtype is not torch.float32 and m.dtype is torch.float32}
-
-
-def round_by_chance(wide: Tensor, key: int, first: int = 0, into: Tensor | None = None) -> Tensor:
-    """`wide` fp32 rounded to bfloat16, up with the probability of the share that is cut off (stochastic rounding).
-
-    The noise of an element is a function of `key` and its number (`first` for the first one), so cutting a tensor changes
-    nothing. Values stay exact where bfloat16 holds them. Writes to `into`, contiguous, if given. One kernel on CUDA.
-    """
-    out = torch.empty(wide.shape, dtype=torch.bfloat16, device=wide.device) if into is None else into
-    if wide.is_cuda:
-        from miles_kernels.cuda import rounding
-
-        return rounding.round_by_chance(wide.contiguous(), out, first, (_start(key), _start(0)))
-    flat, target = wide.reshape(-1), out.view(-1)
-    for start in range(0, flat.numel(), _NOISE_CHUNK):
-        part = flat[start : start + _NOISE_CHUNK]
-        noise = _noise(key, first + start, part.numel(), part.device)
-        raised = (part.view(torch.int32) + noise) & -65536
-        target[start : start + _NOISE_CHUNK] = raised.view(torch.float32).to(torch.bfloat16)
-    return out
-
-
-def _noise(key: int, first: int, count: int, device: torch.device) -> Tensor:
-    """int32 [count] in 0 .. 65535: the finaliser of SplitMix64 (Steele, Lea & Flood 2014) of key and number."""
-    x = torch.arange(first, first + count, dtype=torch.int64, device=device)
-    for salt in (key, 0):
-        x = x + _start(salt)
-        x = (x ^ ((x >> 30) & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
-        x = (x ^ ((x >> 27) & (1 << 37) - 1)) * _signed(0x94D049BB133111EB)
-        x = x ^ ((x >> 31) & (1 << 33) - 1)
-    return ((x >> 16) & 0xFFFF).to(torch.int32)
-
-
-def _start(salt: int) -> int:
-    """What a round adds to the number of an element, int64."""
-    return _signed(salt * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15)
-
-
-def _signed(value: int) -> int:
-    """The low 64 bits as torch's int64."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value
 
 
 def _local(gradient: Tensor) -> Tensor:
