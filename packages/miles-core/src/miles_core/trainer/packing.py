@@ -75,9 +75,7 @@ def require_fit(batch: TrainBatch, max_tokens: int, num_context: int = 1) -> Non
         )
 
 
-def cut(
-    batch: TrainBatch, blocks: Sequence[int], max_tokens: int, share: bool = True, unit: int = 1
-) -> list[list[list[int]]]:
+def cut(batch: TrainBatch, blocks: Sequence[int], max_tokens: int, share: bool = True, unit: int = 1) -> list[list[list[int]]]:
     """Micro-batches as lists of blocks as lists of sequence numbers: filled in order, none above `max_tokens`.
 
     No sequence may exceed the budget alone (`require_fit`). Without `share`, every sequence is a piece of its own and carries its
