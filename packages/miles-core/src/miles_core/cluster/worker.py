@@ -190,9 +190,10 @@ class EngineWorker:
 
         config = RunConfig.model_validate_json(build.config)
         _prepare(config)
-        # A trainer publishes before anything is generated, so a GPU engine reads no weights of its own. On a CPU it does: which
-        # products are used is tried on the weights (miles_kernels.native.gemm).
-        own = build.mode == "rollout" or config.model.device == "cpu"
+        # A trainer publishes before anything is generated, so an engine reads no weights of its own. In float32 on a CPU it does:
+        # which products are used is tried on the weights (miles_kernels.native.gemm); and in fp8, where scales come from them.
+        tried = config.model.device == "cpu" and config.model.dtype == "float32"
+        own = build.mode == "rollout" or tried or config.model.precision != "full"
         model = load_model(config, lambda line: None, weights=own)
         self._engine = make_engine(config, model, model.decoder, weight_version=0 if build.mode == "rollout" else -1)
         app = create_app(self._engine, model.tokenizer, ServerConfig(admin_token=build.token, drain_s=0.0))
