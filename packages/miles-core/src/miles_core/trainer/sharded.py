@@ -67,11 +67,19 @@ class ShardedDecoder(Decoder):
     table: VocabTable
     head_table: VocabTable | None
 
-    def forward(self, token_ids: Tensor, positions: Tensor, kv: KVStore, *, routed: dict[int, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        kv: KVStore,
+        *,
+        routed: dict[int, Tensor] | None = None,
+        taps: dict[int, Tensor | None] | None = None,
+    ) -> Tensor:
         """As `Decoder.forward`, whose table of embeddings is, for one call, the rows of these tokens."""
         self.embed_tokens = self.table.rows(token_ids)
         try:
-            return super().forward(torch.arange(len(token_ids), device=token_ids.device), positions, kv, routed=routed)
+            return super().forward(torch.arange(len(token_ids), device=token_ids.device), positions, kv, routed=routed, taps=taps)
         finally:
             del self.embed_tokens
 
