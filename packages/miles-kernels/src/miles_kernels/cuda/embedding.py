@@ -26,7 +26,7 @@ class _Embedding(torch.autograd.Function):
     def forward(ctx: Any, token_ids: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(token_ids)
         ctx.rows = weight.shape[0]
-        ctx.lookup = getattr(weight, "main_lookup", None)
+        ctx.lookup = getattr(weight, "chain_lookup", None)
         return weight.index_select(0, token_ids)
 
     @staticmethod

@@ -1,12 +1,12 @@
 """Weight gradients that no cut into micro-batches can change: each sum goes on where the last micro-batch left it.
 
-A weight with a `main_grad` (float32, its shape) takes its gradient there instead of through autograd: the ops' backward adds
+A weight with a `chain_sum` (float32, its shape) takes its gradient there instead of through autograd: the ops' backward adds
 to it in units of `UNIT` rows, in the order of the rows. When every sequence of a packed stream begins at a multiple of `UNIT`,
 the sum over one long stream and that over any cut of it between sequences are the same chain of additions. A table that is
-looked up, too, keeps those rows' gradients in `main_lookup`, because a tied head would otherwise come in between.
+looked up, too, keeps those rows' gradients in `chain_lookup`, because a tied head would otherwise come in between.
 
 On CUDA the tensor core's accumulator starts from the main gradient; it takes 16 rows at a time whatever the tile. On the CPU a
-unit is a product of its own. Rows that fill a unit must have gradients of zero.
+unit is a product of its own. Rows that fill a unit must have gradients of zero. (Not `main_grad`: megatron-core gives that to all.)
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ UNIT = 16
 
 def main_of(weight: Tensor) -> Tensor | None:
     """Where the gradient of `weight` is summed; None: autograd takes it as usual."""
-    main: Tensor | None = getattr(weight, "main_grad", None)
+    main: Tensor | None = getattr(weight, "chain_sum", None)
     return main
 
 
 def begin(weight: Tensor, *, looked_up: bool = False) -> None:
     """Give a weight a main gradient of zeros."""
-    weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
+    weight.chain_sum = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
     if looked_up:
-        weight.main_lookup = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
+        weight.chain_lookup = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
 
 
 def take(weight: Tensor) -> Tensor:
     """The finished sum; the weight has no main gradient any more."""
-    total: Tensor = weight.main_grad  # type: ignore[attr-defined]
-    del weight.main_grad  # type: ignore[attr-defined]
-    if hasattr(weight, "main_lookup"):
-        total += weight.main_lookup
-        del weight.main_lookup
+    total: Tensor = weight.chain_sum  # type: ignore[attr-defined]
+    del weight.chain_sum  # type: ignore[attr-defined]
+    if hasattr(weight, "chain_lookup"):
+        total += weight.chain_lookup
+        del weight.chain_lookup
     return total
 
 
 def part_of(part: Tensor, weight: Tensor, main: Tensor | None) -> Tensor:
     """`part`, a view of a weight, made to sum where `main`, the same view of its main gradient, is."""
     if main is not None:
-        part.main_grad = main  # type: ignore[attr-defined]
+        part.chain_sum = main  # type: ignore[attr-defined]
     return part
 
 

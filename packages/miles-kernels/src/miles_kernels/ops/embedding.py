@@ -23,7 +23,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token_ids: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(token_ids)
-        ctx.lookup = getattr(weight, "main_lookup", None)
+        ctx.lookup = getattr(weight, "chain_lookup", None)
         ctx.rows, ctx.dtype = weight.shape[0], weight.dtype
         return weight.index_select(0, token_ids)
 
