@@ -221,7 +221,7 @@ def test_a_publication_without_memory_is_done_again(sleep: bool, tmp_path: Path,
         told.append(tokens)
         counts = memory.metrics()
         assert counts["memory/num_oom"] == 3 * failures and counts["memory/num_recovered"] == (3 if failures else 0)
-        assert counts["memory/weights_bytes"] > 0 and counts["memory/train_rss_bytes"] > 0
+        assert counts["memory/weights_bytes"] > 0 and counts["perf/train_rss_bytes"] > 0
         runner.run(engine.close())
         runner.close()
     assert all(tokens == told[0] for tokens in told)
@@ -253,5 +253,5 @@ def test_the_margin_counts_breaches_and_warns_once() -> None:
     with pytest.warns(UserWarning, match=r"1\.50 GiB of the device .* raise memory.reserve_bytes"):
         margin.note(1536 << 20)
     margin.note(1536 << 20)
-    assert margin.metrics()["memory/num_reserve_breaches"] == 2
+    assert margin.metrics()["perf/num_reserve_breaches"] == 2
     assert Margin.of(torch.device("cpu"), None).metrics() == {}

@@ -101,15 +101,15 @@ def plots_of(rows: Sequence[Row]) -> list[Plot]:
 def _memory_plots(rows: Sequence[Row]) -> list[Plot]:
     """Device and host over the steps: the most in each phase, and what the trainer holds by tag."""
 
-    def gib(end: str, names: Sequence[str]) -> dict[str, Series]:
-        found = {name: series(rows, f"memory/{name}{end}") for name in names}
+    def gib(room: str, end: str, names: Sequence[str]) -> dict[str, Series]:
+        found = {name: series(rows, f"{room}/{name}{end}") for name in names}
         return {name: (steps, [value / 2**30 for value in values]) for name, (steps, values) in found.items() if any(values)}
 
     phases, tags = ("rollout", "train", "publish"), ("weights", "masters", "moments", "reference")
     return [
-        Plot(title="Device memory, most in each phase", lines=gib("_peak_bytes", phases), unit="GiB"),
-        Plot(title="Host memory after each phase", lines=gib("_rss_bytes", phases), unit="GiB"),
-        Plot(title="Held by the trainer on its device", lines=gib("_bytes", tags), unit="GiB"),
+        Plot(title="Device memory, most in each phase", lines=gib("perf", "_peak_bytes", phases), unit="GiB"),
+        Plot(title="Host memory after each phase", lines=gib("perf", "_rss_bytes", phases), unit="GiB"),
+        Plot(title="Held by the trainer on its device", lines=gib("memory", "_bytes", tags), unit="GiB"),
     ]
 
 

@@ -73,7 +73,7 @@ class Margin:
         if self.device is None:
             return {}
         return {
-            "memory/outside_bytes": float(self.outside_bytes),
-            "memory/reserve_bytes": float(self.reserve_bytes),
-            "memory/num_reserve_breaches": float(self.num_breaches),
+            "perf/outside_bytes": float(self.outside_bytes),
+            "perf/reserve_bytes": float(self.reserve_bytes),
+            "perf/num_reserve_breaches": float(self.num_breaches),
         }

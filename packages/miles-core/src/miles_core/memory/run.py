@@ -86,9 +86,9 @@ class RunMemory:
         return True
 
     def _mark(self, phase: str) -> None:
-        self._rows[f"memory/{phase}_rss_bytes"] = float(resident_bytes())
+        self._rows[f"perf/{phase}_rss_bytes"] = float(resident_bytes())
         if self.trainer.device.type == "cuda":
-            self._rows[f"memory/{phase}_peak_bytes"] = float(torch.cuda.max_memory_allocated(self.trainer.device))
+            self._rows[f"perf/{phase}_peak_bytes"] = float(torch.cuda.max_memory_allocated(self.trainer.device))
             torch.cuda.reset_peak_memory_stats(self.trainer.device)
 
     def _traced(self) -> AbstractContextManager[object]:
