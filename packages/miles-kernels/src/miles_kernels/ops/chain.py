@@ -6,7 +6,7 @@ the sum over one long stream and that over any cut of it between sequences are t
 looked up, too, keeps those rows' gradients in `chain_lookup`, because a tied head would otherwise come in between.
 
 On CUDA the tensor core's accumulator starts from the main gradient; it takes 16 rows at a time whatever the tile. On the CPU a
-unit is a product of its own. Rows that fill a unit must have gradients of zero. (Not `main_grad`: megatron-core gives that to all.)
+unit is a product of its own. Rows that fill a unit must have gradients of zero. (megatron-core gives weights a `main_grad`.)
 """
 
 from __future__ import annotations
