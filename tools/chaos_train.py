@@ -161,7 +161,7 @@ def one(number: int, folder: Path, recipe: Path, args: argparse.Namespace, usual
     draw = random.Random(args.seed * 1000 + number)
     name, log = f"run{number}", folder / f"run{number}.log"
     run = folder / "runs" / name
-    rows, after, when = moment(draw, usual)
+    rows, after, when = moment(draw, usual) if args.after is None else (args.after, 0.0, f"after step {args.after}")
     driver = launch(folder, command(recipe, name, args, resume=False), log)
     while num_rows(run) < rows and driver.poll() is None:
         time.sleep(0.02)
@@ -218,6 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--after", type=int, help="kill after this step instead of at a random time")
     parser.add_argument("--trainers", type=int, default=2)
     parser.add_argument("--engines", type=int, default=1)
     parser.add_argument("--kind", default="local", choices=["local", "ray"])
