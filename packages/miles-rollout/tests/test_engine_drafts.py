@@ -19,6 +19,7 @@ from miles_rollout.engines.embedded import EmbeddedConfig
 from miles_rollout.engines.embedded.core import EngineCore
 from miles_rollout.engines.embedded.engine import EmbeddedEngine
 from miles_rollout.engines.embedded.factory import load_engine
+from miles_rollout.engines.embedded.features import FeatureStore
 from miles_rollout.engines.embedded.speculate_check import SHAPE, TOKENIZER, digest, serve
 from miles_rollout.engines.embedded.state import Job
 from miles_rollout.engines.embedded.weights import make_manifest
@@ -259,3 +260,14 @@ def test_the_likeliest_tokens_beside_drafts_are_those_of_plain_decoding(tree: tu
     drafted, metrics = serve([told, other], config, MtpDraft.from_trunk(random_decoder(SHAPE, 0)))
     assert drafted == plain and metrics["spec_num_drafted"] > 0
     assert len(plain["a"].completions[0].top_logprobs) == 40
+
+
+@pytest.mark.parametrize("layers", [(0, 0, 1), (3, 1, 2)], ids=["twice", "out of order"])
+def test_features_lie_in_the_order_in_which_the_draft_reads_layers(layers: tuple[int, int, int]) -> None:
+    store = FeatureStore(layers, 3 * 4, 100, torch.float32, torch.device("cpu"))
+    taps = store.taps()
+    assert taps is not None
+    for layer in sorted(taps):
+        taps[layer] = torch.full((2, 4), float(layer))
+    store.store(torch.tensor([70, 71]), torch.tensor([5, 6]), torch.zeros(2, 4), taps)
+    assert store.values[70:72, ::4].tolist() == [[float(layer) for layer in layers]] * 2

@@ -28,7 +28,7 @@ def test_inspect_describes_and_names_what_is_wrong(tmp_path: Path, capsys: pytes
     said = capsys.readouterr().out
     assert (
         "8 of 40 tokens (20.0%)" in said
-        and "before layers 1, 2, 2" in said
+        and "before layers 2, 3, 4" in said
         and "midlayer.hidden_norm.weight  [32]  float32" in said
     )
     state = {name: tensor for name, tensor in draft.named_state() if name != "fc.weight"}

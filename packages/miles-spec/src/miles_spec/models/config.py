@@ -109,10 +109,12 @@ class Eagle3Config:
     def of(
         cls, policy: DecoderConfig, *, draft_vocab_size: int | None = None, feature_layers: tuple[int, int, int] | None = None
     ) -> Eagle3Config:
-        """A layer shaped as the policy's last, dense; by default the layers 2, half-way and third from the end."""
+        """A layer shaped as the policy's last, dense.
+
+        It reads by default the layers 2, half-way and third from the end; of a policy too shallow for three such, the last three.
+        """
         layers = policy.num_hidden_layers
-        first, middle, last = sorted((min(2, layers), layers // 2, max(layers - 3, 0)))
-        default = (first, middle, last)
+        default = (2, layers // 2, layers - 3) if layers >= 7 else (max(layers - 2, 0), max(layers - 1, 0), layers)
         block = _like_last(dataclasses.replace(policy, **_DENSE) if policy.num_experts else policy, 1)
         return cls(
             block=block,

@@ -41,7 +41,7 @@ class FeatureStore:
         if taps is None:
             self.values.index_copy_(0, slots, hidden)
         else:
-            self.values.index_copy_(0, slots, torch.cat([part for part in taps.values() if part is not None], 1))
+            self.values.index_copy_(0, slots, torch.cat([_given(taps, layer) for layer in self.layers], 1))
         self.tokens.index_copy_(0, slots, token_ids)
 
     def mark(self, slots: np.ndarray) -> None:
@@ -72,3 +72,9 @@ class FeatureStore:
         """Take memory again, without the old contents."""
         self.values.untyped_storage().resize_(self.values.numel() * self.values.itemsize)
         self.values[:_NULL] = 0
+
+
+def _given(taps: Taps, layer: int) -> Tensor:
+    part = taps[layer]
+    assert part is not None, f"the decoder handed out nothing of layer {layer}"
+    return part
