@@ -17,25 +17,12 @@ from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.fsdp import FsdpTrainer
 from miles_core.trainer.hashing import combined_hash
 from miles_core.trainer.packing import Microbatch
-from miles_core.trainer.testing import random_samples
+from miles_core.trainer.testing import TINY, random_samples
 from miles_kernels.nn.checkpoint import random_decoder
-from miles_kernels.nn.config import DecoderConfig
 from miles_kernels.nn.decoder import PackedKV
 from miles_kernels.ops.attention import packed_plan
 from miles_spec.models import Eagle3Draft, MtpDraft
 from miles_spec.train import UPSTREAM, DraftStream, DraftTrainConfig, DraftTrainer, Policy
-
-TINY = DecoderConfig(
-    family="qwen3",
-    vocab_size=50,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    initializer_range=0.2,
-)
 
 
 def policy(seed: int = 0, **config: object) -> FsdpTrainer:

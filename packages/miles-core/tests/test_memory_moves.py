@@ -19,22 +19,10 @@ from miles_core.memory.trainer import TRAINER_TAGS
 from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.fsdp import FsdpTrainer
-from miles_core.trainer.testing import random_samples
+from miles_core.trainer.testing import TINY, random_samples
 from miles_kernels.nn.checkpoint import random_decoder
-from miles_kernels.nn.config import DecoderConfig
 
 CPU = torch.device("cpu")
-TINY = DecoderConfig(
-    family="qwen3",
-    vocab_size=50,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    initializer_range=0.2,
-)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Random but lifelike batches, for tests of trainers here and elsewhere."""
+"""A tiny model and random but lifelike batches, for tests of trainers here and elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,21 @@ import msgspec
 from torch import Tensor
 
 from miles_core.trainer.batch import TrainBatch
+from miles_kernels.nn.config import DecoderConfig
 from miles_rollout.wire import Sample
+
+TINY = DecoderConfig(
+    family="qwen3",
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    initializer_range=0.2,
+)
+"""A decoder that trains in milliseconds; `random_samples` draws from its vocabulary."""
 
 
 def random_samples(

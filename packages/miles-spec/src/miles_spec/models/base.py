@@ -10,6 +10,7 @@ i + k - 1 where one layer is recycled, i where layers are distinct.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -66,7 +67,7 @@ class DraftBlock(DecoderLayer):
         return self._feed_forward(x, None)
 
 
-class DraftModel(nn.Module):
+class DraftModel(nn.Module, ABC):
     """Base of `MtpDraft` and `Eagle3Draft`. Parameters are left uninitialised: load or draw them.
 
     Example:
@@ -107,33 +108,33 @@ class DraftModel(nn.Module):
 
     # ------------------------------------------------------------------ what families differ in
 
+    @abstractmethod
     def project(self, features: Tensor) -> Tensor:
         """The first depth's states [T, H] of the policy's features [T, F]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _enter(self, index: int, embedded: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """(attention's input, residual stream) of a block, from embeddings and states [T, H]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _leave(self, index: int, delta: Tensor, residual: Tensor) -> DraftState:
         """From the MLP's output and the residual stream, both [T, H]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def head(self, policy_head: Tensor) -> Tensor:
         """The weight that makes logits of `DraftState.hidden`: [V, H], or [Vd, H] of its own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
         """(name in a checkpoint, tensor as stored there): copies where the order differs, else views."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_named(self, tensors: Iterable[tuple[str, Tensor]], *, shared: dict[str, Tensor] | None = None) -> None:
         """Take tensors under their checkpoint names, all or none of them.
 
         Copies of the policy's embedding or head that a checkpoint holds must equal `shared` ("embed_tokens", "lm_head").
         Raises ValueError naming every missing, unexpected, repeated, misshaped or differing tensor.
         """
-        raise NotImplementedError
 
     # ------------------------------------------------------------------ the two uses
 
