@@ -2,7 +2,8 @@
 
 For every layout a launch of its own: each process gets `--tokens` tokens' worth of one RL batch (weak scaling), and all take the
 same steps. Prints tokens/s of a GPU, its share of what one GPU does alone in the same call, and peak memory. A layout is JSON of
-trainer settings; the ones by default cut, copy and spread in every way two processes can. Ends with code 1 when a launch fails.
+trainer settings; the ones by default cut, copy and spread in every way two processes can. `--options` are settings of all,
+the one alone included: `--shape 4B --options '{"recompute": true}'`. Ends with code 1 when a launch fails.
 `--device cpu --shape tiny` tries the tool itself.
 """
 
@@ -36,6 +37,9 @@ _QWEN: dict[str, Any] = {"family": "qwen3", "head_dim": 128, "num_key_value_head
 _SMALL = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16}
 SHAPES: dict[str, dict[str, Any]] = {
     "0.6B": _QWEN | _SMALL | {"num_hidden_layers": 28, "vocab_size": 151936, "max_position_embeddings": 40960},
+    "4B": _QWEN
+    | {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32}
+    | {"num_hidden_layers": 36, "vocab_size": 151936, "max_position_embeddings": 40960},
     "moe": _QWEN
     | _SMALL
     | {"family": "qwen3_moe", "num_experts": 32, "num_experts_per_tok": 4, "norm_topk_prob": True, "moe_intermediate_size": 768}
@@ -71,7 +75,8 @@ def build(options: argparse.Namespace) -> Any:
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(0.0, 0.02)
-    settings = TrainerConfig(max_tokens_per_microbatch=options.tokens, **json.loads(options.layout))
+    given = json.loads(options.options) | json.loads(options.layout)
+    settings = TrainerConfig(max_tokens_per_microbatch=options.tokens, **given)
     if settings.backend == "megatron":
         from miles_core.trainer.megatron.backend import MegatronTrainer as Backend
     else:
@@ -116,8 +121,8 @@ def launch(options: argparse.Namespace, layout: str, ranks: int) -> dict[str, fl
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    argv = [sys.executable, sys.argv[0], f"--layout={layout}", f"--device={options.device}", f"--shape={options.shape}"]
-    argv += [f"--tokens={options.tokens}", f"--steps={options.steps}", f"--deadline={options.deadline}"]
+    passed = ("device", "shape", "options", "tokens", "steps", "deadline")
+    argv = [sys.executable, sys.argv[0], f"--layout={layout}", *(f"--{name}={getattr(options, name)}" for name in passed)]
     commands = [(f"rank{r}", argv, common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)]
     with tempfile.TemporaryDirectory() as folder:
         run_processes(commands, Path(folder), deadline_s=options.deadline)
@@ -132,6 +137,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--layouts", nargs="*", default=LAYOUTS)
     parser.add_argument("--layout", default="{}", help=argparse.SUPPRESS)
+    parser.add_argument("--options", default="{}", help="JSON of trainer settings that all layouts share")
     parser.add_argument("--tokens", type=int, default=16384, help="of each process")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--deadline", type=float, default=120.0, help="seconds a launch may take")
