@@ -72,7 +72,7 @@ class Holder:
         return dict(self.seconds)
 
     def info(self) -> EngineInfo:
-        facts = {"vocab_size": 9, "max_context": 9, "max_running": 9}
+        facts: dict[str, Any] = {"vocab_size": 9, "max_context": 9, "max_running": 9}
         return EngineInfo(model="bench", contract_digest=DIGEST, weight_version=self.version, **facts)
 
     async def update_weights(self, manifest: WeightManifest, given: Iterable[tuple[str, Any]]) -> None:
@@ -190,9 +190,9 @@ def kernels(given: dict[str, Tensor], device: str) -> float:
     for name, call in cases.items():
         found = rate(call, total, device)
         print(f"  {name:44} {found / 1e9:9.1f} GB/s  {found / plain:.2f}", flush=True)
-    few, target = tensors[-6:], room[-6:]
+    few, room = tensors[-6:], room[-6:]
     host = checksum.tensor_hashes([t.cpu() for t in few])
-    assert host == checksum.tensor_hashes(few) == copy_hashed(few, target), "CPU and device disagree"
+    assert host == checksum.tensor_hashes(few) == copy_hashed(few, room), "CPU and device disagree"
     return plain
 
 
@@ -224,7 +224,7 @@ async def updates(
                         spent = time.perf_counter() - before
                         return made
 
-                    publisher._transport.prepare = prepare  # type: ignore[method-assign]
+                    publisher._transport.prepare = prepare  # type: ignore[method-assign, assignment]
                     started = time.perf_counter()
                     await publisher.publish(version)
                     whole = time.perf_counter() - started

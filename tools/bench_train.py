@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ from miles_rollout.wire import Sample
 PEAK_FLOPS = 989e12  # dense bfloat16 of an H100 or H200 SXM
 HOW = ("whole", "compiled", "sliced")
 """Ways of the rival."""
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
     "4B": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
 }
@@ -215,7 +215,8 @@ def measure(name: str, kind: str, tokens: int, steps: int, ways: Sequence[str]) 
     """One row of the table. Small models are alive at once and their steps alternate, large ones come one after the other."""
     config = shape_of(name)
     big = name == "4B"
-    master = "stochastic" if big and torch.cuda.get_device_properties(0).total_memory < 100e9 else "float32"
+    small_card = torch.cuda.get_device_properties(0).total_memory < 100e9
+    master: Literal["float32", "stochastic"] = "stochastic" if big and small_card else "float32"
     batch, ids, keep = make_batch(kind, tokens, config.vocab_size)
     row: dict[str, Any] = {"shape": name, "kind": kind, "tokens": tokens, "recompute": big, "master": master}
     row["logits_bytes"] = batch.num_tokens * config.vocab_size * 2
