@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,7 @@ def settings(args: argparse.Namespace, folder: Path) -> list[str]:
         "algorithm.entropy_coef": 0.01, "optimizer.lr": 1e-4, "checkpoint.every": 1_000_000,
         "engine.page_size": 64, "engine.prefill_chunk": 64, "engine.max_running": 512, "engine.kv_memory_bytes": 4 << 30,
         "engine.tensor_parallel": args.tensor_parallel, "trainer.gradients": args.gradients,
+        "engine.cuda_graphs": not args.no_graphs, "model.precision": args.precision,
     }  # fmt: skip
     table = "\n".join(f"{key} = {json.dumps(value)}" for key, value in shape.items())
     model = f"[model]\nalphabet = {json.dumps(ALPHABET)}\n[model.architecture]\n{table}\n"
@@ -61,6 +63,8 @@ def main() -> int:
     parser.add_argument("--model", choices=("dense", "moe"), default="dense")
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--gradients", choices=("summed", "chained"), default="summed")
+    parser.add_argument("--precision", choices=("full", "fp8"), default="full")
+    parser.add_argument("--no-graphs", action="store_true", help="the engine launches kernel by kernel")
     for name, value in (("steps", 50), ("groups", 32), ("size", 8), ("new", 88)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--deadline", type=float, default=300.0, help="seconds")
@@ -80,6 +84,9 @@ def main() -> int:
     worst = max((row["mismatch/max_abs"] for row in rows), default=0.0)
     print(f"{len(rows)} of {args.steps} steps, {sum(tokens)} tokens compared, {unequal} unequal, max abs {worst}")
     print(f"after each weight update: at least {min(tokens[1:], default=0)} tokens; exit code of the run {code}")
+    for part in ("rollout", "train", "publish", "step"):
+        times = [row[f"perf/{part}_s"] for row in rows] or [0.0]
+        print(f"{part}: first {times[0]:.3f} s, median {statistics.median(times):.3f} s, longest after it {max(times[1:], default=0):.3f} s")
     return int(unequal > 0 or len(rows) < args.steps or code != 0)
 
 
