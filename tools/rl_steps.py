@@ -86,7 +86,8 @@ def main() -> int:
     print(f"after each weight update: at least {min(tokens[1:], default=0)} tokens; exit code of the run {code}")
     for part in ("rollout", "train", "publish", "step"):
         times = [row[f"perf/{part}_s"] for row in rows] or [0.0]
-        print(f"{part}: first {times[0]:.3f} s, median {statistics.median(times):.3f} s, longest after it {max(times[1:], default=0):.3f} s")
+        middle, longest = statistics.median(times), max(times[1:], default=0.0)
+        print(f"{part}: first {times[0]:.3f} s, median {middle:.3f} s, longest after it {longest:.3f} s")
     return int(unequal > 0 or len(rows) < args.steps or code != 0)
 
 
