@@ -148,7 +148,7 @@ def colocated(bench: Bench) -> None:
     kv = sequences * (options.context + 64) * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * 2
     limits = copy_limits(bench)
     bench.note("copy GB/s", {name: round(speed / 1e9, 1) for name, speed in limits.items()})
-    memory = MemoryConfig(optimizer=options.optimizer, sleep=True, directory=options.directory)
+    memory = MemoryConfig(optimizer=options.optimizer, sleep=options.sleep, directory=options.directory)
     config = TrainerConfig(max_tokens_per_microbatch=options.context, recompute=options.recompute)
     seconds, trainer = bench.timed(
         lambda: FsdpTrainer(bench.decoder(shape), AlgorithmConfig(), config, OptimizerConfig(lr=1e-6), memory=memory)
@@ -163,31 +163,39 @@ def colocated(bench: Bench) -> None:
     job = Job(
         shape=shape, device=find_device("h100"), recompute=options.recompute, microbatch_tokens=options.context,
         num_microbatches=sequences, kv_bytes=kv, batched_tokens=options.batched, max_running=sequences,
-        optimizer=options.optimizer, sleep=True,
+        optimizer=options.optimizer, sleep=options.sleep,
     )  # fmt: skip
     said = {phase.name: sum(i.num_bytes for i in phase.items if i.name not in OUTSIDE) for phase in make_plan(job).phases}
     said["train"] = max(said.pop(name) for name in ("forward", "backward"))
     with asyncio.Runner() as runner:
-        turns = Colocation(trainer.memory, engine, runner.run)
-        turns.before_publishing()
+        turns = Colocation(trainer.memory, engine, runner.run) if options.sleep else None
+        if turns is not None:
+            turns.before_publishing()
         runner.run(publish(trainer, engine, 0))
-        turns.after_publishing()
+        if turns is not None:
+            turns.after_publishing()
         for step in range(1, options.steps + 1):
             one_step(bench, trainer, engine, turns, runner, step, said, limits)
         runner.run(engine.close())
-    bench.note("host peak GiB", round(peak_rss_bytes() / GIB, 2))
-    host = sum(item.num_bytes for item in make_plan(job).host)
-    bench.note("host planned GiB", round(host / GIB, 2))
+    held, host = peak_rss_bytes(), sum(item.num_bytes for item in make_plan(job).host)
+    print(f"| {options_words(options)} | host | {host / GIB:.3f} | {held / GIB:.3f} | {host / held:.3f} |", flush=True)
+    bench.note("host bytes: planned, measured", (host, held))
 
 
-OUTSIDE = ("CUDA context", "workspaces", "NCCL", "fragmentation")
+OUTSIDE = ("CUDA context", "NCCL", "fragmentation")
+
+
+def options_words(options: argparse.Namespace) -> str:
+    """The run in a few words, for the rows of a table."""
+    words = [options.shape, f"optimizer {options.optimizer}", "turns" if options.sleep else "side by side"]
+    return ", ".join([*words, "recomputed" if options.recompute else "kept"])
 
 
 def one_step(
     bench: Bench,
     trainer: FsdpTrainer,
     engine: EmbeddedEngine,
-    turns: Colocation,
+    turns: Colocation | None,
     runner: asyncio.Runner,
     step: int,
     said: dict[str, int],
@@ -200,8 +208,9 @@ def one_step(
     found["rollout s"], samples = bench.timed(lambda: roll_out(bench, engine, runner, step))
     peaks["rollout"] = bench.peak()
     batch = TrainBatch.from_groups(samples, AlgorithmConfig())
-    found["engine sleeps, trainer wakes s"], moved = bench.timed(turns.before_training)
-    found["wake GB/s"] = [(m.tag, round(m.num_bytes / m.seconds / 1e9, 1)) for m in moved if m.num_bytes and m.seconds]
+    if turns is not None:
+        found["engine sleeps, trainer wakes s"], moved = bench.timed(turns.before_training)
+        found["wake GB/s"] = [(m.tag, round(m.num_bytes / m.seconds / 1e9, 1)) for m in moved if m.num_bytes and m.seconds]
     bench.peak()
     update = trainer.optimizer.step
 
@@ -222,16 +231,21 @@ def one_step(
         found["update GB/s, both ways"] = round(speed / 1e9, 1)
         found["update / copy limit"] = round(speed / (2 * limits["both"]), 3)
     bench.peak()
-    turns.before_publishing()
+    if turns is not None:
+        turns.before_publishing()
     found["publish s"], _ = bench.timed(lambda: runner.run(publish(trainer, engine, step)))
     peaks["publish"] = bench.peak()
-    found["trainer sleeps, engine wakes s"], moved = bench.timed(turns.after_publishing)
-    found["sleep GB/s"] = [(m.tag, m.target, round(m.num_bytes / m.seconds / 1e9, 1)) for m in moved if m.seconds]
+    if turns is not None:
+        found["trainer sleeps, engine wakes s"], moved = bench.timed(turns.after_publishing)
+        found["sleep GB/s"] = [(m.tag, m.target, round(m.num_bytes / m.seconds / 1e9, 1)) for m in moved if m.seconds]
     found["tokens unequal"] = stats.tokens_unequal
     found["loss, norm"] = (stats.loss, stats.grad_norm)
     bench.note(f"step {step}", {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()})
-    table = {k: (round(v / GIB, 2), round(said[k] / GIB, 2), round(said[k] / v, 3) if v else None) for k, v in peaks.items()}
-    bench.note(f"step {step} peaks: measured, planned GiB, ratio", table)
+    what = f"{options_words(bench.options)} step {step}"
+    for name, size in peaks.items():
+        ratio = said[name] / size if size else float("nan")
+        print(f"| {what} | {name} | {said[name] / GIB:.3f} | {size / GIB:.3f} | {ratio:.3f} |", flush=True)
+    bench.note(f"step {step} peaks, bytes: planned, measured", {k: (said[k], v) for k, v in peaks.items()})
     if bench.cuda:
         bench.note(f"step {step} reserved GiB", round(torch.cuda.max_memory_reserved() / GIB, 2))
 
@@ -373,8 +387,11 @@ def trainer_asleep(bench: Bench) -> None:
     if bench.cuda:
         trainer.step(batch)
         bench.note(f"rank {rank} steps again, s", round(bench.timed(lambda: trainer.step(batch))[0], 3))
+    trainer.memory.sleep()
     dist.barrier()
     dist.destroy_process_group()
+    empty_device(bench.device)
+    bench.note(f"rank {rank}: asleep without any process group, GiB", round((bench.used() - bench.options.base) / GIB, 3))
 
 
 def main() -> None:
@@ -391,6 +408,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--optimizer", choices=("device", "host", "disk"), default="host")
     parser.add_argument("--directory")
+    parser.add_argument("--no-sleep", dest="sleep", action="store_false", help="engine and trainer side by side, no turns")
     parser.add_argument("--no-recompute", dest="recompute", action="store_false")
     parser.add_argument("--cycles", type=int, default=500)
     parser.add_argument("--base", type=int, default=0, help="bytes of the card that were taken before this process started")

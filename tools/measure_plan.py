@@ -28,8 +28,8 @@ from miles_core.memory.shapes import find_device, find_shape
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.fsdp import FsdpTrainer
 
-OUTSIDE = ("CUDA context", "workspaces", "NCCL", "fragmentation")
-AT_REST = ("weights", "float32 masters", "AdamW moments")
+OUTSIDE = ("CUDA context", "NCCL", "fragmentation")
+AT_REST = ("rotary tables", "workspaces", "weights", "float32 masters", "AdamW moments")
 
 
 def planned(phases: dict[str, Phase]) -> dict[str, int]:

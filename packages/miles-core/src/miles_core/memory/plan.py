@@ -20,8 +20,8 @@ from miles_kernels.nn.config import DecoderConfig
 MIB = 1 << 20
 NCCL_BYTES = 512 * MIB
 """Buffers of the process groups of one process: taken beside torch's allocator, when the first collective runs."""
-WORKSPACE_BYTES = 64 * MIB
-"""cuBLAS and our split buffers."""
+WORKSPACE_BYTES = 32 * MIB
+"""cuBLAS' own scratch on a Hopper card, which torch's allocator hands out."""
 FRAGMENTATION = 0.04
 """Share of the allocator's bytes that lies between blocks."""
 STREAM_BYTES = 3 * 3 * 128 * MIB
@@ -122,15 +122,16 @@ def make_plan(job: Job) -> Plan:
     if job.num_gpus < 1 or job.num_gpus % job.cut:
         raise ValueError(f"the trainer's state is cut over {job.cut} process(es), which does not divide {job.num_gpus} GPU(s)")
     parameters = count_parameters(job.shape)
-    outside, trainer, engine, kv = _outside(job), _trainer_at_rest(job, parameters), _engine_at_rest(job, parameters), _kv(job)
+    outside, always, kv = _outside(job), _always(job), _kv(job)
+    trainer, engine = _trainer_at_rest(job, parameters), _engine_at_rest(job, parameters)
     waiting = [] if job.sleep else [*engine, *kv]
     phases = []
     if job.rolls_out:
-        phases.append(_phase("rollout", outside, [] if job.sleep else trainer, engine, kv, _engine_working(job)))
+        phases.append(_phase("rollout", outside, always, [] if job.sleep else trainer, engine, kv, _engine_working(job)))
     if job.trains:
-        phases += [_phase(name, outside, trainer, waiting, items) for name, items in _train_moments(job, parameters)]
+        phases += [_phase(name, outside, always, trainer, waiting, items) for name, items in _train_moments(job, parameters)]
     if job.trains and job.rolls_out:
-        phases.append(_phase("publish", outside, trainer, engine, [] if job.sleep else kv, _publishing(job, parameters)))
+        phases.append(_phase("publish", outside, always, trainer, engine, [] if job.sleep else kv, _publishing(job, parameters)))
     return Plan(job=job, parameters=parameters, phases=tuple(phases), host=_host(job, parameters), disk=_disk(job, parameters))
 
 
@@ -146,13 +147,22 @@ def _outside(job: Job) -> list[Item]:
     """Beside torch's allocator."""
     if job.device.is_host:
         return [Item("process", job.device.context_bytes, "Python and torch, before the first tensor")]
-    items = [
-        Item("CUDA context", job.device.context_bytes, "driver and kernels' code, before the first tensor"),
-        Item("workspaces", WORKSPACE_BYTES, "matrix products and split attention"),
-    ]
+    items = [Item("CUDA context", job.device.context_bytes, "driver and kernels' code, before the first tensor")]
     if job.num_gpus > 1:
         items.append(Item("NCCL", NCCL_BYTES, "buffers of the process groups"))
     return items
+
+
+def _always(job: Job) -> list[Item]:
+    """What nobody gives back while he sleeps."""
+    if job.device.is_host:
+        return []
+    shape, models = job.shape, job.trains * (1 + job.reference) + job.rolls_out
+    tables = models * shape.max_position_embeddings * shape.head_dim * 2 * 4
+    return [
+        Item("rotary tables", tables, f"{models} x {shape.max_position_embeddings:,} positions x {shape.head_dim} x (4 + 4)"),
+        Item("workspaces", WORKSPACE_BYTES, "matrix products"),
+    ]
 
 
 def _trainer_at_rest(job: Job, parameters: Parameters) -> list[Item]:
