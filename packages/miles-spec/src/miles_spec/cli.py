@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import random
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lossless.add_argument("--tokens", type=int, default=20_000, help="compare at least this many tokens")
     lossless.add_argument("--seed", type=int, default=0)
     lossless.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    lossless.add_argument("--seconds", type=float, default=1e9, help="stop after this long, however few tokens were compared")
+    lossless.add_argument(
+        "--part", default="0/1", metavar="I/N", help="only the I-th of N shares of all combinations, for N commands side by side"
+    )
     train_command.add_arguments(commands)
     model_command.add_arguments(commands)
     options = parser.parse_args(arguments)
@@ -70,13 +75,17 @@ def _lossless(options: argparse.Namespace) -> int:
     """The engine lies above this package, so it is looked up by name and only here."""
     if options.tokens < 1:
         raise ValueError(f"--tokens must be at least 1, not {options.tokens}")
+    part = re.fullmatch(r"(\d+)/(\d+)", options.part)
+    if part is None or not int(part[1]) < int(part[2]):
+        raise ValueError(f"--part must be I/N with I < N, such as 0/4; got {options.part!r}")
     try:
         check = importlib.import_module("miles_rollout.engines.embedded.speculate_check")
     except ModuleNotFoundError as error:
         raise ValueError(
             f'verify-lossless runs the embedded engine: pip install "miles-rollout[embedded]" ({error.name} is missing)'
         ) from error
-    return int(check.main(options.tokens, options.seed, options.device))
+    shares = (int(part[1]), int(part[2]))
+    return int(check.main(options.tokens, options.seed, options.device, options.seconds, shares))
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -52,6 +52,8 @@ DRAFTS = (
 """Names of drafts; "nearly" errs at one token in five, "forest" is a tree of several, "mtp distinct" has three layers, "swap"
 changes the draft every few steps, and the weights of those that have any."""
 TREES = ((2, 1), (3, 1, 1), (2, 2, 2), (4,), (1, 2, 1, 1))
+_ENOUGH = 20
+"""Runs that differ, after which there is nothing to add."""
 Results = dict[str, GenerateResult]
 
 
@@ -93,7 +95,7 @@ def world_of(device: str) -> World:
         raise ValueError(f"device {device!r} must be cpu or cuda")
     tokenizer = CharTokenizer("".join(chr(code) for code in range(97, 97 + 508)))
     shape = replace(SHAPE, vocab_size=tokenizer.vocab_size, hidden_size=256, intermediate_size=512, head_dim=64)
-    return World(shape, tokenizer, "cuda", torch.bfloat16, 64)
+    return World(shape, tokenizer, "cuda", torch.bfloat16, 24)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,9 @@ class Arm:
 
     def __str__(self) -> str:
         tree = f" {self.config.draft_tree}" if self.config.draft_tree else ""
-        return f"{self.draft} x{self.num_draft}{tree}{' adaptive' if self.adaptive else ''}, {self.config.num_pages} pages"
+        graphs = "" if not self.config.cuda_graphs else " graphs" if self.config.cuda_graph_drafts else " plain graphs"
+        kind = f"{self.draft} x{self.num_draft}{tree}{' adaptive' if self.adaptive else ''}{graphs}{' shaken' * self.shaken}"
+        return f"{kind}, {self.config.num_pages} pages, {self.config.max_running} rows"
 
 
 @dataclass
@@ -245,11 +249,15 @@ def _between(arm: Arm, drafts: list[Draft | DraftModel]) -> Callable[[EngineCore
     return disturb
 
 
-def random_arms(rng: random.Random, world: World = _CPU) -> Iterator[Arm]:
-    """Every draft with every length and both kinds of control, over and over, in engines of all sizes."""
+def random_arms(rng: random.Random, world: World = _CPU, part: tuple[int, int] = (0, 1)) -> Iterator[Arm]:
+    """Every draft with every length and both kinds of control, over and over, in engines of all sizes.
+
+    `part` (i, n) leaves all but every n-th combination from the i-th to other processes.
+    """
     on_cpu = world.device == "cpu"
     while True:
         every = [(d, k, a) for d in DRAFTS for k in range(1, 9) for a in (False, True)]
+        every = every[part[0] :: part[1]]
         rng.shuffle(every)
         for draft, num_draft, adaptive in every:
             running = rng.choice([1, 4, 16] if on_cpu else [16, 48, 64])
@@ -260,7 +268,8 @@ def random_arms(rng: random.Random, world: World = _CPU) -> Iterator[Arm]:
                 prefill_chunk=rng.choice([5, 64]),
                 prefix_cache=rng.random() < 0.7,
                 draft_tree=rng.choice(TREES) if draft.endswith("tree") else (),
-                cuda_graphs=rng.random() < 0.6,
+                cuda_graphs=rng.random() < 0.8,
+                cuda_graph_drafts=rng.random() < 0.7,
             )
             yield Arm(draft, num_draft, adaptive, config, rng.random() < 0.15)
 
@@ -273,21 +282,31 @@ def verify_lossless(
     *,
     world: World = _CPU,
     seconds: float = 1e9,
+    part: tuple[int, int] = (0, 1),
 ) -> Report:
-    """Compare engines with drafts against one without until `num_tokens` tokens were compared, or `seconds` have passed."""
+    """Compare engines with drafts against one without until `num_tokens` tokens were compared, or `seconds` have passed.
+
+    A run that ends in an error differs, too. `part` is that of `random_arms`.
+    """
     rng = random.Random(seed)
-    arms, out, started = random_arms(rng, world), Report(), time.perf_counter()
+    arms, out, started = random_arms(rng, world, part), Report(), time.perf_counter()
     plain = EmbeddedConfig(num_pages=200 if world.device == "cpu" else 2000, max_running=32, max_batched_tokens=512)
-    while out.num_tokens < num_tokens and time.perf_counter() - started < seconds:
+    while out.num_tokens < num_tokens and time.perf_counter() - started < seconds and out.num_different < _ENOUGH:
         requests = random_requests(rng, world.num_requests, world.shape)
         reference, _ = serve(requests, plain, world=world)
         expected = digest(reference)
         size = sum(len(c.token_ids) for result in reference.values() for c in result.completions)
         for _ in range(arms_per_round):
             arm = next(arms)
-            results, metrics = run_arm(arm, requests, reference, rng.randrange(2**30), world)
-            out.num_tokens += size
             out.arms.add(f"{arm.draft} x{arm.num_draft}{' adaptive' if arm.adaptive else ''}")
+            try:
+                results, metrics = run_arm(arm, requests, reference, rng.randrange(2**30), world)
+            except AssertionError as error:
+                out.num_different += 1
+                out.differing.append(f"{arm}: {error}")
+                report(f"FAILED: {arm}: {error}")
+                continue
+            out.num_tokens += size
             out.num_retractions += int(metrics["num_retractions"])
             out.num_accepted += int(metrics.get("spec_num_accepted", 0))
             out.num_drafted += int(metrics.get("spec_num_drafted", 0))
@@ -300,9 +319,10 @@ def verify_lossless(
     return replace(out, seconds=time.perf_counter() - started)
 
 
-def main(num_tokens: int, seed: int = 0, device: str = "cpu") -> int:
+def main(num_tokens: int, seed: int = 0, device: str = "cpu", seconds: float = 1e9, part: tuple[int, int] = (0, 1)) -> int:
     """Print the comparison; exit code 1 when anything differs."""
-    out = verify_lossless(num_tokens, seed, report=print, world=world_of(device))
+    show = functools.partial(print, flush=True)
+    out = verify_lossless(num_tokens, seed, report=show, world=world_of(device), seconds=seconds, part=part)
     print(
         f"{out.num_tokens} tokens with drafts compared with plain decoding: {out.num_different} runs differ "
         f"({len(out.arms)} combinations of draft, length and control; {out.num_drafted} drafted, {out.num_accepted} accepted, "
