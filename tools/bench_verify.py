@@ -28,7 +28,11 @@ from miles_rollout.wire import GenerateRequest, GenerateResult, SamplingParams
 from miles_spec.models import MtpDraft
 from miles_spec.testing import ReplayDraft
 
-PROMPT, NEW, WIDTH = 1800, 48, 4
+NEW, WIDTH = 48, 4
+SHAPES = {
+    "large": {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
+    "small": {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64},
+}  # fmt: skip
 KINDS = {2: "plain", 5: "verify", 6: "draft"}
 """What a captured step is, by the length of its key."""
 
@@ -63,7 +67,7 @@ def serve(
     """Completions, and the median milliseconds of steps that only decode."""
     rows = len(requests)
     config = EmbeddedConfig(
-        num_pages=rows * (PROMPT + NEW + 64) // 64 + 40, max_running=rows, max_batched_tokens=8192, prefill_chunk=2048,
+        num_pages=rows * (len(requests[0].input_ids) + NEW + 128) // 64 + 40, max_running=rows, max_batched_tokens=8192, prefill_chunk=2048,
         draft_tokens=WIDTH - 1, draft_adaptive=False, prefix_cache=False, cuda_graph_prefill=False, cuda_graph_drafts=True,
     )  # fmt: skip
     assert config.num_pages is not None
@@ -87,18 +91,21 @@ def serve(
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="large")
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=1800)
+    parser.add_argument("--vocab", type=int, default=20_000)
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 32, 8, 1])
     options = parser.parse_args()
-    tokenizer = CharTokenizer("".join(chr(code) for code in range(0x4E00, 0x4E00 + 20_000)))
+    tokenizer = CharTokenizer("".join(chr(code) for code in range(0x4E00, 0x4E00 + options.vocab)))
     shape = DecoderConfig(
-        family="qwen3", vocab_size=tokenizer.vocab_size, hidden_size=2048, intermediate_size=6144, num_attention_heads=16,
-        num_hidden_layers=options.layers, num_key_value_heads=8, head_dim=128, max_position_embeddings=4096,
+        family="qwen3", vocab_size=tokenizer.vocab_size, num_hidden_layers=options.layers, max_position_embeddings=4096,
+        **SHAPES[options.shape],
     )  # fmt: skip
     contract = Contract.for_device("cuda", "bfloat16")
     decoder = random_decoder(shape, 0, contract=contract, dtype=torch.bfloat16, device="cuda").requires_grad_(False)
     mtp = MtpDraft.from_trunk(decoder).requires_grad_(False)
-    print(torch.cuda.get_device_name(0), torch.__version__, flush=True)
+    print(torch.cuda.get_device_name(0), torch.__version__, options, flush=True)
     print("| rows | plain ms | width 4 ms | ratio | draft of 3 ms | wall: plain | wall: verify | wall: MTP | same |", flush=True)
     spans = record_spans()
 
@@ -113,7 +120,7 @@ def main() -> None:
         requests = [
             GenerateRequest(
                 request_id=f"r{i}",
-                input_ids=tuple(rng.randrange(shape.vocab_size) for _ in range(PROMPT)),
+                input_ids=tuple(rng.randrange(shape.vocab_size) for _ in range(options.prompt)),
                 sample_ids=(i,),
                 sampling=sampling,
             )
