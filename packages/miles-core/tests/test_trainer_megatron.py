@@ -44,8 +44,9 @@ def layout(name: str, num_processes: int = 2, megatron: dict[str, Any] | None = 
     return Layout(name, num_processes, options | {"megatron": megatron or {}})
 
 
-PLAN = ["dense dp2", "dense tp2-fused", "gspo cp2-fused", "untied tp2-plain", "moe cp2ep2", "moe ep2-plain", "idle pp2-plain"]
-CHECKPOINTS = [("dense", "pp2", "tp2"), ("moe", "ep2", "pp2")]
+PLAN = ["dense dp2", "dense tp2-fused", "gspo cp2-fused", "untied tp2-plain", "moe cp2ep2", "moe tp2ep2", "moe ep2-plain"]
+PLAN += ["idle pp2-plain"]
+CHECKPOINTS = [("dense", "pp2", "tp2"), ("moe", "ep2", "pp2"), ("moe", "tp2", "ep2")]
 """(case, layout that saves, layout that loads)"""
 FUSED = megatron_attention.fused_op
 ALONE = layout("alone", 1)
@@ -60,6 +61,7 @@ LAYOUTS = {
         layout("tp2-fused", megatron={"tp": 2}, fused=True),
         layout("ep2", ep=2),
         layout("cp2ep2", cp=2, ep=2),
+        layout("tp2ep2", ep=2, megatron={"tp": 2}),
         layout("tp2-plain", megatron={"tp": 2, "vocab_multiple": 8, **PLAIN}),
         layout("pp2-plain", megatron={"pp": 2, **PLAIN}),
         layout("ep2-plain", ep=2, megatron=PLAIN),
@@ -226,6 +228,8 @@ def test_cut_names_every_size() -> None:
         ValueError, match=r"num_key_value_heads = 2 .* num_hidden_layers = 2 is no multiple of trainer.megatron.pp = 3"
     ):
         Cut(tp=4, pp=3).check(CASES["dense"].shape(), 12)
+    with pytest.raises(ValueError, match='with a mixture of experts needs trainer.megatron.layers = "aligned"'):
+        Cut(tp=2, layers="plain").check(CASES["moe"].shape(), 2)
     assert Cut(tp=2, ep=2).words(4) == (
         "megatron-core with aligned layers: 2 tensor parallel, 2 data parallel; experts over 2 processes"
     )
@@ -292,7 +296,7 @@ def test_one_gpu() -> None:
     ("name", "layouts"),
     [
         ("wide", ("dp2", "tp2", "pp2", "cp2", "tp2-plain", "pp2-plain")),
-        ("wide-moe", ("dp2", "pp2", "cp2", "ep2", "cp2ep2", "ep2-plain")),
+        ("wide-moe", ("dp2", "tp2", "tp2ep2", "pp2", "cp2", "ep2", "cp2ep2", "ep2-plain")),
     ],
 )
 def test_two_gpus_in_every_layout(name: str, layouts: tuple[str, ...], tmp_path: Path) -> None:

@@ -76,13 +76,21 @@ class AlignedMoE(MoELayer):  # type: ignore[misc]
 
     megatron-core keeps one module per expert; their matrices are stacked for each pass. With expert parallelism, rows travel to
     the process of their expert and back, and each token adds up its experts in the order of its slots, as with one process.
+    With tensor parallelism, whose processes have the same tokens and experts, each takes its stretch of the tokens through the
+    experts; megatron-core sums the gradients of experts over these processes as over data-parallel ones.
     """
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """[t, 1, h] -> ([t, 1, h], None)."""
         x, mode = hidden_states.reshape(-1, hidden_states.shape[-1]), self.config.miles.contract.matmul
+        tokens, group = len(x), self.attn_tp_group
+        if group.size() > 1:
+            x = nn.functional.pad(x, (0, 0, 0, -tokens % group.size()))
         normalize = self.config.miles.model.norm_topk_prob
         ids, weights = router(x, self.router.weight, self.config.moe_router_topk, normalize=normalize, mode=mode)
+        if group.size() > 1:
+            x, weights = (mappings.scatter_to_sequence_parallel_region(each, group=group) for each in (x, weights))
+            ids = ids.chunk(group.size())[group.rank()].contiguous()
         experts = self.experts.local_experts
         gate_up = torch.stack([expert.linear_fc1.weight for expert in experts])
         down = torch.stack([expert.linear_fc2.weight for expert in experts])
@@ -90,4 +98,7 @@ class AlignedMoE(MoELayer):  # type: ignore[misc]
             out = moe_mlp(x, gate_up, down, ids, weights, mode=mode)
         else:
             out = spread_moe(x, gate_up, down, ids, weights, self.ep_group, mode)
+        if group.size() > 1:  # what follows is done by all of them alike, so a gradient is split again, not summed
+            whole = mappings.gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False, group=group)
+            out = whole[:tokens]
         return out.view(hidden_states.shape), None

@@ -55,8 +55,8 @@ class Cut:
 
         if world_size % (tp * pp * cp):
             wrong.append(f"{world_size} processes are no multiple of tensor x pipeline x context parallel = {tp} x {pp} x {cp}")
-        elif (world_size // (tp * pp)) % ep:
-            wrong.append(f"{world_size // (tp * pp)} data and context parallel processes are no multiple of trainer.ep = {ep}")
+        elif (world_size // pp) % ep:
+            wrong.append(f"{world_size // pp} processes of a stage are no multiple of trainer.ep = {ep}")
         for what in ("num_attention_heads", "num_key_value_heads"):
             divides(what, getattr(model, what), "trainer.megatron.tp x trainer.cp", tp * cp)
         for what in ("hidden_size", "intermediate_size"):
@@ -65,8 +65,11 @@ class Cut:
         divides("num_experts", model.num_experts, "trainer.ep", ep)
         if ep > 1 and not model.num_experts:
             wrong.append(f"trainer.ep = {ep} needs a mixture of experts, not a {model.family} model")
-        if tp > 1 and model.num_experts:
-            wrong.append("trainer.megatron.tp above 1 is not supported for a mixture of experts; use trainer.ep")
+        if tp > 1 and model.num_experts and self.layers == "plain":
+            wrong.append(
+                'trainer.megatron.tp above 1 with a mixture of experts needs trainer.megatron.layers = "aligned" '
+                "(megatron-core's own layers would need sequence parallelism)"
+            )
         if wrong:
             raise ValueError("the megatron backend cannot be cut like this: " + "; ".join(wrong))
 

@@ -197,7 +197,9 @@ class MegatronModel:
                 experts = ".experts." in name
                 param.allreduce = not experts  # an optimizer of their own with ep = 1 too, so that checkpoints look alike
                 param.sequence_parallel = False
-                if not experts:
+                if experts:  # never copies of each other: with tp above 1 the optimizer cuts them over those processes, too
+                    param.tensor_model_parallel = True
+                else:
                     param.tensor_model_parallel = self.dims[name] is not None
                     param.partition_dim = -1 if self.dims[name] is None else self.dims[name]
                     param.partition_stride = 2 if "linear_fc1" in name else 1
