@@ -4,15 +4,16 @@
 
 One process: supervised warm-up of a policy, warm-up of a draft on its rollouts, then GRPO. Speculation changes no token, so one
 trajectory serves all arms: drafts are trained beside each other on the very same states, and at some steps every arm's engine
-makes the step's rollout again, with the same weights, seeds and prompts, to the same tokens. Prints tables, writes result.json.
+makes the step's rollout again, with the same weights, seeds and prompts, to the same tokens. An arm is charged with the training
+of its draft. Prints tables, writes result.json; ends with code 1 when an arm made another token or log-probability.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -20,8 +21,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from spec_arms import Replays, engines, replay_table, show, summary
+
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 3, "head_dim": 32},
+    "deep": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 24, "num_attention_heads": 8, "head_dim": 64},
+    "wide": {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 16, "num_attention_heads": 12, "head_dim": 64},
     "large": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 16, "num_attention_heads": 8, "head_dim": 64},
 }
 TASK = "miles_core.recipes.equations"
@@ -44,7 +49,7 @@ def config_of(options: argparse.Namespace, name: str, steps: int, **sections: An
     base: dict[str, Any] = {
         "run": {"name": name, "dir": str(options.out / "runs"), "num_steps": steps, "seed": options.seed},
         "rollout": {"prompts_per_step": options.prompts, "group_size": options.group},
-        "sampling": {"max_new_tokens": 12 * options.count},
+        "sampling": {"max_new_tokens": round(options.token_room * options.count)},
         "reward": {"name": f"{TASK}:score"},
         "algorithm": {"advantage": "mean_std", "reduction": "token"},
         "trainer": {"max_tokens_per_microbatch": 32768},
@@ -70,13 +75,14 @@ def run_of(config: Any, mode: str, dress: Any = None) -> Any:
 def data_of(options: argparse.Namespace, seed: int) -> str:
     """The task as a data source."""
     share = f"&count={options.count}&written_out={options.written_out}&careless={options.careless}"
-    return f"{TASK}:problems?size={60000 if seed == 0 else 20000}&seed={seed}{share}"
+    bounds = f"&low={options.low}&high={options.high}&most={options.most}"
+    return f"{TASK}:problems?size={40000 if seed == 0 else 4000}&seed={seed}{share}{bounds}"
 
 
 def warm_up_policy(options: argparse.Namespace) -> Path:
     """Supervised training on the task's demonstrations; the model's folder."""
     shape = {
-        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "max_position_embeddings": 256, "rope_theta": 10000.0,
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "max_position_embeddings": 512, "rope_theta": 10000.0,
         "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "vocab_size": 128, **SIZES[options.size],
         "num_key_value_heads": SIZES[options.size]["num_attention_heads"],
     }  # fmt: skip
@@ -90,9 +96,7 @@ def warm_up_policy(options: argparse.Namespace) -> Path:
     return found
 
 
-def reinforce(
-    options: argparse.Namespace, model: Path, name: str, steps: int, lr: float, make_arms: Any
-) -> tuple[Any, list[dict]]:
+def reinforce(options: argparse.Namespace, model: Path, name: str, steps: int, lr: float, make_arms: Any) -> Any:
     """A run whose trainer has the drafts that `make_arms(decoder)` gives beside it; the trainer and the rows of metrics."""
     from miles_core.draft.trainer import DraftingTrainer
 
@@ -102,101 +106,46 @@ def reinforce(
     )  # fmt: skip
 
     def dress(run: Any) -> Any:
-        trainer = DraftingTrainer(run.trainer, make_arms(run.trainer.decoder), seed=options.seed)
-        inner, run.trainer = run.trainer, trainer
         from miles_core.compose import _publish
 
+        arms = make_arms(run.trainer.decoder)
+        trainer = DraftingTrainer(run.trainer, arms, seed=options.seed, measure_every=options.measure_every)
+        inner, run.trainer = run.trainer, trainer
         run.publisher = lambda version: _publish(run.runner, inner, run.engine, version)
-        return trainer, run.tokenizer, config
+        if name == "drift":
+            run.feed = replays(options, run, config)
+        return trainer
 
-    dressed = run_of(config, "train", dress)
+    trainer = run_of(config, "train", dress)
     rows = [json.loads(line) for line in (options.out / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-    return dressed, rows
+    return trainer, rows
 
 
-def serve(
-    options: argparse.Namespace, dressed: Any, samples: list[Any], arm: str, model: Any, adaptive: bool, reference: dict
-) -> dict[str, float]:
-    """One arm's engine rolls prompts out with the weights of now: tokens per second, accept length, tokens unlike `reference`."""
-    from copy import deepcopy
-
+def replays(options: argparse.Namespace, run: Any, config: Any) -> Replays:
+    """The run's feed, with engines of every arm at each batch asked for."""
     import msgspec
-    import torch
 
-    from miles_core.draft.served import _requests, accept_metrics
-    from miles_rollout.engines.embedded.engine import EmbeddedEngine
+    from miles_core.draft.served import Comparison
 
-    trainer, tokenizer, config = dressed
-    settings = msgspec.structs.replace(config.engine.embedded(), draft_tokens=options.num_draft, draft_adaptive=adaptive)
+    trainer, sets = run.trainer, {}
     sampling = config.sampling.params(seed=options.seed, n=options.group)
-    requests, _ = _requests(samples, sampling)
-
-    async def measure() -> dict[str, float]:
-        engine = EmbeddedEngine(deepcopy(trainer.inner.decoder), tokenizer, settings, draft=model)
-        best: dict[str, float] = {}
-        try:
-            for _ in range(options.repeats):
-                before, started = engine.metrics(), time.perf_counter()
-                results = await asyncio.gather(*(engine.generate(request) for request in requests))
-                seconds = time.perf_counter() - started
-                made = {c.sample_id: (c.token_ids, c.logprobs) for result in results for c in result.completions}
-                for key, value in made.items():
-                    reference.setdefault(key, value)
-                unequal = sum(made[key] != reference[key] for key in made)
-                tokens = sum(len(ids) for ids, _ in made.values())
-                found = {"seconds": seconds, "tokens": float(tokens), "samples_unequal": float(unequal)}
-                found |= accept_metrics(before, engine.metrics())
-                if not best or seconds < best["seconds"]:
-                    best = found
-        finally:
-            await engine.close()
-        return best
-
-    with torch.no_grad():
-        found = asyncio.run(measure())
-    found["tokens_per_s"] = found["tokens"] / found["seconds"]
-    print(f"  served {arm:<9} batch {len(samples):>3}  " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()), flush=True)
-    return found
-
-
-def overhead(trainer: Any, samples: list[Any], depths: int, max_rows: int | None, rounds: int) -> dict[str, float]:
-    """Seconds of the policy's step and of the draft's beside it, in turns on the same batch; both are then forgotten."""
-    import torch
-
-    from miles_core.draft.trainer import Arm, DraftingTrainer
-    from miles_core.trainer.batch import TrainBatch
-    from miles_spec.models import MtpDraft
-    from miles_spec.train import DraftTrainConfig, DraftTrainer
-
-    batch = TrainBatch.from_samples(samples, [sample.reward - 0.5 for sample in samples])
-    cuda = trainer.inner.decoder.embed_tokens.is_cuda
-    draft = MtpDraft.from_trunk(trainer.inner.decoder)
-    own = DraftTrainer(draft, DraftTrainConfig(depths=depths, max_rows=max_rows))
-    beside = DraftingTrainer(trainer.inner, {"draft": Arm(trainer=own)})
-    whole, alone = [], []
-    for number in range(rounds + 2):
-        for times, step in ((whole, beside.step), (alone, trainer.inner.step)):
-            trainer.inner.observe(beside)
-            if step != beside.step:
-                trainer.inner._observer = trainer.inner.model.watcher = None
-            if cuda:
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            step(batch)
-            if cuda:
-                torch.cuda.synchronize()
-            if number >= 2:
-                times.append(time.perf_counter() - started)
-    whole.sort(), alone.sort()
-    a, b = whole[len(whole) // 2], alone[len(alone) // 2]
-    rows = sum(len(sample.token_ids) - 1 for sample in samples)
-    return {"step_s": b, "with_draft_s": a, "share": a / b - 1.0, "rows": rows, "max_rows": max_rows or rows, "depths": depths}
+    for batch, every in zip(options.batches, options.every, strict=True):
+        settings = msgspec.structs.replace(config.engine.embedded(), max_running=batch)
+        made = engines(
+            settings, trainer.inner.decoder, run.tokenizer, trainer.main.draft, options.num_draft, options.graph_drafts
+        )
+        for engine in made.values():
+            run.closers.append(lambda engine=engine: run.runner.run(engine.close()))
+        due = [1, *(step for step in range(1, options.steps + 1) if step % every == 0)]
+        sets[str(batch)] = (due, {arm: Comparison(trainer, {arm: engine}, sampling, every) for arm, engine in made.items()})
+    return Replays(feed=run.feed, sets=sets, wait=run.runner.run)
 
 
 def table(rows: list[dict], arms: list[str]) -> None:
-    """Accept lengths over the run."""
+    """Estimated accept lengths over the run."""
     print("step  reward  tokens  entropy  " + "  ".join(f"{arm:>9}" for arm in arms) + "   ours/frozen", flush=True)
-    for row in rows[:: max(1, len(rows) // 20)] + rows[-1:]:
+    measured = [row for row in rows if _key("draft") in row]
+    for row in measured[:: max(1, len(measured) // 20)] + measured[-1:]:
         values = [row.get(_key(arm), float("nan")) for arm in arms]
         frozen = row.get(_key("frozen"), float("nan"))
         print(
@@ -217,14 +166,20 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
     parser.add_argument("--model", type=Path, help="a warmed-up policy, instead of making one")
     parser.add_argument("--max-rows", type=int, help="most rows a draft is trained on per step")
-    parser.add_argument("--deadline", type=float, default=1e9, help="seconds after which no further arm is served")
+    parser.add_argument("--whole", action="store_true", help="also train, to compare, a draft on all rows of every step")
+    parser.add_argument("--graph-drafts", action="store_true", help="capture drafting and verification")
+    parser.add_argument("--batches", type=int, nargs="*", default=[32, 128], help="sequences that replaying engines run at once")
+    parser.add_argument("--every", type=int, nargs="*", default=[16, 64], help="steps between two replays, for each of --batches")
     numbers = {"seed": 0, "steps": 60, "prompts": 16, "group": 8, "count": 6, "sft-steps": 1500, "sft-batch": 64}
-    numbers |= {"draft-steps": 40, "num-draft": 3, "repeats": 3}
+    numbers |= {"draft-steps": 40, "num-draft": 3, "measure-every": 10, "low": 10, "high": 99, "most": 99}
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name, rate in {"lr": 3e-4, "draft-lr": 2e-3, "sft-lr": 3e-3, "written-out": 0.05, "careless": 0.4}.items():
+    rates = {"lr": 3e-4, "draft-lr": 2e-3, "sft-lr": 3e-3, "written-out": 0.05, "careless": 0.4, "token-room": 12.0}
+    for name, rate in rates.items():
         parser.add_argument(f"--{name}", type=float, default=rate)
     options = parser.parse_args()
+    if len(options.batches) != len(options.every):
+        parser.error(f"--batches has {len(options.batches)} numbers, --every {len(options.every)}")
     options.dtype = "bfloat16" if options.device == "cuda" else "float32"
     return options
 
@@ -239,56 +194,42 @@ def warm_up_draft(options: argparse.Namespace, model: Path) -> tuple[dict[str, A
         draft, config = MtpDraft.from_trunk(decoder), DraftTrainConfig(lr=3e-3)
         return {"draft": Arm(trainer=DraftTrainer(draft, config, num_draft=options.num_draft))}
 
-    (trainer, *_), rows = reinforce(options, model, "draft-warm-up", options.draft_steps, 0.0, one)
+    trainer, rows = reinforce(options, model, "draft-warm-up", options.draft_steps, 0.0, one)
     table(rows, ["draft"])
     parameters = sum(p.numel() for p in trainer.inner.decoder.parameters())
     print(f"policy {parameters:,} parameters, draft {sum(p.numel() for p in trainer.main.draft.parameters()):,}", flush=True)
     return {key: value.clone() for key, value in trainer.main.draft.state_dict().items()}, parameters
 
 
-def drift(options: argparse.Namespace, model: Path, weights: dict[str, Any]) -> tuple[Any, list[dict]]:
+def drift(options: argparse.Namespace, model: Path, weights: dict[str, Any]) -> list[dict]:
     """The run that all arms go through."""
     from miles_core.draft.trainer import Arm
     from miles_spec.models import MtpDraft
     from miles_spec.train import UPSTREAM, DraftTrainConfig, DraftTrainer
 
     def drafts(decoder: Any) -> dict[str, Any]:
-        def arm(train: bool = True, **fields: Any) -> Any:
+        def arm(train: bool = True, max_rows: int | None = None, **fields: Any) -> Any:
             draft = MtpDraft.from_trunk(decoder)
             draft.load_state_dict(weights)
-            config = DraftTrainConfig(max_rows=options.max_rows, **fields)
+            config = DraftTrainConfig(max_rows=max_rows, **fields)
             return Arm(trainer=DraftTrainer(draft, config, num_draft=options.num_draft), train=train)
 
-        ours = arm(lr=options.draft_lr, warmup_steps=0)
-        return {"draft": ours, "frozen": arm(train=False), "upstream": arm(**UPSTREAM, lr=options.lr)}
+        ours = {"lr": options.draft_lr, "warmup_steps": 0}
+        arms = {
+            "draft": arm(max_rows=options.max_rows, **ours),
+            "frozen": arm(train=False),
+            "upstream": arm(**UPSTREAM, lr=options.lr),
+        }
+        return arms | ({"whole": arm(**ours)} if options.whole else {})
 
-    dressed, rows = reinforce(options, model, "drift", options.steps, options.lr, drafts)
-    table(rows, ["draft", "frozen", "upstream"])
+    _, rows = reinforce(options, model, "drift", options.steps, options.lr, drafts)
+    table(rows, ["draft", "frozen", "upstream", *(["whole"] if options.whole else [])])
     half = rows[len(rows) // 2 :]
     names = ["perf/rollout_s", "perf/train_s", "perf/step_s", "perf/publish_s", "mismatch/tokens_unequal"]
-    names += ["draft/train_s", "draft/frozen/train_s", "draft/upstream/train_s"]
-    means = {name: round(sum(row.get(name, 0.0) for row in half) / len(half), 4) for name in names}
-    print("means of the second half:", means, flush=True)
-    return dressed, rows
-
-
-def serve_all(options: argparse.Namespace, dressed: Any, samples: list[Any], started: float) -> dict[str, Any]:
-    """Every arm at a small batch and at that of a step."""
-    found: dict[str, Any] = {}
-    arms = {"none": None, "frozen": "frozen", "upstream": "upstream", "ours": "draft", "adaptive": "draft"}
-    for batch in (options.group * 4, len(samples)):
-        chosen, reference = sorted(samples, key=lambda sample: sample.sample_id)[:batch], {}
-        for arm, draft in arms.items():
-            if time.perf_counter() - started > options.deadline:
-                print("  deadline: no further arm", flush=True)
-                return found
-            try:
-                served = None if draft is None else dressed[0].arms[draft].trainer.serving
-                made = serve(options, dressed, chosen, arm, served, arm == "adaptive", reference)
-                found[f"{arm}@{len(chosen)}"] = made
-            except Exception as error:  # an arm that fails must not cost the others
-                print(f"  served {arm} failed: {type(error).__name__}: {error}", flush=True)
-    return found
+    names += ["draft/train_s", "draft/frozen/train_s", "draft/upstream/train_s", "draft/whole/train_s"]
+    means = {name: statistics.median(row.get(name, 0.0) for row in half) for name in names}
+    print("medians of the second half:", {name: round(value, 4) for name, value in means.items()}, flush=True)
+    return rows
 
 
 def main() -> int:
@@ -299,8 +240,6 @@ def main() -> int:
 
     import torch
 
-    from miles_rollout.wire import read_samples
-
     torch.set_num_threads(1)
     name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     print(f"torch {torch.__version__} on {name}; {vars(options)}", flush=True)
@@ -309,35 +248,21 @@ def main() -> int:
     with timed("draft warm-up"):
         weights, parameters = warm_up_draft(options, model)
     with timed("reinforcement learning"):
-        dressed, rows = drift(options, model, weights)
+        rows = drift(options, model, weights)
     result: dict[str, Any] = {"options": {k: str(v) for k, v in vars(options).items()}, "device": name, "rows": rows}
-    result |= {"times": TIMES, "policy_parameters": parameters, "torch": torch.__version__, "overhead": []}
-
-    def save() -> None:
-        (options.out / "result.json").write_text(json.dumps(result) + "\n")
-
-    save()
-    samples = read_samples(sorted((options.out / "runs" / "drift" / "samples").glob("step_*.jsonl"))[-1])
-    with timed("served"):
-        result["served"] = serve_all(options, dressed, samples, started)
-    save()
-    with timed("overhead"):
-        for depths, most in ((3, options.max_rows), (3, None), (1, None)):
-            found = overhead_guarded(dressed[0], samples, depths, most)
-            print("  draft training:", {k: round(v, 4) for k, v in found.items()}, flush=True)
-            result["overhead"].append(found)
-    save()
-    return 0
-
-
-def overhead_guarded(trainer: Any, samples: list[Any], depths: int, most: int | None) -> dict[str, float]:
-    """`overhead` with learning rates of zero, so that the policy stays as it is."""
-    optimizer = trainer.inner.optimizer
-    kept, optimizer.cfg = optimizer.cfg, optimizer.cfg.model_copy(update={"lr": 0.0, "weight_decay": 0.0})
-    try:
-        return overhead(trainer, samples, depths, most, 8)
-    finally:
-        optimizer.cfg = kept
+    result |= {"times": TIMES, "policy_parameters": parameters, "torch": torch.__version__, "served": {}}
+    for batch in options.batches:
+        found = replay_table(rows, str(batch))
+        show(found, str(batch), options.steps)
+        result["served"][str(batch)] = {"replays": found, "summary": summary(found, options.steps)}
+    (options.out / "result.json").write_text(json.dumps(result) + "\n")
+    unequal = sum(row.get("mismatch/tokens_unequal", 0.0) for row in rows)
+    unequal += sum(v for row in rows for k, v in row.items() if k.startswith("served/") and k.endswith("/tokens_unequal"))
+    print(
+        f"tokens unequal, engine and trainer and all arms: {unequal:.0f}; {time.perf_counter() - started:.0f} s in all",
+        flush=True,
+    )
+    return 0 if unequal == 0 else 1
 
 
 if __name__ == "__main__":
