@@ -32,6 +32,7 @@ SHAPE = DecoderConfig(
     initializer_range=0.2,
 )
 LLAMA = replace(SHAPE, family="llama", tie_word_embeddings=True)
+MOE = replace(SHAPE, family="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 
 
 @pytest.fixture(autouse=True)
@@ -67,8 +68,8 @@ def unequal(a: list[Tensor], b: list[Tensor]) -> int:
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "folded"),
-    [(SHAPE, torch.float32, False), (LLAMA, torch.bfloat16, False), (SHAPE, torch.float32, True)],
-    ids=["qwen3", "tied llama bf16", "folded"],
+    [(SHAPE, torch.float32, False), (LLAMA, torch.bfloat16, False), (SHAPE, torch.float32, True), (MOE, torch.float32, False)],
+    ids=["qwen3", "tied llama bf16", "folded", "experts"],
 )
 def test_no_cut_into_micro_batches_changes_a_bit(shape: DecoderConfig, dtype: torch.dtype, folded: bool):
     batch = batch_of(3)
@@ -106,11 +107,39 @@ def test_a_unit_that_is_cut_breaks_the_chain():
         chain.add_product(whole, grad[:10], x[:10])
 
 
+def test_experts_whose_rows_fill_no_unit_wait_for_more():
+    torch.manual_seed(0)
+    grad, x, ids = torch.randn(100, 8), torch.randn(100, 24), torch.randint(0, 3, (100,))
+
+    def summed(cuts: list[int], waits: bool = True) -> Tensor:
+        weight = torch.empty(4, 8, 24)
+        chain.begin(weight)
+        for first, last in zip(cuts, cuts[1:], strict=False):
+            order = torch.sort(ids[first:last], stable=True).indices + first
+            counts = torch.bincount(ids[first:last], minlength=4).tolist()
+            chain.add_grouped(weight, grad[order], x[order], counts)
+            if not waits:
+                total = chain.take(weight)
+                chain.begin(weight)
+                weight.chain_sum += total  # type: ignore[attr-defined]
+        return chain.take(weight)
+
+    whole = summed([0, 100])
+    for expert in range(3):
+        rows = (ids == expert).nonzero()[:, 0]
+        wanted = torch.zeros(8, 24)
+        for unit in rows.split(16):
+            fill = (0, 0, 0, 16 - len(unit))
+            wanted.addmm_(torch.nn.functional.pad(grad[unit], fill).t(), torch.nn.functional.pad(x[unit], fill))
+        assert torch.equal(whole[expert], wanted)
+    assert not whole[3].any()
+    assert torch.equal(summed([0, 7, 8, 60, 61, 100]), whole)
+    assert not torch.equal(summed([0, 7, 8, 60, 61, 100], waits=False), whole), "the control: what is left over is summed at once"
+
+
 def test_models_that_cannot_be_chained_are_refused():
     def build(shape: DecoderConfig) -> None:
         FsdpTrainer(random_decoder(shape, 0), AlgorithmConfig(), TrainerConfig(gradients="chained"), OptimizerConfig())
 
-    with pytest.raises(ValueError, match="an expert's rows do not come in whole units"):
-        build(replace(SHAPE, family="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32))
     with pytest.raises(ValueError, match="gradients of biases are not chained"):
         build(replace(LLAMA, family="qwen2", attention_bias=True))

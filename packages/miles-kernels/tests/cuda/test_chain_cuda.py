@@ -71,6 +71,39 @@ def test_parts_and_lookups_go_on_in_order():
     assert torch.equal(table.cpu(), wanted)
 
 
+def test_experts_rows_wait_for_more():
+    from miles_kernels.cuda.chain import add_grouped
+
+    rows, experts, n, k = 3000, 7, 264, 520
+    grad, x, ids = randn(rows, n), randn(rows, k), torch.randint(0, experts - 1, (rows,), device="cuda")
+
+    def grouped(cuts, waits=True):
+        weight = torch.empty((experts, n, k), dtype=torch.bfloat16, device="cuda")
+        chain.begin(weight)
+        for first, last in zip(cuts, cuts[1:], strict=False):
+            sorted_ids, order = torch.sort(ids[first:last], stable=True)
+            offsets = torch.searchsorted(sorted_ids, torch.arange(experts + 1, device="cuda"), out_int32=True)
+            add_grouped(weight, grad[first:last][order], x[first:last][order], offsets)
+            if not waits:
+                total = chain.take(weight)
+                chain.begin(weight)
+                weight.chain_sum += total
+        return chain.take(weight)
+
+    whole = grouped([0, rows])
+    for expert in range(experts):
+        own = ids == expert
+        wanted = torch.zeros((n, k), device="cuda")
+        if own.any():
+            fill = (0, 0, 0, -int(own.sum()) % chain.UNIT)
+            chain.add_product(wanted, *(torch.nn.functional.pad(part[own], fill) for part in (grad, x)))
+        assert torch.equal(whole[expert], wanted), expert
+    for cuts in (3, 40):
+        inner = sorted({int(i) for i in torch.randint(1, rows, (cuts,))})
+        assert torch.equal(grouped([0, *inner, rows]), whole)
+    assert not torch.equal(grouped([0, *inner, rows], waits=False), whole), "the control: what is left over is summed at once"
+
+
 def test_the_probe_agrees():
     from miles_kernels.cuda.chain import disagreement
 

@@ -61,8 +61,6 @@ class WholeModel:
     def require_chain(self) -> None:
         """Raise ValueError unless the gradients of all weights can be chained over micro-batches."""
         config, what = self.decoder.config, 'trainer.gradients = "chained"'
-        if config.num_experts:
-            raise ValueError(f"{what}: an expert's rows do not come in whole units of tokens; use summed")
         if config.attention_bias or config.output_bias or config.mlp_bias:
             raise ValueError(f"{what}: the gradients of biases are not chained; use summed")
         if self.decoder.contract.precision != "full":

@@ -63,3 +63,31 @@ def chain_product(
         for k in range(tl.cdiv(K, BK)):
             acc = tl.dot(a.load([k * BK, pid_m * BM]).T, b.load([k * BK, pid_n * BN]), acc)
         tl.store(at, acc, mask=keep)
+
+
+@triton.jit
+def chain_grouped(grad, x, total, starts, sizes, E, N, K, BN: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr):
+    """total[e, N, K] float32 goes on with grad[rows of e, N]^T x[rows of e, K]: rows starts[e] .. starts[e] + sizes[e] - 1.
+
+    What fills a step past the last row is zero and changes nothing. A persistent grid.
+    """
+    num_n = tl.cdiv(N, BN)
+    num_k = tl.cdiv(K, BK)
+    per_expert = num_n * num_k
+    for tile in tl.range(tl.program_id(0), E * per_expert, tl.num_programs(0)):
+        expert = tile // per_expert
+        inside = tile % per_expert
+        start = tl.load(starts + expert)
+        end = start + tl.load(sizes + expert)
+        ns = inside // num_k * BN + tl.arange(0, BN)
+        ks = inside % num_k * BK + tl.arange(0, BK)
+        keep = (ns < N)[:, None] & (ks < K)[None, :]
+        at = total + expert.to(tl.int64) * N * K + ns.to(tl.int64)[:, None] * K + ks[None, :]
+        acc = tl.load(at, mask=keep, other=0.0)
+        for t in range(start, end, BT):
+            ts = t + tl.arange(0, BT)
+            live = ts < end
+            g = tl.load(grad + ts.to(tl.int64)[None, :] * N + ns[:, None], mask=live[None, :] & (ns < N)[:, None], other=0.0)
+            v = tl.load(x + ts.to(tl.int64)[:, None] * K + ks[None, :], mask=live[:, None] & (ks < K)[None, :], other=0.0)
+            acc = tl.dot(g, v, acc)
+        tl.store(at, acc, mask=keep)

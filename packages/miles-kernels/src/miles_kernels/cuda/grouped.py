@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from miles_kernels.cuda.gemm_triton import Tile, descriptor, descriptor3, num_sms
+from miles_kernels.ops.chain import main_of
 
 
 class TilePlan(NamedTuple):
@@ -170,6 +171,16 @@ def wgrad(grad: Tensor, x: Tensor, groups: Groups, shape: torch.Size, dtype: tor
     return out
 
 
+def weight_gradient(grad: Tensor, x: Tensor, groups: Groups, weight: Tensor) -> Tensor | None:
+    """`wgrad` for a weight; None when it goes where the weight sums its gradients (`ops.chain`)."""
+    if main_of(weight) is None:
+        return wgrad(grad, x, groups, weight.shape, weight.dtype)
+    from miles_kernels.cuda.chain import add_grouped
+
+    add_grouped(weight, grad, x, groups.offsets)
+    return None
+
+
 def grouped_linear(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     """`x[R, K]` times `weight[E, N, K]^T` as [R, N], differentiable; see `Groups` for the rows of each expert."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -189,5 +200,5 @@ class _GroupedLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
         dx = gemm(grad, weight, ctx.groups, transposed=True) if ctx.needs_input_grad[0] else None
-        dw = wgrad(grad, x, ctx.groups, weight.shape, weight.dtype) if ctx.needs_input_grad[1] else None
+        dw = weight_gradient(grad, x, ctx.groups, weight) if ctx.needs_input_grad[1] else None
         return dx, dw, None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from miles_kernels.cuda.gemm_triton import descriptor, descriptor3
-from miles_kernels.cuda.grouped import Groups, default_tile, expert_width, gemm, grouped_linear, wgrad
+from miles_kernels.cuda.grouped import Groups, default_tile, expert_width, gemm, grouped_linear, weight_gradient
 from miles_kernels.cuda.launch import cdiv, starts_early
 
 SORT_BLOCK = 128
@@ -241,7 +241,7 @@ class _GatedLinear(torch.autograd.Function):
         both = gemm(x, weight, ctx.groups)
         d_both = gated_backward(grad, both)
         dx = gemm(d_both, weight, ctx.groups, transposed=True) if ctx.needs_input_grad[0] else None
-        dw = wgrad(d_both, x, ctx.groups, weight.shape, weight.dtype) if ctx.needs_input_grad[1] else None
+        dw = weight_gradient(d_both, x, ctx.groups, weight) if ctx.needs_input_grad[1] else None
         return dx, dw, None
 
 

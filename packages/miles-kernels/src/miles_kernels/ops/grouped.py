@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miles_kernels.ops.chain import add_grouped, main_of
 from miles_kernels.ops.matmul import Mode, default_mode, mm, mm_dgrad, mm_wgrad
 
 
@@ -47,7 +48,7 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Sequence[int], mode: Mode | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.counts = tuple(counts)
+        ctx.counts, ctx.mode = tuple(counts), mode
         return _forward(x, weight, counts, mode)
 
     @staticmethod
@@ -55,10 +56,14 @@ class _GroupedLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad, wide = grad.float(), x.float()
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        chained = main_of(weight) is not None
+        if chained:
+            add_grouped(weight, grad, wide, ctx.counts)
+        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] and not chained else None
         for expert, rows in _spans(ctx.counts):
             if dx is not None:
-                dx[rows] = mm_dgrad(grad[rows], weight[expert])
+                own = weight[expert]  # in a chain a row of dx must not depend on the other rows either
+                dx[rows] = mm(grad[rows], own.float().t().contiguous(), ctx.mode) if chained else mm_dgrad(grad[rows], own)
             if dw is not None:
                 dw[expert] = mm_wgrad(grad[rows], wide[rows])
         return dx, dw, None, None
