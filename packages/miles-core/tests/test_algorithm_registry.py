@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from miles_core.algorithm.advantage import ADVANTAGES
-from miles_core.algorithm.loss import LOSSES, policy_loss
+from miles_core.algorithm.advantage import ADVANTAGES, group_advantages
+from miles_core.algorithm.config import AlgorithmConfig
+from miles_core.algorithm.loss import LOSSES, LossInputs, policy_loss
 from miles_core.algorithm.registry import Registry
 
 
@@ -27,20 +29,22 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_a_plugin_is_found_by_entry_point_and_imported_late(plugin: Path) -> None:
-    registry = Registry("loss", "some.losses", {"policy": policy_loss})
+    registry = Registry("loss", "some.losses", {"policy": policy_loss}, arguments=("inputs", "cfg"), returns=str)
     assert registry.names() == ("policy", "mine")
     assert "plugin_losses" not in sys.modules
     assert registry.get("mine")(None, None) == "mine"
 
 
 def test_a_plugin_may_not_take_a_used_name(plugin: Path) -> None:
-    registry = Registry("loss", "some.losses", {"mine": policy_loss})
+    registry = Registry("loss", "some.losses", {"mine": policy_loss}, arguments=(), returns=str)
     with pytest.raises(ValueError, match='loss "mine" of plugin_losses:mine is taken'):
         registry.names()
 
 
 def test_a_miss_lists_the_known_names() -> None:
-    with pytest.raises(ValueError, match=r'unknown loss "polcy"; did you mean "policy"\? Known: policy, cispo, sft'):
+    with pytest.raises(
+        ValueError, match=r'unknown loss "polcy"; did you mean "policy"\? Known: policy, cispo, sft, or any module:function'
+    ):
         LOSSES.get("polcy")
     with pytest.raises(ValueError, match='unknown advantage "zzz" Known'):
         ADVANTAGES.get("zzz")
@@ -48,6 +52,40 @@ def test_a_miss_lists_the_known_names() -> None:
 
 def test_the_table_is_a_copy() -> None:
     mine = {"a": policy_loss}
-    registry = Registry("loss", "no.such.group", mine)
+    registry = Registry("loss", "no.such.group", mine, arguments=(), returns=str)
     mine["b"] = policy_loss
     assert registry.names() == ("a",)
+
+
+def test_a_function_of_the_users_own_file_is_a_loss(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from miles_core.algorithm.loss import objective\n"
+        "def reinforce(inputs, cfg):\n    return objective(-inputs.advantage * inputs.logprob, inputs, cfg)\n"
+        "def narrow(inputs):\n    return None\n"
+        "def bare(inputs, cfg):\n    return inputs.logprob.sum()\n"
+        "def summed(inputs, cfg):\n    return objective(inputs.logprob.sum(), inputs, cfg)\n"
+    )
+    logprob = torch.randn(6, requires_grad=True)
+    advantage, weight = torch.randn(6), torch.rand(6)
+    inputs = LossInputs(logprob=logprob, weight=weight, advantage=advantage, old_logprob=logprob.detach())
+    made = LOSSES.get(f"{tmp_path}/mine.py:reinforce")(inputs, AlgorithmConfig())
+    made.loss.backward()
+    assert torch.equal(logprob.grad, -advantage * weight)
+    with pytest.raises(ValueError, match=r'mine.py:narrow" must take \(inputs, cfg\): too many positional arguments'):
+        LOSSES.get(f"{tmp_path}/mine.py:narrow")
+    with pytest.raises(ValueError, match='mine.py:bare" returned a Tensor, it must be a LossOutput'):
+        LOSSES.get(f"{tmp_path}/mine.py:bare")(inputs, AlgorithmConfig())
+    with pytest.raises(ValueError, match=r"one value per trained token, \(6,\); got \(\)"):
+        LOSSES.get(f"{tmp_path}/mine.py:summed")(inputs, AlgorithmConfig())
+    with pytest.raises(ValueError, match="mine.py has no function 'nothing'; it has bare, narrow, objective, reinforce, summed"):
+        LOSSES.get(f"{tmp_path}/mine.py:nothing")
+
+
+def test_a_function_of_the_users_own_file_is_an_advantage(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def ranked(reward_B, group_B, num_groups, eps):\n    return reward_B.argsort().argsort().double()\n"
+        "def constant(reward_B, group_B, num_groups, eps):\n    return reward_B.mean()\n"
+    )
+    assert group_advantages([0.3, None, 0.9, 0.1], f"{tmp_path}/mine.py:ranked").tolist() == [1.0, 0.0, 2.0, 0.0]
+    with pytest.raises(ValueError, match=r"3 rewards gave advantages of shape \(\)"):  # it would have been spread over all
+        group_advantages([0.3, 0.9, 0.1], f"{tmp_path}/mine.py:constant")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from miles_core.data import DataError, load_rows
-from miles_core.data.imports import MissingExtraError, load_callable, require
 from miles_core.data.readers import split_slice
+from miles_core.imports import MissingExtraError, load_callable, require
 
 
 def write(path: Path, *rows: object) -> Path:

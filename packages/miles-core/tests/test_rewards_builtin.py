@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from miles_core.data import Prompt
-from miles_core.data.imports import MissingExtraError
+from miles_core.imports import MissingExtraError
 from miles_core.rollout import REWARDS, RewardConfig, RewardInput, Score, Scorer, find_reward
 from miles_core.rollout.rewards import scorer as scorer_module
 from miles_core.rollout.rewards.builtin import exact_match, last_integer, math_verify, reasoning_gym

@@ -58,8 +58,13 @@ def none(reward_B: Tensor, group_B: Tensor, num_groups: int, eps: float) -> Tens
 
 
 ADVANTAGES: Registry[AdvantageFn] = Registry(
-    "advantage", "miles.core.advantages", {"mean_std": mean_std, "mean": mean, "leave_one_out": leave_one_out, "none": none}
+    "advantage",
+    "miles.core.advantages",
+    {"mean_std": mean_std, "mean": mean, "leave_one_out": leave_one_out, "none": none},
+    arguments=("reward_B", "group_B", "num_groups", "eps"),
+    returns=Tensor,
 )
+"""What `algorithm.advantage` may name."""
 
 
 def group_advantages(
@@ -89,5 +94,8 @@ def group_advantages(
     if chosen:
         dense: dict[int, int] = {}
         group_B = torch.tensor([dense.setdefault(names[i], len(dense)) for i in chosen], dtype=torch.int64)
-        advantage_B[chosen] = ADVANTAGES.get(mode)(reward_B, group_B, len(dense), eps)
+        made_B = ADVANTAGES.get(mode)(reward_B, group_B, len(dense), eps)
+        if made_B.shape != reward_B.shape:
+            raise ValueError(f'advantage "{mode}": {len(chosen)} rewards gave advantages of shape {tuple(made_B.shape)}')
+        advantage_B[chosen] = made_B.double()
     return advantage_B

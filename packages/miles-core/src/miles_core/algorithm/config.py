@@ -18,13 +18,15 @@ class AlgorithmConfig(Section):
 
     advantage: str = "mean_std"
     """How a reward becomes an advantage: "mean_std" and "mean" centre on the group, "leave_one_out" on the other
-    samples of the group, "none" takes the reward as it is; more names by entry point "miles.core.advantages"."""
+    samples of the group, "none" takes the reward as it is. Or your own: `module:function`, `path/to/file.py:function`, or
+    a name by entry point "miles.core.advantages"; see `miles_core.algorithm.advantage.AdvantageFn`."""
     advantage_eps: float = Field(default=1e-6, gt=0.0)
     """Added to the group's standard deviation before dividing by it."""
     loss: str = "policy"
-    """Name of the per-token loss: "policy" (clipped ratio), "cispo"; more by entry point "miles.core.losses"."""
+    """Name of the per-token loss: "policy" (clipped ratio), "cispo". Or your own: `module:function`, `path/to/file.py:function`,
+    or a name by entry point "miles.core.losses"; see `miles_core.algorithm.loss.LossFn`."""
     loss_options: dict[str, Any] = {}
-    """Free settings for a loss that comes from a plug-in; the built-in losses take none."""
+    """Free settings for a loss of your own, which finds them in `cfg.loss_options`; the built-in losses take none."""
     ratio_level: Literal["token", "sequence"] = "token"
     """One probability ratio per token, or one per sequence (the geometric mean over its tokens, GSPO)."""
     clip_low: float = Field(default=0.2, ge=0.0, lt=1.0)

@@ -6,6 +6,7 @@ No function here changes its arguments.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,7 +50,12 @@ class LossOutput:
 
 
 class LossFn(Protocol):
-    """One loss; everything it returns adds up over micro-batches."""
+    """One loss; everything it returns adds up over micro-batches.
+
+    Example, in a file of your own, named by `algorithm.loss = "my_losses.py:reinforce"`:
+        def reinforce(inputs, cfg):
+            return objective(-inputs.advantage * inputs.logprob, inputs, cfg)
+    """
 
     def __call__(self, inputs: LossInputs, cfg: AlgorithmConfig) -> LossOutput: ...
 
@@ -139,6 +145,25 @@ def _regularise(token_loss: Tensor, inputs: LossInputs, cfg: AlgorithmConfig, st
     return token_loss
 
 
+def objective(
+    token_loss: Tensor, inputs: LossInputs, cfg: AlgorithmConfig, stats: Mapping[str, Tensor] | None = None
+) -> LossOutput:
+    """The objective around the loss of every token, [N]: mismatch correction, KL penalty, entropy bonus, weighted sum.
+
+    `stats` are 0-dim sums over the N tokens, without gradient; they become `train/NAME`, a mean over the trained tokens of
+    the step. Raises ValueError when `token_loss` is not [N], or the batch lacks what `cfg` asks for.
+    """
+    if token_loss.shape != inputs.logprob.shape:
+        raise ValueError(f"a token loss has one value per trained token, {tuple(inputs.logprob.shape)}; got {_shape(token_loss)}")
+    all_stats = dict(stats or {})
+    token_loss = _correct(token_loss, inputs, cfg, all_stats)
+    return _finish(_regularise(token_loss, inputs, cfg, all_stats), inputs, all_stats)
+
+
+def _shape(value: object) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
 def _finish(token_loss: Tensor, inputs: LossInputs, stats: dict[str, Tensor]) -> LossOutput:
     stats["logprob"] = inputs.logprob.detach().sum()
     if inputs.entropy is not None:
@@ -152,9 +177,7 @@ def policy_loss(inputs: LossInputs, cfg: AlgorithmConfig) -> LossOutput:
     log_r = log_ratio(inputs.logprob, old, cfg.ratio_level, inputs.sequence, inputs.num_sequences)
     ratio = log_r.exp()
     token_loss = clipped_surrogate(ratio, advantage, cfg.clip_low, cfg.clip_high, cfg.dual_clip)
-    stats = _ratio_stats(log_r.detach(), ratio.detach(), advantage, cfg)
-    token_loss = _correct(token_loss, inputs, cfg, stats)
-    return _finish(_regularise(token_loss, inputs, cfg, stats), inputs, stats)
+    return objective(token_loss, inputs, cfg, _ratio_stats(log_r.detach(), ratio.detach(), advantage, cfg))
 
 
 def cispo_loss(inputs: LossInputs, cfg: AlgorithmConfig) -> LossOutput:
@@ -163,9 +186,7 @@ def cispo_loss(inputs: LossInputs, cfg: AlgorithmConfig) -> LossOutput:
     log_r = log_ratio(inputs.logprob, old, cfg.ratio_level, inputs.sequence, inputs.num_sequences).detach()
     ratio = log_r.exp()
     token_loss = -ratio.clamp(1.0 - cfg.clip_low, 1.0 + cfg.clip_high) * advantage * inputs.logprob
-    stats = _ratio_stats(log_r, ratio, advantage, cfg)
-    token_loss = _correct(token_loss, inputs, cfg, stats)
-    return _finish(_regularise(token_loss, inputs, cfg, stats), inputs, stats)
+    return objective(token_loss, inputs, cfg, _ratio_stats(log_r, ratio, advantage, cfg))
 
 
 def _ratio_stats(log_r: Tensor, ratio: Tensor, advantage: Tensor, cfg: AlgorithmConfig) -> dict[str, Tensor]:
@@ -185,4 +206,11 @@ def sft_loss(inputs: LossInputs, cfg: AlgorithmConfig | None = None) -> LossOutp
     return _finish(-inputs.logprob, inputs, {})
 
 
-LOSSES: Registry[LossFn] = Registry("loss", "miles.core.losses", {"policy": policy_loss, "cispo": cispo_loss, "sft": sft_loss})
+LOSSES: Registry[LossFn] = Registry(
+    "loss",
+    "miles.core.losses",
+    {"policy": policy_loss, "cispo": cispo_loss, "sft": sft_loss},
+    arguments=("inputs", "cfg"),
+    returns=LossOutput,
+)
+"""What `algorithm.loss` may name."""

@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from miles_core.data.imports import require
 from miles_core.data.record import DataError
+from miles_core.imports import require
 
 EXTRA = "gym"
 

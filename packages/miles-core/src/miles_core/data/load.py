@@ -15,12 +15,12 @@ import msgspec
 from miles_core.data.config import DataConfig
 from miles_core.data.formats import convert_rows
 from miles_core.data.gym import gym_rows
-from miles_core.data.imports import load_callable
 from miles_core.data.prompts import PromptBuilder
 from miles_core.data.readers import plain_row, read_file, split_slice
 from miles_core.data.record import DataError, LoadReport, Prompt, RawRow, Row, SFTExample
 from miles_core.data.sft import build_example
 from miles_core.data.tasks import task_rows
+from miles_core.imports import load_callable
 from miles_rollout.text import Tokenizer
 
 _GENERATOR = re.compile(r"(?P<head>[\w./-]+):(?P<name>[\w.]+)(?:\?(?P<query>.*))?")

@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from miles_core.data.imports import require
 from miles_core.data.record import DataError, RawRow
+from miles_core.imports import require
 
 _SLICE = re.compile(r"(?P<path>.+?)@\[(?P<start>-?\d+)?:(?P<stop>-?\d+)?\]")
 _MAX_SHOWN = 5

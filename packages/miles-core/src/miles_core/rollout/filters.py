@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from miles_core.data.imports import load_callable
+from miles_core.imports import load_callable
 from miles_core.rollout.config import RolloutConfig
 from miles_core.rollout.group import Group
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from miles_core.data.gym import gym_score
-from miles_core.data.imports import require
+from miles_core.imports import require
 
 _NUMBER = re.compile(r"(?:(?<![\w)])[-\u2212])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")  # in "12-7" the minus is no sign
 _TAG = "<{0}>(.*?)</{0}>"

@@ -8,8 +8,8 @@ import inspect
 from collections.abc import Sequence
 from types import TracebackType
 
-from miles_core.data.imports import MissingExtraError, load_callable
 from miles_core.data.record import Prompt, some
+from miles_core.imports import MissingExtraError, load_callable
 from miles_core.rollout.config import RewardConfig
 from miles_core.rollout.rewards.calling import RewardInput, Score, check_options, convention_of, is_batched
 from miles_core.rollout.rewards.registry import find_reward

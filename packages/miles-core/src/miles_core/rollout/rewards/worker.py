@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from miles_core.data.imports import load_callable
+from miles_core.imports import load_callable
 from miles_core.rollout.rewards.calling import Convention, RewardInput, Score, invoke, scores_of
 
 _PARENT_POLL_S = 0.5
