@@ -157,7 +157,8 @@ def show(table: Sequence[Mapping[str, float]], name: str, steps: int) -> None:
     print(f"\nbatch {name}: tokens/s with draft training charged, (seconds + charge), accept length")
     for row in table:
         parts = [
-            f"{arm} {row[f'{arm}/speed']:>7,.0f} ({row[f'{arm}/seconds']:.3f}+{row[f'{arm}/charge']:.3f}) {row[f'{arm}/length']:.2f}"
+            f"{arm} {row[f'{arm}/speed']:>7,.0f} ({row[f'{arm}/seconds']:.3f}+{row[f'{arm}/charge']:.3f}) "
+            f"{row[f'{arm}/length']:.2f}"
             for arm in ARMS
             if f"{arm}/speed" in row
         ]
