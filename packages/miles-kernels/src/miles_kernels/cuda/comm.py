@@ -22,6 +22,8 @@ SHARDS = 8
 Group = Any
 """A torch.distributed process group, or None for a single rank."""
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
+
 
 def fold(parts: Tensor) -> Tensor:
     """Sum `parts[S, ...]` over S, a power of two, by a binary tree over neighbours. Raises ValueError for other S."""
@@ -42,9 +44,9 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
     """`x` of every rank, stacked in rank order as [ranks, ...]."""
     if world(group) == 1:
         return x.unsqueeze(0)
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world(group))]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return torch.stack(parts)
+    parts = x.new_empty(world(group) * x.numel())
+    _all_gather(parts, x.contiguous().view(-1), group=group)
+    return parts.view(world(group), *x.shape)
 
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
