@@ -30,9 +30,10 @@ from miles_spec.testing import ReplayDraft
 
 NEW, WIDTH = 48, 4
 SHAPES = {
-    "large": {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
-    "small": {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64},
-}  # fmt: skip
+    "large": (2048, 6144, 16, 8, 128),
+    "small": (512, 1536, 8, 8, 64),
+}
+"""Hidden size, that of the MLP, heads, heads of keys, and their size."""
 KINDS = {2: "plain", 5: "verify", 6: "draft"}
 """What a captured step is, by the length of its key."""
 
@@ -67,8 +68,8 @@ def serve(
     """Completions, and the median milliseconds of steps that only decode."""
     rows = len(requests)
     config = EmbeddedConfig(
-        num_pages=rows * (len(requests[0].input_ids) + NEW + 128) // 64 + 40, max_running=rows, max_batched_tokens=8192, prefill_chunk=2048,
-        draft_tokens=WIDTH - 1, draft_adaptive=False, prefix_cache=False, cuda_graph_prefill=False, cuda_graph_drafts=True,
+        num_pages=rows * (len(requests[0].input_ids) + NEW + 128) // 64 + 40, max_running=rows, max_batched_tokens=8192,
+        prefill_chunk=2048, draft_tokens=WIDTH - 1, draft_adaptive=False, prefix_cache=False, cuda_graph_prefill=False, cuda_graph_drafts=True,
     )  # fmt: skip
     assert config.num_pages is not None
     core = EngineCore(decoder, tokenizer, config, num_pages=config.num_pages, draft=draft)
@@ -98,9 +99,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 32, 8, 1])
     options = parser.parse_args()
     tokenizer = CharTokenizer("".join(chr(code) for code in range(0x4E00, 0x4E00 + options.vocab)))
+    hidden, inner, heads, kv_heads, head_dim = SHAPES[options.shape]
     shape = DecoderConfig(
         family="qwen3", vocab_size=tokenizer.vocab_size, num_hidden_layers=options.layers, max_position_embeddings=4096,
-        **SHAPES[options.shape],
+        hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
     )  # fmt: skip
     contract = Contract.for_device("cuda", "bfloat16")
     decoder = random_decoder(shape, 0, contract=contract, dtype=torch.bfloat16, device="cuda").requires_grad_(False)
