@@ -68,8 +68,9 @@ def serve(
     """Completions, and the median milliseconds of steps that only decode."""
     rows = len(requests)
     config = EmbeddedConfig(
-        num_pages=rows * (len(requests[0].input_ids) + NEW + 128) // 64 + 40, max_running=rows, max_batched_tokens=8192,
-        prefill_chunk=2048, draft_tokens=WIDTH - 1, draft_adaptive=False, prefix_cache=False, cuda_graph_prefill=False, cuda_graph_drafts=True,
+        num_pages=rows * (len(requests[0].input_ids) + NEW + 128) // 64 + 40,
+        max_running=rows, max_batched_tokens=8192, prefill_chunk=2048, draft_tokens=WIDTH - 1, draft_adaptive=False,
+        prefix_cache=False, cuda_graph_prefill=False, cuda_graph_drafts=True,
     )  # fmt: skip
     assert config.num_pages is not None
     core = EngineCore(decoder, tokenizer, config, num_pages=config.num_pages, draft=draft)
