@@ -14,8 +14,9 @@ temperature that tokens are sampled with. p never gets a gradient, nor does the 
 | `lk_alpha` | -log a |
 | `lk_lambda` | w kl + (1 - w) tv with w = kl_scale exp(-kl_decay a), no gradient through w (2602.23881) |
 
-Logits are made in tiles, `token_chunk` x `vocab_chunk`: once for the normalisers, once for the sums (not without a teacher) and
-once more in the backward pass.
+Logits are made in tiles, `token_chunk` x `vocab_chunk`. A tile that spans the vocabulary is made once, and its gradient with it,
+if the head is not trained; else logits are made once for the normalisers, once for the sums (not without a teacher) and once more
+in the backward pass.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from torch import Tensor
 
 from miles_kernels.ops.linear import linear
 from miles_spec.targets import DraftTargets
+
+_TILE = {"cpu": 1 << 23, "cuda": 1 << 26}
+"""Logits of one tile unless told otherwise: small on the CPU for its caches, large on a GPU, where launches cost more."""
 
 Kind = Literal["ce", "kl", "tv", "lk_alpha", "lk_lambda"]
 KINDS: tuple[Kind, ...] = ("ce", "kl", "tv", "lk_alpha", "lk_lambda")
@@ -82,16 +86,20 @@ def token_losses(
     train_head: bool = False,
     kl_scale: float = 1.0,
     kl_decay: float = 3.0,
-    token_chunk: int = 1024,
-    vocab_chunk: int = 8192,
+    token_chunk: int | None = None,
+    vocab_chunk: int | None = None,
 ) -> TokenLoss:
     """Losses of draft states `hidden` [M, H] through `head` [V, H], for `labels` [M] int64, which only `ce` reads.
 
     The target is `teacher_hidden` [M, H] through `teacher_head` [V, H], by default the same head. `temperature` > 0, or [M].
     States and heads are fp32, bf16 or fp64 (then all in fp64). Gradients go to `hidden`, with `train_head` also to `head`.
-    Raises ValueError for an unknown kind, shapes that do not fit, a temperature of 0, and every kind but `ce` without a teacher.
+    Raises ValueError for an unknown kind, shapes that do not fit, every kind but `ce` without a teacher, and, on the CPU, where
+    looking costs nothing, for labels outside the vocabulary and a temperature of 0.
     """
     _check(hidden, head, labels, kind, teacher_hidden, teacher_head, temperature)
+    room = _TILE.get(hidden.device.type, _TILE["cpu"])
+    vocab_chunk = max(1, min(head.shape[0], room // 64)) if vocab_chunk is None else vocab_chunk
+    token_chunk = max(1, room // max(1, vocab_chunk)) if token_chunk is None else token_chunk
     if token_chunk < 1 or vocab_chunk < 1:
         raise ValueError(f"token_chunk={token_chunk} and vocab_chunk={vocab_chunk} must be at least 1")
     dtype = torch.float64 if hidden.dtype is torch.float64 else torch.float32
@@ -180,6 +188,8 @@ def _check(
             raise ValueError(f"teacher_hidden is {list(teacher_hidden.shape)} for {hidden.shape[0]} tokens and its head")
         if taught_head.shape[0] != head.shape[0]:
             raise ValueError(f"teacher_head has {taught_head.shape[0]} tokens, head {head.shape[0]}")
+    if labels.is_cuda:
+        return
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < head.shape[0]:
         raise ValueError(f"labels lie in {int(labels.min())}..{int(labels.max())}, the head has {head.shape[0]} tokens")
     if bool((torch.as_tensor(temperature) <= 0).any()):
@@ -191,6 +201,13 @@ def _logits(hidden: Tensor, head: Tensor, heat: Tensor) -> Tensor:
     if heat.dtype is torch.float64:
         return (hidden.double() @ head.double().T) / heat[:, None]
     return linear(hidden, head, out_dtype=torch.float32) / heat[:, None]
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b for states or a head b; on a GPU in b's own dtype, whose products are many times faster than those of fp32."""
+    if b.is_cuda and b.dtype is torch.bfloat16:
+        return (a.to(b.dtype) @ b).to(dtype)
+    return a @ b.to(dtype)
 
 
 def _normaliser(hidden: Tensor, head: Tensor, heat: Tensor, vocab_chunk: int) -> Tensor:
@@ -233,6 +250,47 @@ def _slopes(accept: Tensor, options: _Options) -> tuple[Tensor | float, Tensor |
     return 0.0, weight, weight - 1.0
 
 
+class _Rows(NamedTuple):
+    """What is made of tokens whose logits exist as a whole, [m] each."""
+
+    ce: Tensor
+    kl: Tensor
+    sums: _Sums
+    d_hidden: Tensor | None
+    """[m, H]: of the loss of every token by its own state."""
+
+
+def _whole_rows(
+    hidden: Tensor, head: Tensor, labels: Tensor, teacher: Tensor | None, teacher_head: Tensor, heat: Tensor, options: _Options,
+    wants_gradient: bool,
+) -> _Rows:  # fmt: skip
+    """Losses of a tile [m, V], and their gradients while it is there."""
+    nothing = torch.full_like(heat, torch.nan)
+    log_q = _logits(hidden, head, heat).log_softmax(1)
+    ce = -log_q.gather(1, labels[:, None])[:, 0]
+    q = log_q.exp()
+    accept = below = kl = nothing
+    p = torch.empty(0)
+    if teacher is not None:
+        log_p = _logits(teacher, teacher_head, heat).log_softmax(1)
+        p = log_p.exp()
+        accept = torch.minimum(p, q).sum(1)
+        below = torch.where(q < p, q, 0.0).sum(1)
+        kl = log_p.sub_(log_q).mul_(p).sum(1)
+    d_hidden = None
+    if wants_gradient:
+        if options.kind == "ce":
+            d_logits = q.scatter_add(1, labels[:, None], torch.full_like(heat, -1.0)[:, None])
+        elif options.kind == "kl":
+            d_logits = q - p
+        else:
+            _, by_kl, by_accept = (torch.as_tensor(s, dtype=heat.dtype, device=heat.device) for s in _slopes(accept, options))
+            by_kl, by_accept = by_kl.expand_as(heat)[:, None], by_accept.expand_as(heat)[:, None]
+            d_logits = (q - p) * by_kl + q * ((q < p).to(q.dtype) - below[:, None]) * by_accept
+        d_hidden = _product(d_logits, head, heat.dtype) / heat[:, None]
+    return _Rows(ce, kl, _Sums(nothing, nothing, accept, below), d_hidden)
+
+
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -247,6 +305,22 @@ class _TokenLosses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         sums = _Sums(*(torch.full_like(heat, torch.nan) for _ in range(4)))
         ce, kl = torch.empty_like(heat), torch.empty_like(heat)
+        ctx.options, ctx.whole = options, options.vocab_chunk >= head.shape[0] and not ctx.needs_input_grad[1]
+        if ctx.whole:
+            wants = ctx.needs_input_grad[0]
+            made = [
+                _whole_rows(
+                    hidden[rows], head, labels[rows], None if teacher is None else teacher[rows], teacher_head, heat[rows],
+                    options, wants,
+                )
+                for rows in _tiles(hidden.shape[0], options.token_chunk)
+            ]  # fmt: skip
+            for rows, tile in zip(_tiles(hidden.shape[0], options.token_chunk), made, strict=True):
+                ce[rows], kl[rows], sums.accept[rows], sums.below[rows] = tile.ce, tile.kl, tile.sums.accept, tile.sums.below
+            gradients = [tile.d_hidden for tile in made if tile.d_hidden is not None]
+            ctx.save_for_backward(torch.cat(gradients) if gradients else torch.zeros_like(hidden, dtype=heat.dtype), hidden)
+            ctx.mark_non_differentiable(sums.accept)
+            return _combine(sums, ce, kl, options), sums.accept
         for rows in _tiles(hidden.shape[0], options.token_chunk):
             h, warm = hidden[rows], heat[rows]
             sums.lse_q[rows] = _normaliser(h, head, warm, options.vocab_chunk)
@@ -264,12 +338,14 @@ class _TokenLosses(torch.autograd.Function):
                 found[2] += (p * (log_p - log_q)).sum(1)
             sums.accept[rows], sums.below[rows], kl[rows] = found
         ctx.save_for_backward(hidden, head, labels, teacher, teacher_head, heat, *sums)
-        ctx.options = options
         ctx.mark_non_differentiable(sums.accept)
         return _combine(sums, ce, kl, options), sums.accept
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.whole:
+            by_token, hidden = ctx.saved_tensors
+            return (by_token * grad[:, None]).to(hidden.dtype), None, None, None, None, None, None
         hidden, head, labels, teacher, teacher_head, heat, *rest = ctx.saved_tensors
         sums, options = _Sums(*rest), ctx.options
         ce, kl, accept = (torch.as_tensor(s, dtype=heat.dtype, device=heat.device) for s in _slopes(sums.accept, options))
@@ -287,7 +363,7 @@ class _TokenLosses(torch.autograd.Function):
                 else:
                     p = (_logits(teacher[rows], teacher_head[part], heat[rows]) - sums.lse_p[rows, None]).exp()
                     d_logits = (q - p) * kl[rows, None] + q * ((q < p).to(q.dtype) - sums.below[rows, None]) * accept[rows, None]
-                d_hidden[rows] += d_logits @ head[part].to(heat.dtype)
+                d_hidden[rows] += _product(d_logits, head[part], heat.dtype)
                 if d_head is not None:
-                    d_head[part] += d_logits.T @ hidden[rows].to(heat.dtype)
+                    d_head[part] += _product(d_logits.T, hidden[rows], heat.dtype)
         return d_hidden.to(hidden.dtype), None if d_head is None else d_head.to(head.dtype), None, None, None, None, None
