@@ -81,8 +81,12 @@ class Runner:
         self.graphs: SpecGraphs | None = None
         if self._device.type == "cuda":
             self._last = torch.zeros(len(tables.position) + 1, dtype=torch.int64, device=self._device)
-            if cuda_graphs and not _is_sharded(decoder):  # waiting for other ranks inside a graph has not been proven
+            if cuda_graphs:  # ranks of a tensor-parallel engine make the same steps, so they capture and launch the same graphs
                 self.graphs = SpecGraphs(decoder, kv, tables, self._last, max_context, experts)
+
+    def is_plain(self, rows: np.ndarray) -> bool:
+        """Whether these rows sample without filters, so that a captured step draws for them."""
+        return self._sampler.is_plain(rows)
 
     def forget_addresses(self) -> None:
         """Drop everything that holds the address of a weight or of the cache: graphs, and the C call's model."""
@@ -318,7 +322,3 @@ class Runner:
 
 def _rows_of(table: Tensor, rows: np.ndarray, keys: int) -> Tensor:
     return table[:, : keys + -keys % KEY_MULTIPLE].index_select(0, torch.from_numpy(rows))
-
-
-def _is_sharded(decoder: Decoder) -> bool:
-    return any(getattr(layer, "row_parallel", None) is not None for layer in decoder.layers)
