@@ -18,6 +18,7 @@ _COPY_WARPS, _SUM_WARPS = 16, 8
 """Measured on an H200: 0.98 of a plain device copy, and 4.3 TB/s (docs/measured/training.md)."""
 
 
+@lru_cache(maxsize=1)
 def available() -> bool:
     """Whether triton is installed."""
     return find_spec("triton") is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 from miles_kernels.mover import Mover
 from miles_rollout.waits import wait_until
 from miles_rollout.weights import cudaipc
-from miles_rollout.weights.offer import CudaStorage, LentOffer, size_bytes
+from miles_rollout.weights.offer import CudaStorage, LentOffer, layout, size_bytes
 from miles_rollout.weights.shm import SharedMemory
 from miles_rollout.wire import WeightManifest
 
@@ -97,8 +97,15 @@ class LentSource:
 
     def addresses(self) -> list[int]:
         """See `weights.stage.SpanSource`."""
-        bases = [each.data_ptr() for each in self._mapped]
-        return [bases[number] + offset for number, offset, _ in self._places()]
+        lent = [(each.data_ptr(), each.numel()) for each in self._mapped]
+        found = []
+        for position, ((number, offset), size) in enumerate(zip(self._offer.places, layout(self._manifest).sizes, strict=True)):
+            base, limit = lent[number] if 0 <= number < len(lent) else (0, -1)
+            if not 0 <= offset <= limit - size or offset % 8:
+                name = self._manifest.tensors[position].name
+                raise ValueError(f"weight update: {name} lies outside the memory that was lent")
+            found.append(base + offset)
+        return found
 
     def seals(self) -> Tensor:
         """See `weights.stage.Sealed`."""
@@ -112,17 +119,10 @@ class LentSource:
         return self._memory.data().view(torch.int64).clone()
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for spec, (number, offset, size) in zip(self._manifest.tensors, self._places(), strict=True):
-            data = self._mapped[number][offset : offset + size]
-            yield spec.name, data.view(getattr(torch, spec.dtype)).view(spec.shape)
-
-    def _places(self) -> Iterator[tuple[int, int, int]]:
-        limits = [each.numel() for each in self._mapped]
+        self.addresses()  # all of them are inside
         for spec, (number, offset) in zip(self._manifest.tensors, self._offer.places, strict=True):
-            size = size_bytes(spec)
-            if not 0 <= number < len(limits) or not 0 <= offset <= limits[number] - size or offset % 8:
-                raise ValueError(f"weight update: {spec.name} lies outside the memory that was lent")
-            yield number, offset, size
+            data = self._mapped[number][offset : offset + size_bytes(spec)]
+            yield spec.name, data.view(getattr(torch, spec.dtype)).view(spec.shape)
 
     def _map(self) -> list[Tensor]:
         wanted = {(each.handle, each.offset_bytes): each for each in self._offer.storages}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 import msgspec
@@ -136,9 +137,15 @@ def window_bytes(wanted: int) -> int:
 
 def layout(manifest: WeightManifest) -> Layout:
     """The tensors one after the other in the manifest's order, aligned; the start of a window is skipped to, not crossed."""
+    return _layout(tuple((spec.name, spec.dtype, spec.shape) for spec in manifest.tensors))
+
+
+@lru_cache(maxsize=8)
+def _layout(tensors: tuple[tuple[str, str, tuple[int, ...]], ...]) -> Layout:
+    """Kept, because every update of a model has the same one."""
     offsets, sizes, at = [], [], 0
-    for spec in manifest.tensors:
-        size = size_bytes(spec)
+    for name, dtype, shape in tensors:
+        size = size_bytes(TensorSpec(name=name, dtype=dtype, shape=shape, hash=""))
         if at % WINDOW + size > WINDOW:
             at += -at % WINDOW
         offsets.append(at)

@@ -169,7 +169,6 @@ def stage(
     """
     where = layout(manifest)
     stream = torch.empty(where.total_bytes, dtype=torch.uint8, device=device)
-    staged = Staged(manifest, where, stream)
     device = stream.device
     if isinstance(tensors, SpanSource) and tensors.device == device:
         mover = Mover(where.sizes, device, where.offsets)
@@ -187,9 +186,12 @@ def stage(
             mover.move(places, start=done, stop=there)
             done = there
     else:
+        staged = Staged(manifest, where, stream)
         _stage_tensors(manifest, tensors, staged)  # type: ignore[arg-type]
         return staged
-    _verify_all(manifest.tensors, mover.checksums(), _stated(manifest, tensors))
+    staged = Staged(manifest, where, stream)  # while the device is at work
+    stated = _stated(manifest, tensors)
+    _verify_all(manifest.tensors, mover.checksums(), stated)
     return staged
 
 
