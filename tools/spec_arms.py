@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -13,8 +15,8 @@ DRAFT_OF = {"frozen": "frozen", "upstream": "upstream", "ours": "draft", "adapti
 """Which draft in training an arm serves."""
 CHARGED = {"upstream": "draft/upstream/train_s", "ours": "draft/train_s", "adaptive": "draft/train_s"}
 """The seconds of draft training that an arm's rollout is charged with, by their name in a step's metrics."""
-WINDOW = 10
-"""Steps around a replayed one whose draft training is averaged: a single step is noisy."""
+WINDOW = 20
+"""Draft training is averaged over the replayed steps this near: a single step is noisy."""
 
 
 @dataclass(kw_only=True)
@@ -27,14 +29,21 @@ class Replays:
     feed: Any
     sets: Mapping[str, tuple[Sequence[int], Mapping[str, Any]]]
     wait: Callable[[Coroutine[Any, Any, Any]], Any]
+    lock: Path | None = None
+    """Held alone from the rollout of a replayed step to the end of its training, shared during other steps: so several runs
+    may go on beside each other on one device, and still each measures as if it were alone."""
     failed: set[tuple[str, str]] = field(default_factory=set)
     seconds: float = 0.0
+    _file: Any = None
 
     def next(self, step: int) -> Any:
         """The portion, with metrics "served/SET/ARM/...""."""
+        timed = any(step in due for due, _ in self.sets.values())
+        self._take_turn(timed)
         portion = self.feed.next(step)
         if portion is None or not portion.samples:
             return portion
+        portion.metrics["served/timed"] = float(timed)
         started = time.perf_counter()
         for name, (due, comparisons) in self.sets.items():
             if step not in due:
@@ -52,6 +61,13 @@ class Replays:
             say(step, name, portion.metrics)
         self.seconds += time.perf_counter() - started
         return portion
+
+    def _take_turn(self, alone: bool) -> None:
+        if self.lock is None:
+            return
+        if self._file is None:
+            self._file = self.lock.open("w")
+        fcntl.flock(self._file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
 
     def state(self) -> dict[str, Any]:
         """The other feed's."""
@@ -95,13 +111,12 @@ def engines(settings: Any, decoder: Any, tokenizer: Any, draft: Any, num_draft: 
 
 
 def charge_of(rows: Sequence[Mapping[str, float]], arm: str, step: int) -> float:
-    """Seconds of draft training an arm pays at a step: the mean around it of steps that made no estimate."""
+    """Seconds of draft training an arm pays at a step: the mean of replayed steps near it that made no estimate."""
     name = CHARGED.get(arm)
     if name is None:
         return 0.0
-    near = [
-        row for row in rows if abs(row["step"] - step) <= WINDOW and name in row and "draft/accept_length_estimate" not in row
-    ]
+    known = [row for row in rows if row.get("served/timed") and name in row and "draft/accept_length_estimate" not in row]
+    near = [row for row in known if abs(row["step"] - step) <= WINDOW]
     return fmean(row[name] for row in near) if near else float("nan")
 
 

@@ -96,29 +96,84 @@ def warm_up_policy(options: argparse.Namespace) -> Path:
     return found
 
 
-def reinforce(options: argparse.Namespace, model: Path, name: str, steps: int, lr: float, make_arms: Any) -> Any:
-    """A run whose trainer has the drafts that `make_arms(decoder)` gives beside it; the trainer and the rows of metrics."""
-    from miles_core.draft.trainer import DraftingTrainer
-
+def drift(options: argparse.Namespace, model: Path) -> tuple[list[dict], int]:
+    """The run that all arms go through: the rows of its metrics, and the number of the policy's parameters."""
     config = config_of(
-        options, name, steps, model={"path": str(model), "device": options.device, "dtype": options.dtype},
-        data={"train": data_of(options, 1)}, optimizer={"lr": lr, "betas": (0.9, 0.95), "warmup_steps": 5},
+        options, "drift", options.steps, model={"path": str(model), "device": options.device, "dtype": options.dtype},
+        data={"train": data_of(options, 1)}, optimizer={"lr": options.lr, "betas": (0.9, 0.95), "warmup_steps": 5},
     )  # fmt: skip
 
     def dress(run: Any) -> Any:
         from miles_core.compose import _publish
+        from miles_core.draft.trainer import DraftingTrainer
 
-        arms = make_arms(run.trainer.decoder)
-        trainer = DraftingTrainer(run.trainer, arms, seed=options.seed, measure_every=options.measure_every)
-        inner, run.trainer = run.trainer, trainer
+        with timed("draft warm-up"):
+            weights = warm_up_draft(options, run)
+        inner = run.trainer
+        arms = arms_of(options, inner.decoder, weights)
+        run.trainer = DraftingTrainer(inner, arms, seed=options.seed, measure_every=options.measure_every)
         run.publisher = lambda version: _publish(run.runner, inner, run.engine, version)
-        if name == "drift":
-            run.feed = replays(options, run, config)
-        return trainer
+        run.feed = replays(options, run, config)
+        return run.trainer
 
     trainer = run_of(config, "train", dress)
-    rows = [json.loads(line) for line in (options.out / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-    return trainer, rows
+    names = [name for name in ("draft", "frozen", "upstream", "whole") if name in trainer.arms]
+    rows = [json.loads(line) for line in (options.out / "runs" / "drift" / "metrics.jsonl").read_text().splitlines()]
+    table(rows, names)
+    half = rows[len(rows) // 2 :]
+    names = ["perf/rollout_s", "perf/train_s", "perf/step_s", "perf/publish_s", "mismatch/tokens_unequal"]
+    names += ["draft/train_s", "draft/upstream/train_s", "draft/whole/train_s"]
+    means = {name: statistics.median(row.get(name, 0.0) for row in half) for name in names}
+    print("medians of the second half:", {name: round(value, 4) for name, value in means.items()}, flush=True)
+    return rows, sum(p.numel() for p in trainer.inner.decoder.parameters())
+
+
+def warm_up_draft(options: argparse.Namespace, run: Any) -> dict[str, Any]:
+    """Weights of a draft trained on rollouts of the policy as it is, drawn from the run's own feed."""
+    import torch
+
+    from miles_spec.models import MtpDraft
+    from miles_spec.train import DraftTrainConfig, DraftTrainer, Policy, Rollout, stream_of, train_offline
+
+    decoder, rollouts = run.trainer.decoder, []
+    for _ in range(options.draft_rollouts):
+        portion = run.feed.next(0)
+        portion.settle()
+        for sample in portion.samples:
+            tokens, mask = torch.tensor(sample.token_ids), torch.tensor(sample.loss_mask)
+            rollouts.append(Rollout(token_ids=tokens, loss_mask=mask, sample_id=sample.sample_id))
+    trainer = DraftTrainer(MtpDraft.from_trunk(decoder), DraftTrainConfig(lr=options.draft_warm_lr))
+    held, train = rollouts[:64], rollouts[64:]
+    for share, scale in ((0.6, 1.0), (0.3, 0.3), (0.1, 0.1)):
+        trainer.optimizer.config = DraftTrainConfig(lr=options.draft_warm_lr * scale)
+        for _ in train_offline(trainer, decoder, train, round(options.draft_steps * share), 4000, seed=options.seed):
+            pass
+    judge = DraftTrainer(trainer.draft, DraftTrainConfig(), num_draft=options.num_draft)
+    facts = Policy(embed=decoder.embed_tokens.detach(), head=decoder.head.detach(), seed=options.seed)
+    found = judge.step([stream_of(decoder, held)], facts, train=False).metrics()
+    size = sum(p.numel() for p in trainer.draft.parameters())
+    print(f"draft of {size:,} parameters, accept length on rollouts held out {found['accept_length_estimate']:.3f}", flush=True)
+    return {key: value.detach().clone() for key, value in trainer.draft.state_dict().items()}
+
+
+def arms_of(options: argparse.Namespace, decoder: Any, weights: dict[str, Any]) -> dict[str, Any]:
+    """Drafts that start from the same weights."""
+    from miles_core.draft.trainer import Arm
+    from miles_spec.models import MtpDraft
+    from miles_spec.train import UPSTREAM, DraftTrainConfig, DraftTrainer
+
+    def arm(train: bool = True, max_rows: int | None = None, **fields: Any) -> Any:
+        draft = MtpDraft.from_trunk(decoder)
+        draft.load_state_dict(weights)
+        config = DraftTrainConfig(max_rows=max_rows, **fields)
+        return Arm(trainer=DraftTrainer(draft, config, num_draft=options.num_draft), train=train)
+
+    arms = {
+        "draft": arm(max_rows=options.max_rows, lr=options.draft_lr),
+        "frozen": arm(train=False),
+        "upstream": arm(**UPSTREAM, lr=options.lr),
+    }
+    return arms | ({"whole": arm(lr=options.draft_lr)} if options.whole else {})
 
 
 def replays(options: argparse.Namespace, run: Any, config: Any) -> Replays:
@@ -138,7 +193,7 @@ def replays(options: argparse.Namespace, run: Any, config: Any) -> Replays:
             run.closers.append(lambda engine=engine: run.runner.run(engine.close()))
         due = [1, *(step for step in range(1, options.steps + 1) if step % every == 0)]
         sets[str(batch)] = (due, {arm: Comparison(trainer, {arm: engine}, sampling, every) for arm, engine in made.items()})
-    return Replays(feed=run.feed, sets=sets, wait=run.runner.run)
+    return Replays(feed=run.feed, sets=sets, wait=run.runner.run, lock=options.lock)
 
 
 def table(rows: list[dict], arms: list[str]) -> None:
@@ -169,12 +224,21 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--whole", action="store_true", help="also train, to compare, a draft on all rows of every step")
     parser.add_argument("--graph-drafts", action="store_true", help="capture drafting and verification")
     parser.add_argument("--batches", type=int, nargs="*", default=[32, 128], help="sequences that replaying engines run at once")
+    parser.add_argument("--lock", type=Path, help="file by which several runs on one device keep still while one is timed")
     parser.add_argument("--every", type=int, nargs="*", default=[16, 64], help="steps between two replays, for each of --batches")
     numbers = {"seed": 0, "steps": 60, "prompts": 16, "group": 8, "count": 6, "sft-steps": 1500, "sft-batch": 64}
-    numbers |= {"draft-steps": 40, "num-draft": 3, "measure-every": 10, "low": 10, "high": 99, "most": 99}
+    numbers |= {"draft-steps": 300, "draft-rollouts": 6, "num-draft": 3, "measure-every": 10, "low": 10, "high": 99, "most": 99}
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    rates = {"lr": 3e-4, "draft-lr": 2e-3, "sft-lr": 3e-3, "written-out": 0.05, "careless": 0.4, "token-room": 12.0}
+    rates = {
+        "lr": 3e-4,
+        "draft-lr": 1e-3,
+        "draft-warm-lr": 3e-3,
+        "sft-lr": 3e-3,
+        "written-out": 0.05,
+        "careless": 0.4,
+        "token-room": 12.0,
+    }
     for name, rate in rates.items():
         parser.add_argument(f"--{name}", type=float, default=rate)
     options = parser.parse_args()
@@ -182,54 +246,6 @@ def options_of() -> argparse.Namespace:
         parser.error(f"--batches has {len(options.batches)} numbers, --every {len(options.every)}")
     options.dtype = "bfloat16" if options.device == "cuda" else "float32"
     return options
-
-
-def warm_up_draft(options: argparse.Namespace, model: Path) -> tuple[dict[str, Any], int]:
-    """A draft trained on the rollouts of the policy as it is; its weights, and the number of the policy's."""
-    from miles_core.draft.trainer import Arm
-    from miles_spec.models import MtpDraft
-    from miles_spec.train import DraftTrainConfig, DraftTrainer
-
-    def one(decoder: Any) -> dict[str, Any]:
-        draft, config = MtpDraft.from_trunk(decoder), DraftTrainConfig(lr=3e-3)
-        return {"draft": Arm(trainer=DraftTrainer(draft, config, num_draft=options.num_draft))}
-
-    trainer, rows = reinforce(options, model, "draft-warm-up", options.draft_steps, 0.0, one)
-    table(rows, ["draft"])
-    parameters = sum(p.numel() for p in trainer.inner.decoder.parameters())
-    print(f"policy {parameters:,} parameters, draft {sum(p.numel() for p in trainer.main.draft.parameters()):,}", flush=True)
-    return {key: value.clone() for key, value in trainer.main.draft.state_dict().items()}, parameters
-
-
-def drift(options: argparse.Namespace, model: Path, weights: dict[str, Any]) -> list[dict]:
-    """The run that all arms go through."""
-    from miles_core.draft.trainer import Arm
-    from miles_spec.models import MtpDraft
-    from miles_spec.train import UPSTREAM, DraftTrainConfig, DraftTrainer
-
-    def drafts(decoder: Any) -> dict[str, Any]:
-        def arm(train: bool = True, max_rows: int | None = None, **fields: Any) -> Any:
-            draft = MtpDraft.from_trunk(decoder)
-            draft.load_state_dict(weights)
-            config = DraftTrainConfig(max_rows=max_rows, **fields)
-            return Arm(trainer=DraftTrainer(draft, config, num_draft=options.num_draft), train=train)
-
-        ours = {"lr": options.draft_lr, "warmup_steps": 0}
-        arms = {
-            "draft": arm(max_rows=options.max_rows, **ours),
-            "frozen": arm(train=False),
-            "upstream": arm(**UPSTREAM, lr=options.lr),
-        }
-        return arms | ({"whole": arm(**ours)} if options.whole else {})
-
-    _, rows = reinforce(options, model, "drift", options.steps, options.lr, drafts)
-    table(rows, ["draft", "frozen", "upstream", *(["whole"] if options.whole else [])])
-    half = rows[len(rows) // 2 :]
-    names = ["perf/rollout_s", "perf/train_s", "perf/step_s", "perf/publish_s", "mismatch/tokens_unequal"]
-    names += ["draft/train_s", "draft/frozen/train_s", "draft/upstream/train_s", "draft/whole/train_s"]
-    means = {name: statistics.median(row.get(name, 0.0) for row in half) for name in names}
-    print("medians of the second half:", {name: round(value, 4) for name, value in means.items()}, flush=True)
-    return rows
 
 
 def main() -> int:
@@ -245,10 +261,9 @@ def main() -> int:
     print(f"torch {torch.__version__} on {name}; {vars(options)}", flush=True)
     with timed("policy warm-up"):
         model = options.model or warm_up_policy(options)
-    with timed("draft warm-up"):
-        weights, parameters = warm_up_draft(options, model)
-    with timed("reinforcement learning"):
-        rows = drift(options, model, weights)
+    with timed("draft warm-up and reinforcement learning"):
+        rows, parameters = drift(options, model)
+    print(f"policy of {parameters:,} parameters", flush=True)
     result: dict[str, Any] = {"options": {k: str(v) for k, v in vars(options).items()}, "device": name, "rows": rows}
     result |= {"times": TIMES, "policy_parameters": parameters, "torch": torch.__version__, "served": {}}
     for batch in options.batches:
