@@ -31,7 +31,7 @@ from miles_core.memory.run import RunMemory
 from miles_core.memory.trainer import TrainerMemory
 from miles_core.models import LoadedModel, load_model, load_shape, prompt_room, use_threads
 from miles_core.progress import make_progress
-from miles_core.rollout import Scorer
+from miles_core.rollout import Scorer, load_producer
 from miles_core.run import Run
 from miles_core.rundir import RunDir, RunLock
 from miles_core.sync.inprocess import publish
@@ -246,7 +246,8 @@ def _feed(
     scorer.check_prompts(prompts)
     source = PromptSource(prompts, seed=seed, shuffle=data.shuffle, max_epochs=data.max_epochs)
     sampling = config.sampling.params(seed=seed, n=config.rollout.group_size)
-    return RolloutFeed(source, engine, scorer, sampling, config.rollout, config.algorithm, runner.run)
+    producer = load_producer(config.rollout, text.tokenizer)
+    return RolloutFeed(source, engine, scorer, sampling, config.rollout, config.algorithm, runner.run, producer)
 
 
 def _evaluator(config: RunConfig, text: Text, scorer: Scorer, say: Say) -> Evaluator | None:
@@ -255,7 +256,8 @@ def _evaluator(config: RunConfig, text: Text, scorer: Scorer, say: Say) -> Evalu
     room = prompt_room(text.shape, config, held_out=True)
     prompts, report = load_prompts(config.data.eval, text.tokenizer, config.data, max_tokens=room)
     _report(report.lines(), "eval", say)
-    return Evaluator(prompts, scorer, config.eval, config.sampling, config.rollout, seed=config.run.seed)
+    producer = load_producer(config.rollout, text.tokenizer)
+    return Evaluator(prompts, scorer, config.eval, config.sampling, config.rollout, seed=config.run.seed, producer=producer)
 
 
 def make_engine(

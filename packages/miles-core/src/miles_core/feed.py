@@ -10,10 +10,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from miles_core.algorithm.advantage import ADVANTAGES
 from miles_core.algorithm.config import AlgorithmConfig
-from miles_core.data.record import Prompt, SFTExample
+from miles_core.data.record import Prompt, PromptGroup, SFTExample
 from miles_core.data.source import PromptSource
-from miles_core.rollout import Group, RolloutConfig, Scorer, apply_filters, collect, group_stats, load_filters, produce, regroup
+from miles_core.rollout import (
+    Group,
+    Producer,
+    RolloutConfig,
+    Scorer,
+    apply_filters,
+    collect,
+    group_stats,
+    load_filters,
+    produce,
+    regroup,
+    single_turn,
+)
 from miles_core.trainer.batch import SftExample, TrainBatch
 from miles_rollout.engine import Engine
 from miles_rollout.wire import Sample, SamplingParams, read_samples
@@ -70,20 +83,17 @@ class RolloutFeed:
         rollout: RolloutConfig,
         algorithm: AlgorithmConfig,
         wait: Callable[[Coroutine[Any, Any, Any]], Any],
+        producer: Producer = single_turn,
     ) -> None:
-        load_filters(rollout)  # an unknown filter is refused now
+        load_filters(rollout)  # an unknown filter or advantage is refused now
+        ADVANTAGES.get(algorithm.advantage)
         self._source, self._engine, self._scorer = source, engine, scorer
         self._sampling, self._rollout, self._algorithm, self._wait = sampling, rollout, algorithm, wait
+        self._producer = producer
 
     def next(self, step: int) -> Portion | None:
         """Generate, score, filter."""
-        collected = self._wait(
-            collect(
-                self._source,
-                lambda groups: produce(groups, self._engine, self._scorer, self._sampling, self._rollout),
-                self._rollout,
-            )
-        )
+        collected = self._wait(collect(self._source, self._produce, self._rollout))
         if not collected.samples:
             return None
         return Portion(
@@ -93,6 +103,9 @@ class RolloutFeed:
             settle=lambda: collected.settle(self._source),
             is_last=collected.is_last,
         )
+
+    def _produce(self, groups: Sequence[PromptGroup]) -> Coroutine[Any, Any, list[Group]]:
+        return produce(groups, self._engine, self._scorer, self._sampling, self._rollout, producer=self._producer)
 
     def state(self) -> dict[str, Any]:
         """The prompt source's state."""
@@ -109,6 +122,7 @@ class ReplayFeed:
     def __init__(self, folder: Path, rollout: RolloutConfig, algorithm: AlgorithmConfig) -> None:
         self._folder, self._rollout, self._algorithm = folder, rollout, algorithm
         self._filters = load_filters(rollout)
+        ADVANTAGES.get(algorithm.advantage)
 
     def next(self, step: int) -> Portion | None:
         """Read `step_NNNNNN.jsonl`; raises FileNotFoundError naming it when the recording has a gap there."""

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+from miles_core.algorithm.advantage import ADVANTAGES
+from miles_core.algorithm.loss import LOSSES
 from miles_core.config.schema import RunConfig
 from miles_core.data.load import load_prompts, load_sft
 from miles_core.memory.jobs import Mode, device_of_run, job_of_run
@@ -13,7 +15,7 @@ from miles_core.memory.parameters import count_parameters
 from miles_core.memory.plan import make_plan
 from miles_core.memory.show import verdict
 from miles_core.models import load_shape, prompt_room
-from miles_core.rollout import Scorer, load_filters
+from miles_core.rollout import Scorer, load_filters, load_producer
 from miles_core.trainer.layout import ProcessLayout
 from miles_core.trainer.megatron.config import Cut
 from miles_kernels.nn.config import DecoderConfig
@@ -46,6 +48,10 @@ def _layout(config: RunConfig, shape: DecoderConfig, mode: str) -> list[str]:
 def _policy(config: RunConfig, shape: DecoderConfig, tokenizer: Tokenizer, *, trains: bool) -> list[str]:
     prompts, report = load_prompts(config.data.train, tokenizer, config.data, max_tokens=prompt_room(shape, config))
     load_filters(config.rollout)
+    load_producer(config.rollout, tokenizer)
+    if trains:
+        LOSSES.get(config.algorithm.loss)
+        ADVANTAGES.get(config.algorithm.advantage)
     with Scorer(config.reward) as scorer:
         scorer.check_prompts(prompts)
     rollout, trainer = config.rollout, config.trainer

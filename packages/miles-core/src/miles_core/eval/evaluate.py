@@ -9,7 +9,7 @@ from miles_core.data.record import Prompt
 from miles_core.data.source import as_groups
 from miles_core.eval.config import EvalConfig
 from miles_core.eval.scores import eval_metrics
-from miles_core.rollout import RolloutConfig, SamplingConfig, Scorer, produce
+from miles_core.rollout import Producer, RolloutConfig, SamplingConfig, Scorer, produce, single_turn
 from miles_rollout.engine import Engine
 from miles_rollout.wire import Sample, SamplingParams
 
@@ -40,15 +40,18 @@ class Evaluator:
         rollout: RolloutConfig,
         *,
         seed: int,
+        producer: Producer = single_turn,
     ) -> None:
         self.prompts = prompts[: config.max_prompts]
         scorer.check_prompts(self.prompts)
         self._scorer, self._config, self._rollout = scorer, config, rollout
+        self._producer = producer
         self._params = eval_params(config, sampling, seed)
 
     async def evaluate(self, engine: Engine) -> Evaluation:
         """Metrics under the engine's current weights."""
-        groups = await produce(as_groups(self.prompts), engine, self._scorer, self._params, self._rollout)
+        asked = as_groups(self.prompts)
+        groups = await produce(asked, engine, self._scorer, self._params, self._rollout, producer=self._producer)
         samples = tuple(sample for group in groups for sample in group.samples)
         return Evaluation(metrics=eval_metrics(groups, self._config), samples=samples)
 

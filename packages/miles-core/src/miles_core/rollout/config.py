@@ -19,6 +19,13 @@ class RolloutConfig(Section):
     """Completions per prompt."""
     engine: str = "embedded"
     """Rollout engine."""
+    producer: str = "single_turn"
+    """How a rollout goes: "single_turn" (one completion), or your own `module:function` or `path/to/file.py:function`, which
+    lets policy and environment take turns; see `miles_core.rollout.Rollout`. Evaluation goes the same way."""
+    producer_options: dict[str, Any] = {}
+    """Keyword arguments for a producer of your own."""
+    deadline_s: float = Field(default=600.0, gt=0.0)
+    """Longest time one rollout of a producer of your own may take; then its sample carries no reward."""
     max_concurrency: int = Field(default=256, ge=1)
     """Most groups being generated at one time."""
     filters: tuple[str, ...] = ()

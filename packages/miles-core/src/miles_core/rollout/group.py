@@ -87,6 +87,12 @@ def regroup(samples: Iterable[Sample], config: RolloutConfig) -> list[Group]:
     return groups
 
 
+def _has_turns(sample: Sample) -> bool:
+    """Whether a producer of the user's made it; a dataset may have a column of that name, too."""
+    turns = sample.metadata.get("turns")
+    return isinstance(turns, list) and all(isinstance(turn, dict) and "by" in turn for turn in turns)
+
+
 def group_stats(groups: Sequence[Group]) -> dict[str, float]:
     """Flat metrics of scored groups: reward mean, standard deviation and accuracy (share of rewards >= 1), lengths, failures.
 
@@ -103,12 +109,16 @@ def group_stats(groups: Sequence[Group]) -> dict[str, float]:
         "rollout/num_tokens": float(sum(lengths)),
         "rollout/num_truncated": float(statuses["truncated"]),
         "rollout/num_aborted": float(statuses["aborted"]),
+        "rollout/num_failed": float(statuses["failed"]),
         "reward/num_errors": float(reward_statuses["error"]),
         "reward/num_timeouts": float(reward_statuses["timeout"]),
     }
     if samples:
         stats["rollout/completion_tokens_mean"] = sum(lengths) / len(samples)
         stats["rollout/completion_tokens_max"] = float(max(lengths))
+    turns = [sum(turn["by"] == "policy" for turn in sample.metadata["turns"]) for sample in samples if _has_turns(sample)]
+    if turns:
+        stats["rollout/turns_mean"] = sum(turns) / len(turns)
     if rewards:
         mean = math.fsum(rewards) / len(rewards)
         stats["reward/mean"] = mean
