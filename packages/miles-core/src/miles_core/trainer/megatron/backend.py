@@ -292,8 +292,8 @@ class MegatronTrainer:
 
 def _refuse_foreign(config: TrainerConfig) -> None:
     """Settings of the fsdp backend that would be ignored here."""
-    given = {"shard": config.shard, "replicate": config.replicate, "master": config.master}
-    unset = {"shard": None, "replicate": 1, "master": "float32"}
+    given = {"shard": config.shard, "replicate": config.replicate, "master": config.master, "gradients": config.gradients}
+    unset = {"shard": None, "replicate": 1, "master": "float32", "gradients": "summed"}
     wrong = [f"trainer.{name} = {given[name]}" for name in given if given[name] != unset[name]]
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: only the fsdp backend knows this; megatron's sizes are in trainer.megatron")
