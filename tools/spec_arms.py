@@ -1,143 +1,154 @@
-"""The served arms of tools/spec_drift.py: engines that make a step's rollout again, what they are charged, and the tables."""
+"""The served arms of a run of tools/spec_drift.py: tools/spec_arms.py OUT --batches 32 128
+
+At every step that run has saved, one engine per arm, all standing the whole time, takes the policy and its own draft of that step
+and makes the step's rollout again, to the same tokens. An arm whose draft is trained is charged with that training, which is
+timed here too, on the same sequences. Nothing else should run on the device. Prints tables, writes OUT/served.json; ends with
+code 1 when an arm made another token or log-probability than the run recorded.
+"""
 
 from __future__ import annotations
 
-import fcntl
+import argparse
+import asyncio
+import json
+import sys
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
+
+from spec_drift import config_of
 
 ARMS = ("none", "frozen", "upstream", "ours", "adaptive")
 DRAFT_OF = {"frozen": "frozen", "upstream": "upstream", "ours": "draft", "adaptive": "draft"}
 """Which draft in training an arm serves."""
-CHARGED = {"upstream": "draft/upstream/train_s", "ours": "draft/train_s", "adaptive": "draft/train_s"}
-"""The seconds of draft training that an arm's rollout is charged with, by their name in a step's metrics."""
-WINDOW = 20
-"""Draft training is averaged over the replayed steps this near: a single step is noisy."""
 
 
 @dataclass(kw_only=True)
-class Replays:
-    """Another feed, whose samples every arm's engines make again at some steps, to the same tokens.
+class Saved:
+    """The policy and the drafts of one saved step, as `Comparison` wants a trainer."""
 
-    `sets` maps a name such as "32" to the steps it is due and to one `Comparison` per arm: an arm that fails costs no other.
-    """
+    contract: Any
+    policy: dict[str, Any] = field(default_factory=dict)
+    drafts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    feed: Any
-    sets: Mapping[str, tuple[Sequence[int], Mapping[str, Any]]]
-    wait: Callable[[Coroutine[Any, Any, Any]], Any]
-    lock: Path | None = None
-    """Held alone from the rollout of a replayed step to the end of its training, shared during other steps: so several runs
-    may go on beside each other on one device, and still each measures as if it were alone."""
-    failed: set[tuple[str, str]] = field(default_factory=set)
-    seconds: float = 0.0
-    _file: Any = None
+    @property
+    def inner(self) -> Saved:
+        """The policy's side."""
+        return self
 
-    def next(self, step: int) -> Any:
-        """The portion, with metrics "served/SET/ARM/...""."""
-        timed = any(step in due for due, _ in self.sets.values())
-        self._take_turn(timed)
-        portion = self.feed.next(step)
-        if portion is None or not portion.samples:
-            return portion
-        portion.metrics["served/timed"] = float(timed)
-        started = time.perf_counter()
-        for name, (due, comparisons) in self.sets.items():
-            if step not in due:
-                continue
-            for arm, comparison in comparisons.items():
-                if (name, arm) in self.failed:
-                    continue
-                try:
-                    found = self.wait(comparison.run(step, portion.samples))
-                except Exception as error:
-                    self.failed.add((name, arm))
-                    print(f"  served {name}/{arm} failed: {type(error).__name__}: {error}", flush=True)
-                    continue
-                portion.metrics.update({f"served/{name}/{arm}/{key.rpartition('/')[2]}": value for key, value in found.items()})
-            say(step, name, portion.metrics)
-        self.seconds += time.perf_counter() - started
-        return portion
+    def export_weights(self) -> Iterator[tuple[str, Any]]:
+        """Of the policy."""
+        yield from self.policy.items()
 
-    def _take_turn(self, alone: bool) -> None:
-        if self.lock is None:
-            return
-        if self._file is None:
-            self._file = self.lock.open("w")
-        fcntl.flock(self._file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+    def draft_weights(self, arm: str) -> Iterator[tuple[str, Any]]:
+        """Of a draft."""
+        yield from self.drafts[arm].items()
 
-    def state(self) -> dict[str, Any]:
-        """The other feed's."""
-        return self.feed.state()
+    def read(self, folder: Path, device: str) -> None:
+        """Take another step's."""
+        from safetensors.torch import load_file
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
-        self.feed.load_state(state)
+        self.policy = load_file(folder / "policy.safetensors", device=device)
+        self.drafts = {
+            name: load_file(folder / name / "model.safetensors", device=device) for name in ("draft", "frozen", "upstream")
+        }
 
 
-def say(step: int, name: str, metrics: Mapping[str, float]) -> None:
-    """One line of what a replay found."""
-    parts = []
-    for arm in ARMS:
-        speed = metrics.get(f"served/{name}/{arm}/rollout_tokens_per_s")
-        if speed is not None:
-            length = metrics.get(f"served/{name}/{arm}/accept_length", 1.0)
-            parts.append(f"{arm} {speed:,.0f} ({length:.2f}, {metrics[f'served/{name}/{arm}/tokens_unequal']:.0f} unequal)")
-    print(f"  step {step}, batch {name}, tokens/s without training (accept length): " + "  ".join(parts), flush=True)
-
-
-def engines(settings: Any, decoder: Any, tokenizer: Any, draft: Any, num_draft: int, graphs: bool) -> dict[str, Any]:
+def engines(settings: Any, loaded: Any, draft: Any, num_draft: int, graphs: bool) -> dict[str, Any]:
     """An engine for each arm, of weight version -1: weights and drafts are published before every replay."""
-    from copy import deepcopy
-
     import msgspec
 
     from miles_rollout.engines.embedded.engine import EmbeddedEngine
 
     found = {}
     for arm in ARMS:
-        own = msgspec.structs.replace(
-            settings, draft_tokens=num_draft, draft_adaptive=arm == "adaptive", cuda_graph_drafts=graphs
-        )  # fmt: skip
+        adaptive = arm == "adaptive"
+        own = msgspec.structs.replace(settings, draft_tokens=num_draft, draft_adaptive=adaptive, cuda_graph_drafts=graphs)
         model = None if arm == "none" else deepcopy(draft).requires_grad_(False)
-        found[arm] = EmbeddedEngine(deepcopy(decoder), tokenizer, own, weight_version=-1, draft=model)
+        found[arm] = EmbeddedEngine(deepcopy(loaded.decoder), loaded.tokenizer, own, weight_version=-1, draft=model)
     return found
 
 
+def training_seconds(options: argparse.Namespace, saved: Saved, decoder: Any, draft: Any, samples: Any) -> dict[str, float]:
+    """Median seconds of a draft's training on a step's rollout, by arm: its states are there, its update is waited for."""
+    import torch
+
+    from miles_spec.train import UPSTREAM, DraftTrainConfig, DraftTrainer, Policy, Rollout, stream_of
+
+    with torch.no_grad():
+        for name, view in decoder.hf_state():
+            view.copy_(saved.policy[name])
+    rollouts = [
+        Rollout(token_ids=torch.tensor(s.token_ids), loss_mask=torch.tensor(s.loss_mask), sample_id=s.sample_id) for s in samples
+    ]
+    stream = stream_of(decoder, rollouts)
+    facts = Policy(embed=decoder.embed_tokens.detach(), head=decoder.head.detach(), seed=options.seed)
+    found = {}
+    for arm, config in {
+        "ours": DraftTrainConfig(max_rows=options.max_rows, lr=options.draft_lr),
+        "upstream": DraftTrainConfig(**UPSTREAM, lr=options.lr),
+    }.items():
+        trainer = DraftTrainer(deepcopy(draft).requires_grad_(True), config, num_draft=options.num_draft)
+        times = []
+        for key in range(6):
+            if stream.device.type == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            chosen = trainer.choose(stream.lengths, key)
+            part = stream if len(chosen) == len(stream.sequences) else stream.select(chosen)
+            trainer.step([part], facts, measure=False)
+            if stream.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        found[arm] = median(times[1:])
+    return found | {"adaptive": found["ours"]}
+
+
+async def replay(
+    row: dict[str, float], comparisons: Mapping[str, Mapping[str, Any]], samples: Any, number: int, every: int, failed: set
+) -> None:
+    """All arms at one saved step; what they did goes into `row` as "BATCH/ARM/...". The larger batches only every so often."""
+    for at, (batch, arms) in enumerate(comparisons.items()):
+        if at and number % every:
+            continue
+        said = []
+        for arm, comparison in arms.items():
+            if (batch, arm) in failed:
+                continue
+            try:
+                found = await comparison.run(number, samples)
+            except Exception as error:  # an arm that fails must cost no other
+                failed.add((batch, arm))
+                print(f"  {batch}/{arm} failed: {type(error).__name__}: {error}", flush=True)
+                continue
+            row.update({f"{batch}/{arm}/{key.rpartition('/')[2]}": value for key, value in found.items()})
+            speed, length = row[f"{batch}/{arm}/rollout_tokens_per_s"], row.get(f"{batch}/{arm}/accept_length", 1.0)
+            said.append(f"{arm} {speed:,.0f} ({length:.2f}; {row[f'{batch}/{arm}/tokens_unequal']:.0f} unequal)")
+        print(f"  step {row['step']:.0f}, batch {batch}: " + "  ".join(said), flush=True)
+
+
 # ---------------------------------------------------------------- what came out
-
-
-def charge_of(rows: Sequence[Mapping[str, float]], arm: str, step: int) -> float:
-    """Seconds of draft training an arm pays at a step: the mean of replayed steps near it that made no estimate."""
-    name = CHARGED.get(arm)
-    if name is None:
-        return 0.0
-    known = [row for row in rows if row.get("served/timed") and name in row and "draft/accept_length_estimate" not in row]
-    near = [row for row in known if abs(row["step"] - step) <= WINDOW]
-    return fmean(row[name] for row in near) if near else float("nan")
 
 
 def replay_table(rows: Sequence[Mapping[str, float]], name: str) -> list[dict[str, float]]:
     """One row per replayed step: tokens per second of every arm with its training charged, and accept lengths."""
     found = []
     for row in rows:
-        key = f"served/{name}/"
-        if f"{key}none/rollout_s" not in row:
-            continue
-        out = {"step": row["step"], "reward": row["reward/mean"]}
+        out = {"step": row["step"], "reward": row["reward"]}
         for arm in ARMS:
-            if f"{key}{arm}/rollout_s" not in row:
+            if f"{name}/{arm}/rollout_s" not in row:
                 continue
-            seconds = row[f"{key}{arm}/rollout_s"]
-            tokens = seconds * row[f"{key}{arm}/rollout_tokens_per_s"]
-            charge = charge_of(rows, arm, int(row["step"]))
+            seconds = row[f"{name}/{arm}/rollout_s"]
+            tokens, charge = seconds * row[f"{name}/{arm}/rollout_tokens_per_s"], row.get(f"train_s/{arm}", 0.0)
             out |= {f"{arm}/tokens": tokens, f"{arm}/seconds": seconds, f"{arm}/charge": charge}
-            out |= {f"{arm}/speed": tokens / (seconds + charge), f"{arm}/length": row.get(f"{key}{arm}/accept_length", 1.0)}
-            out[f"{arm}/unequal"] = row[f"{key}{arm}/tokens_unequal"]
-        found.append(out)
+            out |= {f"{arm}/speed": tokens / (seconds + charge), f"{arm}/length": row.get(f"{name}/{arm}/accept_length", 1.0)}
+            out[f"{arm}/unequal"] = row[f"{name}/{arm}/tokens_unequal"]
+        if len(out) > 2:
+            found.append(out)
     return found
 
 
@@ -161,9 +172,9 @@ def summary(table: Sequence[Mapping[str, float]], steps: int) -> dict[str, float
         mine = [row for row in table if f"{arm}/seconds" in row]
         if mine:
             spent = sum(row[f"{arm}/seconds"] + row[f"{arm}/charge"] for row in mine)
-            found[f"tokens/s {arm}"] = sum(row[f"{arm}/tokens"] for row in mine) / spent
-            found[f"unequal {arm}"] = sum(row[f"{arm}/unequal"] for row in mine)
-            found[f"tokens {arm}"] = sum(row[f"{arm}/tokens"] for row in mine)
+            tokens = sum(row[f"{arm}/tokens"] for row in mine)
+            found |= {f"{arm} tokens": tokens, f"{arm} tokens/s": tokens / spent}
+            found[f"{arm} unequal"] = sum(row[f"{arm}/unequal"] for row in mine)
     return found
 
 
@@ -177,7 +188,85 @@ def show(table: Sequence[Mapping[str, float]], name: str, steps: int) -> None:
             for arm in ARMS
             if f"{arm}/speed" in row
         ]
-        print(f"{row['step']:>4} reward {row['reward']:.3f}  " + "  ".join(parts))
+        print(f"{row['step']:>4.0f} reward {row['reward']:.3f}  " + "  ".join(parts))
     for key, value in summary(table, steps).items():
         print(f"  {key:<36} {value:,.3f}")
     print(flush=True)
+
+
+async def serve(args: argparse.Namespace, options: argparse.Namespace) -> list[dict[str, float]]:
+    """The rows of all saved steps."""
+    import msgspec
+
+    from miles_core.draft.served import Comparison
+    from miles_core.models import load_model
+    from miles_rollout.wire import read_samples
+    from miles_spec.models.store import load_draft
+
+    home = args.out / "saved"
+    model = {"path": str(home / "model"), "device": options.device, "dtype": options.dtype}
+    config = config_of(options, "serve", 1, model=model, data={"train": "unused"})
+    loaded = load_model(config, lambda line: None)
+    decoder, weight = loaded.decoder, loaded.decoder.embed_tokens
+    folders = sorted(home.glob("step_*"))
+    draft = load_draft(folders[0] / "draft", decoder.config, decoder.contract, dtype=weight.dtype, device=weight.device)
+    saved = Saved(contract=decoder.contract)
+    sampling = config.sampling.params(seed=options.seed, n=options.group)
+    comparisons, made = {}, []
+    for batch in args.batches:
+        settings = msgspec.structs.replace(config.engine.embedded(), max_running=batch)
+        each = engines(settings, loaded, draft, options.num_draft, args.graph_drafts)
+        made += each.values()
+        comparisons[str(batch)] = {arm: Comparison(saved, {arm: engine}, sampling, 1) for arm, engine in each.items()}  # type: ignore[arg-type]
+    rows: list[dict[str, float]] = []
+    failed: set[tuple[str, str]] = set()
+    started = time.perf_counter()
+    order = [*folders[:1], *folders[-1:], *folders[1:-1]] if args.ends_first else folders
+    for number, folder in enumerate(order):
+        if time.perf_counter() - started > args.deadline:
+            print(f"  deadline: {len(order) - number} saved steps are left out", flush=True)
+            break
+        saved.read(folder, options.device)
+        samples = read_samples(folder / "samples.jsonl")
+        row = {"step": float(folder.name.removeprefix("step_")), "reward": fmean(sample.reward for sample in samples)}
+        seconds = training_seconds(options, saved, decoder, draft, samples)
+        row |= {f"train_s/{arm}": value for arm, value in seconds.items()}
+        await replay(row, comparisons, samples, number, args.every, failed)
+        rows.append(row)
+        print(f"  [{time.perf_counter() - started:.1f} s; draft training {seconds}]", flush=True)
+    for engine in made:
+        await engine.close()
+    return sorted(rows, key=lambda row: row["step"])
+
+
+def main() -> int:
+    """Serve, then say what came out."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("out", type=Path, help="the --out of tools/spec_drift.py")
+    parser.add_argument("--batches", type=int, nargs="*", default=[32, 128], help="sequences that engines run at once")
+    parser.add_argument("--every", type=int, default=4, help="saved steps between two at the second and later batches")
+    parser.add_argument("--graph-drafts", action="store_true", help="capture drafting and verification")
+    parser.add_argument("--deadline", type=float, default=1e9, help="seconds after which no further step is served")
+    parser.add_argument("--report", type=Path, help="where to write, instead of OUT/served.json")
+    parser.add_argument("--ends-first", action="store_true", help="first and last saved step before the others")
+    args = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)
+    stated = json.loads((args.out / "saved" / "options.json").read_text())
+    options = argparse.Namespace(**stated)
+    options.out = args.out
+    rows = asyncio.run(serve(args, options))
+    result: dict[str, Any] = {"options": stated, "rows": rows, "torch": torch.__version__, "tables": {}}
+    for batch in args.batches:
+        found = replay_table(rows, str(batch))
+        show(found, str(batch), options.steps)
+        result["tables"][str(batch)] = {"replays": found, "summary": summary(found, options.steps)}
+    (args.report or args.out / "served.json").write_text(json.dumps(result) + "\n")
+    unequal = sum(value for row in rows for key, value in row.items() if key.endswith("/tokens_unequal"))
+    print(f"tokens unlike the record, all arms: {unequal:.0f}", flush=True)
+    return 0 if unequal == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

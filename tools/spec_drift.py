@@ -3,9 +3,8 @@
     python tools/spec_drift.py --device cuda --size large --steps 200 --seed 0 --out OUT
 
 One process: supervised warm-up of a policy, warm-up of a draft on its rollouts, then GRPO. Speculation changes no token, so one
-trajectory serves all arms: drafts are trained beside each other on the very same states, and at some steps every arm's engine
-makes the step's rollout again, with the same weights, seeds and prompts, to the same tokens. An arm is charged with the training
-of its draft. Prints tables, writes result.json; ends with code 1 when an arm made another token or log-probability.
+trajectory serves all arms: drafts are trained beside each other on the very same states. What it takes to make the rollouts of
+some steps again is saved; tools/spec_arms.py then times every arm on them. Prints tables, writes result.json.
 """
 
 from __future__ import annotations
@@ -18,10 +17,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from spec_arms import Replays, engines, replay_table, show, summary
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 3, "head_dim": 32},
@@ -113,7 +111,7 @@ def drift(options: argparse.Namespace, model: Path) -> tuple[list[dict], int]:
         arms = arms_of(options, inner.decoder, weights)
         run.trainer = DraftingTrainer(inner, arms, seed=options.seed, measure_every=options.measure_every)
         run.publisher = lambda version: _publish(run.runner, inner, run.engine, version)
-        run.feed = replays(options, run, config)
+        run.feed = Saving(feed=run.feed, trainer=run.trainer, every=options.every, home=options.out / "saved")
         return run.trainer
 
     trainer = run_of(config, "train", dress)
@@ -176,24 +174,43 @@ def arms_of(options: argparse.Namespace, decoder: Any, weights: dict[str, Any]) 
     return arms | ({"whole": arm(lr=options.draft_lr)} if options.whole else {})
 
 
-def replays(options: argparse.Namespace, run: Any, config: Any) -> Replays:
-    """The run's feed, with engines of every arm at each batch asked for."""
-    import msgspec
+@dataclass(kw_only=True)
+class Saving:
+    """Another feed, which saves at some steps what it takes to make their rollout again: policy, drafts and samples."""
 
-    from miles_core.draft.served import Comparison
+    feed: Any
+    trainer: Any
+    every: int
+    home: Path
 
-    trainer, sets = run.trainer, {}
-    sampling = config.sampling.params(seed=options.seed, n=options.group)
-    for batch, every in zip(options.batches, options.every, strict=True):
-        settings = msgspec.structs.replace(config.engine.embedded(), max_running=batch)
-        made = engines(
-            settings, trainer.inner.decoder, run.tokenizer, trainer.main.draft, options.num_draft, options.graph_drafts
+    def next(self, step: int) -> Any:
+        """The portion."""
+        portion = self.feed.next(step)
+        if portion is not None and portion.samples and (step == 1 or step % self.every == 0):
+            self._save(self.home / f"step_{step:06d}", portion.samples)
+        return portion
+
+    def _save(self, folder: Path, samples: Any) -> None:
+        from safetensors.torch import save_file
+
+        from miles_rollout.wire import write_samples
+        from miles_spec.models.store import save_draft
+
+        folder.mkdir(parents=True)
+        write_samples(folder / "samples.jsonl", samples)
+        save_file(
+            {name: value.contiguous() for name, value in self.trainer.inner.export_weights()}, folder / "policy.safetensors"
         )
-        for engine in made.values():
-            run.closers.append(lambda engine=engine: run.runner.run(engine.close()))
-        due = [1, *(step for step in range(1, options.steps + 1) if step % every == 0)]
-        sets[str(batch)] = (due, {arm: Comparison(trainer, {arm: engine}, sampling, every) for arm, engine in made.items()})
-    return Replays(feed=run.feed, sets=sets, wait=run.runner.run, lock=options.lock)
+        for name in ("draft", "frozen", "upstream"):
+            save_draft(self.trainer.arms[name].trainer.serving, folder / name)
+
+    def state(self) -> dict[str, Any]:
+        """The other feed's."""
+        return self.feed.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.feed.load_state(state)
 
 
 def table(rows: list[dict], arms: list[str]) -> None:
@@ -222,12 +239,17 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a warmed-up policy, instead of making one")
     parser.add_argument("--max-rows", type=int, help="most rows a draft is trained on per step")
     parser.add_argument("--whole", action="store_true", help="also train, to compare, a draft on all rows of every step")
-    parser.add_argument("--graph-drafts", action="store_true", help="capture drafting and verification")
-    parser.add_argument("--batches", type=int, nargs="*", default=[32, 128], help="sequences that replaying engines run at once")
-    parser.add_argument("--lock", type=Path, help="file by which several runs on one device keep still while one is timed")
-    parser.add_argument("--every", type=int, nargs="*", default=[16, 64], help="steps between two replays, for each of --batches")
     numbers = {"seed": 0, "steps": 60, "prompts": 16, "group": 8, "count": 6, "sft-steps": 1500, "sft-batch": 64}
-    numbers |= {"draft-steps": 300, "draft-rollouts": 6, "num-draft": 3, "measure-every": 10, "low": 10, "high": 99, "most": 99}
+    numbers |= {
+        "draft-steps": 300,
+        "draft-rollouts": 6,
+        "num-draft": 3,
+        "measure-every": 10,
+        "every": 16,
+        "low": 10,
+        "high": 99,
+        "most": 99,
+    }
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     rates = {
@@ -242,8 +264,6 @@ def options_of() -> argparse.Namespace:
     for name, rate in rates.items():
         parser.add_argument(f"--{name}", type=float, default=rate)
     options = parser.parse_args()
-    if len(options.batches) != len(options.every):
-        parser.error(f"--batches has {len(options.batches)} numbers, --every {len(options.every)}")
     options.dtype = "bfloat16" if options.device == "cuda" else "float32"
     return options
 
@@ -251,8 +271,11 @@ def options_of() -> argparse.Namespace:
 def main() -> int:
     """Run the experiment."""
     options, started = options_of(), time.perf_counter()
-    shutil.rmtree(options.out / "runs", ignore_errors=True)
-    options.out.mkdir(parents=True, exist_ok=True)
+    for part in ("runs", "saved"):
+        shutil.rmtree(options.out / part, ignore_errors=True)
+    (options.out / "saved").mkdir(parents=True)
+    stated = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    (options.out / "saved" / "options.json").write_text(json.dumps(stated) + "\n")
 
     import torch
 
@@ -261,22 +284,15 @@ def main() -> int:
     print(f"torch {torch.__version__} on {name}; {vars(options)}", flush=True)
     with timed("policy warm-up"):
         model = options.model or warm_up_policy(options)
+    shutil.copytree(model, options.out / "saved" / "model")
     with timed("draft warm-up and reinforcement learning"):
         rows, parameters = drift(options, model)
-    print(f"policy of {parameters:,} parameters", flush=True)
-    result: dict[str, Any] = {"options": {k: str(v) for k, v in vars(options).items()}, "device": name, "rows": rows}
-    result |= {"times": TIMES, "policy_parameters": parameters, "torch": torch.__version__, "served": {}}
-    for batch in options.batches:
-        found = replay_table(rows, str(batch))
-        show(found, str(batch), options.steps)
-        result["served"][str(batch)] = {"replays": found, "summary": summary(found, options.steps)}
+    result: dict[str, Any] = {"options": stated, "device": name, "rows": rows, "times": TIMES, "torch": torch.__version__}
+    result["policy_parameters"] = parameters
     (options.out / "result.json").write_text(json.dumps(result) + "\n")
     unequal = sum(row.get("mismatch/tokens_unequal", 0.0) for row in rows)
-    unequal += sum(v for row in rows for k, v in row.items() if k.startswith("served/") and k.endswith("/tokens_unequal"))
-    print(
-        f"tokens unequal, engine and trainer and all arms: {unequal:.0f}; {time.perf_counter() - started:.0f} s in all",
-        flush=True,
-    )
+    print(f"policy of {parameters:,} parameters; tokens unequal, engine and trainer: {unequal:.0f}", flush=True)
+    print(f"{time.perf_counter() - started:.0f} s in all", flush=True)
     return 0 if unequal == 0 else 1
 
 
