@@ -16,14 +16,21 @@ from miles_rollout.engine import MEMORY_TAGS
 from miles_rollout.engines.embedded.config import DRAFT_PREFIX, EmbeddedConfig
 from miles_rollout.engines.embedded.experts import ExpertStore
 from miles_rollout.engines.embedded.features import FeatureStore
-from miles_rollout.engines.embedded.flight import Flight
+from miles_rollout.engines.embedded.flight import Blocks, Flight, Start
 from miles_rollout.engines.embedded.kv import PagedKV
 from miles_rollout.engines.embedded.output import OutputProcessor, Token
 from miles_rollout.engines.embedded.pages import PagePool
 from miles_rollout.engines.embedded.prefix import PrefixCache
 from miles_rollout.engines.embedded.runner import Runner
 from miles_rollout.engines.embedded.scheduler import Batch, Scheduler
-from miles_rollout.engines.embedded.speculate import HistoryProposer, Proposer, Speculator, make_controller, named_draft
+from miles_rollout.engines.embedded.speculate import (
+    Committed,
+    HistoryProposer,
+    Proposer,
+    Speculator,
+    make_controller,
+    named_draft,
+)
 from miles_rollout.engines.embedded.speculate_model import ModelProposer
 from miles_rollout.engines.embedded.state import Delivery, Job, Sequence
 from miles_rollout.engines.embedded.tables import Tables
@@ -83,7 +90,9 @@ class EngineCore:
         self._num_drafts = 0
         self._flights: deque[list[Flight]] = deque()
         overlap = device.type == "cuda" if config.overlap is None else config.overlap
-        self._ahead = 1 if overlap and draft is None else 0  # drafts are made from tokens the host has seen
+        self._ahead = 1 if overlap else 0
+        self._tells_host = device.type == "cuda" or not self._ahead
+        """Whether tables learn what was drawn from the tokens that arrive; ahead on the CPU they know more by then."""
         self._kv = kv = PagedKV(
             layers=shape.num_hidden_layers,
             kv_heads=shape.num_key_value_heads,
@@ -105,6 +114,7 @@ class EngineCore:
         if draft is not None:
             self.speculator = Speculator(draft, config.draft_tokens, make_controller(config), self._proposer_of)
             self.speculator.rejects = config.verification == "rejection"
+            self.speculator.is_plain = self._runner.is_plain
             self._runner.verifier = Verifier(self._rule(), self._tables) if self.speculator.rejects else None
         self._scheduler = Scheduler(config, self._pool, self._cache, self._tables, self.speculator, self._land)
         self._outputs = OutputProcessor(tokenizer, decoder.contract.digest)
@@ -142,7 +152,8 @@ class EngineCore:
         self._oom_in_a_row = 0
         if flights:
             self._flights.append(flights)
-        landed = self._land(keep=0 if batch.is_empty and not flights else self._ahead)
+        at_once = batch.drafts is not None or (batch.is_empty and not flights)  # a draft's next tokens follow those accepted
+        landed = self._land(keep=0 if at_once else self._ahead)
         if batch.is_empty and not flights and not landed and self.has_work and not self._scheduler.unblock():
             raise AssertionError(
                 f"nothing can move: {self._scheduler.num_running} running, {len(self._scheduler.waiting)} waiting"
@@ -341,19 +352,40 @@ class EngineCore:
             wants_probs=self._config.verification == "rejection",
             number=self._num_drafts,
             graphs=self._runner.graphs if self._config.cuda_graph_drafts else None,
+            num_draft=self._config.draft_tokens,
         )
 
     # ------------------------------------------------------------------ one step
 
     def _launch(self, batch: Batch) -> list[Flight]:
         """Start one pass and the draw of everybody who has one coming; nothing is waited for."""
-        scheduler, runner, known = self._scheduler, self._runner, self.speculator is not None
+        if batch.ahead:
+            return [self._launch_ahead(batch), *self._launch_rest(Batch(batch.rows[:0], batch.chunks), len(batch.rows))]
+        return self._launch_rest(batch, 0)
+
+    def _launch_ahead(self, batch: Batch) -> Flight:
+        """A step of all decoding rows that drafts on the device, from tokens that may still be on their way."""
+        speculator, tables, rows, unsure = self.speculator, self._tables, batch.rows, batch.unsure
+        assert speculator is not None and speculator.proposer.ahead is not None and unsure is not None
+        tokens = np.where(unsure, -1, tables.last_token[rows]) if not self._flights else np.full(len(rows), -1)
+        reach = self._scheduler.reach(rows, unsure, batch.ahead)
+        start = Start(rows, tokens, np.where(unsure, -1, tables.position[rows]), tables.last_position[rows], reach)
+        flight = Flight(rows, tables.tail.serial[rows], None, speculator.proposer.ahead.launch(start, batch.ahead))
+        flight.proposer = speculator.proposer
+        self._runner.num_tokens += batch.num_decode_tokens
+        self._scheduler.advance(batch, None)
+        return flight
+
+    def _launch_rest(self, batch: Batch, launched: int) -> list[Flight]:
+        """The pass and the draws of a batch; the first `launched` decoding rows have theirs."""
+        scheduler, runner = self._scheduler, self._runner
+        known = self.speculator is not None and not self._flights
         whole = runner.launch_whole(batch, tokens_known=known)
         logits = runner.forward(batch, tokens_known=known) if whole is None else whole[0]
         scheduler.advance(batch, logits)
         forks = scheduler.fork()
         runner.copy_pages(scheduler.take_copies())
-        rows = scheduler.decode_rows()
+        rows = scheduler.decode_rows()[launched:]
         if whole is None:
             return [runner.draw(logits, forks, rows, batch.drafts)] if len(rows) else []
         drawn = len(whole[1].rows)
@@ -366,12 +398,21 @@ class EngineCore:
         while len(self._flights) > keep:
             landed = True
             for flight in self._flights.popleft():
-                tokens = flight.wait()
-                if flight.drafts is None:
-                    self._take_in(flight, tokens)
-                else:
-                    self._take_in_blocks(flight, tokens)
+                self._arrive(flight, flight.wait())
         return landed
+
+    def _arrive(self, flight: Flight, found: Tokens | Blocks) -> None:
+        speculator = self.speculator
+        if isinstance(found, Blocks):
+            assert speculator is not None
+            return self._take_in_blocks(flight, speculator.arrive(flight, found, self._tables))
+        if flight.drafts is None:
+            return self._take_in(flight, found)
+        assert speculator is not None
+        committed = speculator.commit(flight.drafts, flight.rows, self._tables, found)
+        if committed.moves is not None:
+            self._runner.move(committed.moves)
+        return self._take_in_blocks(flight, committed)
 
     def _take_in(self, flight: Flight, tokens: Tokens) -> None:
         """One token for each row; rows that have changed hands since are left out."""
@@ -385,7 +426,7 @@ class EngineCore:
                 self._fail_for_nan(row)
             fit &= tail.serial[rows] == flight.serials  # a failed request takes its other rows along
             rows, tokens = rows[fit], tokens.take(fit)
-        if not self._ahead:  # otherwise the next ones have been drawn already
+        if self._tells_host:
             self._tables.last_token[rows] = tokens.token_ids
         self._num_generated += len(rows)
         for i in tail.record(rows, tokens).tolist():
@@ -405,19 +446,15 @@ class EngineCore:
             if token.token_id < 0:
                 self._fail_for_nan(row)
                 continue
-            if not self._ahead:
+            if self._tells_host:
                 self._tables.last_token[row] = token.token_id
             self._num_generated += 1
             tail.append(seq, *token)
             self._look_at(seq, token)
 
-    def _take_in_blocks(self, flight: Flight, tokens: Tokens) -> None:
+    def _take_in_blocks(self, flight: Flight, committed: Committed) -> None:
         """Several tokens for a row: what the drafts agree with, in order, until a stop rule holds."""
-        assert self.speculator is not None and flight.drafts is not None
-        tail, rows = self._tables.tail, flight.rows
-        counts, tokens, moves = self.speculator.commit(flight.drafts, rows, self._tables, tokens)
-        if moves is not None:
-            self._runner.move(moves)
+        tail, rows, (counts, tokens, _) = self._tables.tail, flight.rows, committed
         starts = np.cumsum(counts) - counts
         alive = np.ones(len(rows), bool)
         for turn in range(int(counts.max())):

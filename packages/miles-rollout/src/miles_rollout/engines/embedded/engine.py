@@ -409,10 +409,10 @@ class EmbeddedEngine:
             with self._lock:
                 while not (self._inbox or self._closing or (core.has_work and not self._paused)):
                     self._lock.wait()
-                commands = list(self._inbox)
+                commands = list(reversed(self._inbox))
                 self._inbox.clear()
-            for command in commands:
-                command(core)
+            while commands:
+                commands.pop()(core)  # not kept while waiting for the next: it may hold weights
             if self._closing:
                 return False
             if core.has_work and not self._paused:

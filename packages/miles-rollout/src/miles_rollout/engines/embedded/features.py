@@ -52,7 +52,7 @@ class FeatureStore:
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy slots [M] to others, all read before any is written."""
         self.known[target] = self.known[source]
-        self.entered[target] = self.entered[source]
+        self.entered[target] = 0  # the draft's own cache is not copied
         device = self.values.device
         here, there = torch.from_numpy(source).to(device), torch.from_numpy(target).to(device)
         for part in (self.values, self.tokens):

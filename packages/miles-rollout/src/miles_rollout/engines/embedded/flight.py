@@ -9,7 +9,7 @@ while the host looks at the tokens of the step before.
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,15 +40,69 @@ class Readback:
         else:
             self._host = packed
 
-    def wait(self) -> Tokens:
-        """The tokens. Raises TimeoutError when the device has not delivered after `DEADLINE_S` seconds."""
+    def wait_packed(self) -> np.ndarray:
+        """What `packed` held, int32 [.., S]. Raises TimeoutError when the device has not delivered after `DEADLINE_S` seconds."""
         if self._event is not None:
             _wait_for(self._event)
-        packed = self._host.numpy()[:, : self._count]
+        packed: np.ndarray = self._host.numpy()[:, : self._count]
+        return packed
+
+    def wait(self) -> Tokens:
+        """The tokens. Raises TimeoutError as `wait_packed`."""
+        packed = self.wait_packed()
         if self.index is not None:
             packed = np.ascontiguousarray(packed[:, self.index])
         logprobs = packed[1].view(np.float32)
         return Tokens(packed[0].astype(np.int64), logprobs, packed[2].view(np.float32) if len(packed) > 2 else logprobs)
+
+
+class Blocks(NamedTuple):
+    """What a step committed, row by row."""
+
+    counts: np.ndarray
+    """int64 [R] tokens, 0 for a row that had all its tokens already"""
+    drafted: np.ndarray
+    """int64 [R] draft tokens it had"""
+    position: np.ndarray
+    """int64 [R]: n, before the step"""
+    tokens: np.ndarray
+    """int64 [R, W]; `counts` of them"""
+    logprobs: np.ndarray
+    """float32 [R, W]"""
+
+
+class Start(NamedTuple):
+    """Where rows stand before a step; all int64 [R]."""
+
+    rows: np.ndarray
+    tokens: np.ndarray
+    """the last one of each row; -1: the device knows"""
+    position: np.ndarray
+    """n; -1: the device knows"""
+    limit: np.ndarray
+    """the position that is never computed"""
+    reach: np.ndarray
+    """positions below this one may be touched"""
+
+
+class BlockReadback:
+    """Blocks on their way to the host."""
+
+    def __init__(self, packed: Tensor, count: int) -> None:
+        """`packed` int32 [3 + 2 W, S] of `miles_kernels.cuda.draft.accept_drafts`."""
+        self._readback, self._count = Readback(packed, packed.shape[1]), count
+
+    def wait(self) -> Blocks:
+        """The blocks. Raises TimeoutError when the device does not deliver."""
+        return unpack(self._readback.wait_packed()[:, : self._count])
+
+
+def unpack(packed: np.ndarray) -> Blocks:
+    """Blocks of int32 [3 + 2 W, R]."""
+    width = (len(packed) - 3) // 2
+    counts, drafted, position = packed[:3].astype(np.int64)
+    tokens, bits = packed[3 : 3 + width].T.astype(np.int64), np.ascontiguousarray(packed[3 + width :].T)
+    return Blocks(counts, drafted, position, tokens, bits.view(np.float32))
 
 
 def pack(token: Tensor, logprob: Tensor, sampled: Tensor) -> Tensor:
@@ -62,16 +116,20 @@ def pack(token: Tensor, logprob: Tensor, sampled: Tensor) -> Tensor:
 class Flight:
     """One draw: which rows it was for, in which use, and where its tokens will appear."""
 
-    def __init__(self, rows: np.ndarray, serials: np.ndarray, drafts: Drafts | None, tokens: Tokens | Readback) -> None:
+    def __init__(
+        self, rows: np.ndarray, serials: np.ndarray, drafts: Drafts | None, tokens: Tokens | Readback | BlockReadback
+    ) -> None:
         self.rows = rows
         """int64 [sequences that sample]; with drafts a row has more than one token"""
+        self.proposer: Any = None
+        """of a step that drafted on the device, who it drafted for"""
         self.serials = serials
         self.drafts = drafts
         self._tokens = tokens
 
-    def wait(self) -> Tokens:
-        """The tokens, once they are here."""
-        return self._tokens.wait() if isinstance(self._tokens, Readback) else self._tokens
+    def wait(self) -> Tokens | Blocks:
+        """The tokens, once they are here; blocks of a step that drafted on the device."""
+        return self._tokens if isinstance(self._tokens, Tokens) else self._tokens.wait()
 
 
 def _wait_for(event: Any) -> None:

@@ -225,7 +225,7 @@ class StepGraphs:
                 pages = upload(tables.pages[which, :width].astype(np.int32), self._device)
                 self._pages[:, :width].index_copy_(0, upload(which, self._device), pages)
         self._serial[rows] = serial
-        self._known[rows] = needed
+        self._known[rows] = np.minimum(needed, tables.capacity[rows] // tables.page_size)  # a look-ahead may reach beyond
 
     # ------------------------------------------------------------------ capture
 

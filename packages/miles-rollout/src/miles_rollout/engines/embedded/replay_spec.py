@@ -9,6 +9,7 @@ that write to the null page and are read by nobody. Behind the drafts there is n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from miles_rollout.engines.embedded.drafts import Drafts
 from miles_rollout.engines.embedded.features import FeatureStore
 from miles_rollout.engines.embedded.flight import Readback
 from miles_rollout.engines.embedded.kv import PagedKV
-from miles_rollout.engines.embedded.replay import StepGraphs, first_at_least
+from miles_rollout.engines.embedded.replay import Key, StepGraphs, first_at_least
 from miles_spec.models.base import DraftModel
 
 _FIELDS = 9
@@ -92,6 +93,51 @@ class SpecGraphs(StepGraphs):
         each = {name: getattr(step, name).repeat_interleave(width) for name in ("seed", "sample_id", "temperature")}
         nobody = lanes[1].repeat_interleave(width)
         return self._run(step._replace(last=None, next_positions=tokens[1] + 1, output_rows=nobody, **each))
+
+    # ------------------------------------------------------------------ for steps that other modules make up
+
+    @property
+    def state(self) -> tuple[Tensor, Tensor]:
+        """By row, on the device: tokens drawn last int64 [rows + 1], pages int32 [rows + 1, P]. The last row is nobody's."""
+        return self._last, self._pages
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page."""
+        return self._tables.page_size
+
+    def launch_rows(
+        self,
+        kind: Key,
+        given: np.ndarray,
+        rows: np.ndarray,
+        reach: np.ndarray,
+        run: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    ) -> Tensor | None:
+        """Replay a step of rows [R] that touch positions below `reach` [R]; what it packs, or None when no graph serves it.
+
+        `run(lanes, keys)` gets int64 [1 + F + 3, S]: row, what is `given` [F, R], seed, sample id, bits of the temperature; zeros
+        for who pads the step. `kind` tells steps from others that `run` makes of the same sizes.
+        """
+        size, keys = first_at_least(self._sizes, len(rows)), first_at_least(self._keys, int(reach.max()))
+        fields, count = len(given) + 4, len(rows)
+        if size is None or keys is None or fields * size > len(self._inputs):
+            return None
+        lanes = self._inputs[: fields * size].view(fields, size)
+        captured = self._get((size, keys, *kind), lambda: self._idle(lanes), lambda: run(lanes, keys))
+        self._refresh_pages(rows, -(-reach // self._tables.page_size))
+        buffer, array = self._buffer()
+        staged = array[: fields * size].reshape(fields, size)
+        staged[0, :count], staged[0, count:] = rows, self._idle_row
+        staged[1:-3, :count], staged[-3:, :count] = given, self._keys_of(rows)
+        staged[1:, count:] = 0
+        self._inputs[: fields * size].copy_(buffer[: fields * size], non_blocking=True)
+        captured.graph.replay()
+        return captured.packed
+
+    def run(self, step: Any) -> tuple[Tensor, Tensor]:
+        """(logits, packed draws) of `miles_kernels.cuda.decode.StepInputs`, whose drawn tokens nobody goes on with."""
+        return self._run(step)
 
     def draft(self, drafter: GraphDrafter, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
         """Draft tokens [R, K] of rows, K the largest of `lengths` [R]; waits for them. None when no graph serves it."""

@@ -45,11 +45,15 @@ class Batch:
     chunks: list[Chunk] = field(default_factory=list)
     drafts: Drafts | None = None
     """None when no row has any."""
+    ahead: int = 0
+    """Tokens that the device drafts for each decoding row by itself, 0 for none; `drafts` is None then."""
+    unsure: np.ndarray | None = None
+    """[R] bool, with `ahead`: rows whose position only the device knows."""
 
     @property
     def num_decode_tokens(self) -> int:
         """Tokens of the decoding rows."""
-        return len(self.rows) + (0 if self.drafts is None else len(self.drafts.tokens))
+        return len(self.rows) * (1 + self.ahead) + (0 if self.drafts is None else len(self.drafts.tokens))
 
     @property
     def is_empty(self) -> bool:
@@ -102,6 +106,9 @@ class Scheduler:
         self.decoding: list[Sequence] = []
         self._rows = _NO_ROWS
         self._rows_stale = False
+        self._unsure = np.zeros(config.max_running, np.int64)
+        """The use of a row whose last step was made on the device alone, 0 for others: `position` may be behind by `_reach`."""
+        self._reach = 0
         self._slack, self._slack_rows = 0, _NO_ROWS
         """Steps until the first of `_slack_rows` needs a page or has all its tokens started."""
         self._holders: list[Job] = []
@@ -127,21 +134,25 @@ class Scheduler:
         """The next forward pass: every sequence with a token left to start, then as much prefill as the budget allows."""
         self._give_room_to_decode()
         budget = max(0, self.most_tokens - len(self.decoding))
-        drafts = self._draft(budget)
-        if drafts is not None:
-            budget -= len(drafts.tokens)
+        drafts, ahead = self._draft(budget)
+        budget -= len(self.decoding) * ahead if drafts is None else len(drafts.tokens)
         chunks: list[Chunk] = []
         if self.prefilling or self.waiting:
             for seq in self.prefilling:
                 budget -= self._cut_chunk(seq, budget, chunks)
             self._admit(budget, chunks)
-        return Batch(self.decode_rows(), chunks, drafts)
+        rows = self.decode_rows()
+        return Batch(rows, chunks, drafts, ahead, self._is_unsure(rows) if ahead else None)
 
     def advance(self, batch: Batch, logits: torch.Tensor | None) -> None:
         """Note what `batch` computed; `logits` [decode tokens + finished chunks, V] follow the decode tokens, then the chunks."""
         self._tables.position[batch.rows] += 1
-        if batch.drafts is not None:
+        self._unsure[batch.rows] = self._tables.tail.serial[batch.rows] if batch.ahead else 0
+        self._reach = batch.ahead if len(batch.rows) else self._reach
+        if batch.drafts is not None or batch.ahead:
             self._slack = 0  # rows may move on by more than one position
+        if batch.ahead:
+            return
         finished = batch.num_decode_tokens
         for chunk in batch.chunks:
             seq = chunk.seq
@@ -250,15 +261,34 @@ class Scheduler:
                     self.num_retractions += 1
         self.decode_rows()
 
-    def _draft(self, budget: int) -> Drafts | None:
-        """Draft tokens for the decoding rows. They take half of what prefill could use, and pages nobody else needs."""
-        if self._speculator is None or not self.decoding:
-            return None
+    def _draft(self, budget: int) -> tuple[Drafts | None, int]:
+        """Draft tokens for the decoding rows, or how many the device is to draft for each.
+
+        They take half of what prefill could use, and pages nobody else needs.
+        """
+        speculator = self._speculator
+        if speculator is None or not self.decoding:
+            return None, 0
+        budget = budget // 2 if self.prefilling or self.waiting else budget
+        length = speculator.choose(len(self.decoding), budget)
+        if length and self._can_go_ahead(length):
+            return None, length
+        rows = self._rows
+        if (length or speculator.wants_shadow or self._is_unsure(rows).any()) and self._settle():
+            self._unsure[rows] = 0
+            self._slack = 0
+            self._give_room_to_decode()
+            if not self.decoding:
+                return None, 0
+        self._unsure[rows] = 0
+        speculator.shadow(self.decoding)
+        return (self._propose(min(length, budget // len(self.decoding))) if length else None), 0
+
+    def _propose(self, length: int) -> Drafts | None:
+        """Draft tokens from the speculator, for rows whose tokens the host has."""
+        assert self._speculator is not None
         rows, tables = self._rows, self._tables
-        left = tables.last_position[rows] - tables.position[rows]
-        lengths = self._speculator.lengths(self.decoding, left, budget // 2 if self.prefilling or self.waiting else budget)
-        if lengths is None:
-            return None
+        lengths = np.minimum(length, tables.last_position[rows] - tables.position[rows] - 1)
         if (
             self._config.draft_tree or self._speculator.makes_trees
         ):  # the likeliest tokens are kept by position, of which nodes share
@@ -266,14 +296,40 @@ class Scheduler:
             lengths = np.where(tells, 0, lengths)
         if self._speculator.rejects:  # its rule knows nothing of ids that are out of reach
             lengths = np.where(tables.first_stop[rows] > tables.position[rows] + 1, 0, lengths)
-        room = tables.capacity[rows] - tables.position[rows] - 1
-        for i in np.flatnonzero(lengths > room).tolist():
-            if self._pool.num_available <= self.num_running:
-                break
-            self.decoding[i].pages += self._pool.take(1) or []
-            tables.set_pages(self.decoding[i])
+        self._make_room(tables.position[rows] + lengths + 1)
         lengths = np.minimum(lengths, tables.capacity[rows] - tables.position[rows] - 1)
-        return self._speculator.propose(self.decoding, lengths) if lengths.any() else None
+        return self._speculator.propose(self.decoding, lengths) if (lengths > 0).any() else None
+
+    def _is_unsure(self, rows: np.ndarray) -> np.ndarray:
+        """[R] bool: rows whose position the device alone knows."""
+        unsure: np.ndarray = self._unsure[rows] == self._tables.tail.serial[rows]
+        return unsure
+
+    def reach(self, rows: np.ndarray, unsure: np.ndarray, length: int) -> np.ndarray:
+        """[R] int64: positions below it may be touched by a step that drafts `length` tokens on the device."""
+        tables = self._tables
+        return np.minimum(tables.position[rows] + unsure * self._reach + length + 1, tables.last_position[rows])
+
+    def _can_go_ahead(self, length: int) -> bool:
+        """Whether the device can draft for all decoding rows by itself; takes the pages for it."""
+        assert self._speculator is not None
+        rows = self._rows
+        unsure = self._is_unsure(rows)
+        if not self._speculator.is_plain(rows):
+            return False
+        return self._make_room(self.reach(rows, unsure, length)) and self._speculator.prepare(rows, unsure)
+
+    def _make_room(self, wanted: np.ndarray) -> bool:
+        """Pages for positions below `wanted` [R] of the decoding rows, while there are any that nobody else needs."""
+        tables, rows = self._tables, self._rows
+        for i in np.flatnonzero(tables.capacity[rows] < wanted).tolist():
+            while tables.capacity[rows[i]] < wanted[i]:
+                pages = self._pool.take(1) if self._pool.num_available > self.num_running else None
+                if pages is None:
+                    return False
+                self.decoding[i].pages += pages
+                tables.set_pages(self.decoding[i])
+        return True
 
     def _start_decoding(self, seq: Sequence) -> None:
         if seq.row < 0:

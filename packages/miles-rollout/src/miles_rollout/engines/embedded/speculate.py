@@ -18,6 +18,7 @@ import numpy as np
 
 from miles_rollout.engines.embedded.config import MAX_DRAFT, EmbeddedConfig
 from miles_rollout.engines.embedded.drafts import Accepted, Drafts, gather, gather_trees, match
+from miles_rollout.engines.embedded.flight import BlockReadback, Blocks, Flight, Start
 from miles_rollout.engines.embedded.state import Sequence
 from miles_rollout.engines.embedded.tables import Tables
 from miles_rollout.engines.embedded.tail import Tokens
@@ -36,6 +37,27 @@ class Proposer(Protocol):
 
     def forget(self) -> None:
         """The draft's weights, or the policy's, have changed."""
+        ...
+
+    @property
+    def ahead(self) -> Launcher | None:
+        """Starts steps that draft on the device alone, None where there are none."""
+        ...
+
+    def prepare(self, rows: np.ndarray, unsure: np.ndarray) -> bool:
+        """Whether `ahead` can serve all rows [R] now; makes what they lack. Positions of `unsure` ones are the device's."""
+        ...
+
+    def arrived(self, rows: np.ndarray, blocks: Blocks) -> None:
+        """A step of `ahead` has committed blocks to rows that still are in the same use."""
+        ...
+
+
+class Launcher(Protocol):
+    """Makes speculative steps without the host."""
+
+    def launch(self, start: Start, length: int) -> BlockReadback:
+        """Start a step that drafts `length` tokens a row."""
         ...
 
 
@@ -67,6 +89,19 @@ class HistoryProposer:
 
     def forget(self) -> None:
         """Nothing here depends on weights."""
+
+    @property
+    def ahead(self) -> None:
+        """Histories are the host's."""
+        return None
+
+    def prepare(self, rows: np.ndarray, unsure: np.ndarray) -> bool:
+        """Never."""
+        return False
+
+    def arrived(self, rows: np.ndarray, blocks: Blocks) -> None:
+        """Does not happen."""
+        raise AssertionError("a draft of histories makes no blocks")
 
     def _session(self, seq: Sequence) -> object:
         """Its session, brought up to date."""
@@ -130,8 +165,11 @@ class Speculator:
         self._proposed_at: np.ndarray = np.zeros(MAX_DRAFT, np.int64)
         self._accepted_at: np.ndarray = np.zeros(MAX_DRAFT, np.int64)
         self._num_steps = self._num_committed = 0
+        self._length = 0
         self._shadows: list[tuple[Sequence, int, list[int], list[int]]] = []
         self._draft_s = 0.0
+        self.is_plain: Callable[[np.ndarray], bool] = lambda rows: True
+        """Whether rows sample without filters; the engine sets it."""
         self.use(draft)
 
     def use(self, draft: Draft | DraftModel) -> None:
@@ -145,24 +183,48 @@ class Speculator:
         self.draft_version = self.draft_version if version is None else version
         self.proposer.forget()
 
-    def lengths(self, sequences: Many[Sequence], left: np.ndarray, budget: int) -> np.ndarray | None:
-        """How many draft tokens [R] each decoding sequence may have in this step, together at most `budget`; None when none.
-
-        `left` [R] are the tokens it may still sample. It gets at most one less: the target draws the last one itself.
-        """
+    def choose(self, num_rows: int, budget: int) -> int:
+        """How many tokens each of the decoding rows is to draft in this step, together at most `budget`."""
         started = time.perf_counter()
-        length = min(self.num_draft, budget // max(1, len(sequences)))
-        control = self.controller
-        if control is not None:
-            length = min(length, control.choose(len(sequences)))
-            if self._shadows or (length < 1 and control.wants_shadow()):
-                self._shadow(sequences, control)
-                control.note_shadow(time.perf_counter() - started)
+        length = min(self.num_draft, budget // max(1, num_rows))
+        if self.controller is not None:
+            length = min(length, self.controller.choose(num_rows))
+        self._length = length
         self._draft_s = time.perf_counter() - started
-        if length < 1:
-            return None
-        most = np.minimum(length, left - 1)
-        return most if most.any() else None
+        return length
+
+    @property
+    def wants_shadow(self) -> bool:
+        """Whether `shadow` would propose or compare something in this step; it needs to know the tokens of all rows."""
+        control = self.controller
+        return control is not None and (bool(self._shadows) or (self._length < 1 and control.wants_shadow()))
+
+    def shadow(self, sequences: Many[Sequence]) -> None:
+        """Make proposals that are not verified, or compare those made before, if it is time."""
+        if self.wants_shadow and self.controller is not None:
+            started = time.perf_counter()
+            self._shadow(sequences, self.controller)
+            spent = time.perf_counter() - started
+            self.controller.note_shadow(spent)
+            self._draft_s += spent
+
+    def prepare(self, rows: np.ndarray, unsure: np.ndarray) -> bool:
+        """Whether the device can draft for rows [R] by itself."""
+        return self.proposer.ahead is not None and not self.rejects and self.proposer.prepare(rows, unsure)
+
+    def arrive(self, flight: Flight, blocks: Blocks, tables: Tables) -> Committed:
+        """What a step committed that the device drafted for; moves the rows of the tables to where they were found to be."""
+        current = tables.tail.serial[flight.rows] == flight.serials
+        counts = np.where(current, blocks.counts, 0)
+        rows = flight.rows[current]
+        tables.position[rows] += counts[current] - 1
+        live = np.flatnonzero(counts > 0)
+        tables.last_token[flight.rows[live]] = np.maximum(blocks.tokens[live, counts[live] - 1], 0)
+        flight.proposer.arrived(flight.rows[live], Blocks(*(part[live] for part in blocks)))
+        has = np.arange(blocks.tokens.shape[1]) < counts[:, None]
+        logprobs = blocks.logprobs[has]
+        self._note(blocks.drafted[live], counts[live] - 1)
+        return Committed(counts, Tokens(blocks.tokens[has], logprobs, logprobs), None)
 
     def propose(self, sequences: Many[Sequence], lengths: np.ndarray) -> Drafts | None:
         """Drafts of the decoding sequences, at most `lengths` [R] each; None when there are none."""
@@ -266,11 +328,21 @@ class Speculator:
         asked = counts > 0
         self._num_steps += int(asked.sum())
         self._num_committed += int((accepted.counts[: len(counts)][asked] + 1).sum())
+        nodes = accepted.nodes
+        self._add(counts, np.bincount(nodes[nodes >= 0], minlength=MAX_DRAFT))
+
+    def _note(self, drafted: np.ndarray, accepted: np.ndarray) -> None:
+        """The same for chains, of rows that had `drafted` tokens."""
+        asked = drafted > 0
+        self._num_steps += int(asked.sum())
+        self._num_committed += int((accepted[asked] + 1).sum())
+        self._add(drafted, _reaching(accepted))
+
+    def _add(self, counts: np.ndarray, accepted_at: np.ndarray) -> None:
         proposed_at = _reaching(counts)
-        accepted_at = np.bincount(accepted.nodes[accepted.nodes >= 0], minlength=MAX_DRAFT)
         self._proposed_at += proposed_at
         self._accepted_at += accepted_at
-        if self.controller is not None:
+        if self.controller is not None and len(counts):
             length = max(int(counts.max()), min(self.num_draft, self.controller.length))
             self.controller.note_accepted(proposed_at[:length].tolist(), accepted_at[:length].tolist(), len(counts))
 

@@ -144,7 +144,7 @@ def random_requests(rng: random.Random, count: int, shape: DecoderConfig = SHAPE
             n=n,
             max_new_tokens=new,
             min_new_tokens=rng.choice([0, 0, min(new, 7)]),
-            temperature=rng.choice([1.0, 1.0, 0.6, 0.3, 0.0]),
+            temperature=rng.choice([1.0, 1.0, 0.6, 0.3, 0.0, 4.0]),
             top_k=rng.choice([-1, -1, -1, 4]),
             top_p=rng.choice([1.0, 1.0, 0.8]),
             min_p=rng.choice([0.0, 0.0, 0.05]),
@@ -173,6 +173,20 @@ def digest(results: Results) -> str:
             total.update(np.asarray((c.logprobs, c.sampled_logprobs), np.float64).tobytes())
         total.update(np.asarray(result.prompt_logprobs or (), np.float64).tobytes())
     return total.hexdigest()
+
+
+def difference(results: Results, reference: Results) -> str:
+    """How many completions differ, and where the first one does."""
+    found = []
+    for name in sorted(reference):
+        for mine, theirs in zip(results[name].completions, reference[name].completions, strict=True):
+            pairs = [(getattr(mine, part), getattr(theirs, part)) for part in ("token_ids", "logprobs", "sampled_logprobs")]
+            places = [next((i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), None) for pair in pairs]
+            if mine != theirs:
+                found.append(f"{name}[{mine.index}] of {len(theirs.token_ids)}, from token, logprob, sampled logprob {places}")
+        if results[name].prompt_logprobs != reference[name].prompt_logprobs:
+            found.append(f"{name} prompt log-probabilities")
+    return f"{len(found)} differ; " + "; ".join(found[:3])
 
 
 def serve(
@@ -312,8 +326,8 @@ def verify_lossless(
             out.num_drafted += int(metrics.get("spec_num_drafted", 0))
             if digest(results) != expected:
                 out.num_different += 1
-                out.differing.append(str(arm))
-                report(f"DIFFERENT: {arm}")
+                out.differing.append(f"{arm}: {difference(results, reference)}")
+                report(f"DIFFERENT: {out.differing[-1]}")
             if out.num_tokens >= num_tokens or time.perf_counter() - started > seconds:
                 break
     return replace(out, seconds=time.perf_counter() - started)

@@ -23,10 +23,13 @@ from miles_kernels.ops.attention_plan import KEY_MULTIPLE
 from miles_kernels.ops.sample import sample
 from miles_rollout.engines.embedded.drafts import Drafts
 from miles_rollout.engines.embedded.features import FeatureStore
+from miles_rollout.engines.embedded.flight import Blocks
 from miles_rollout.engines.embedded.kv import PagedKV
 from miles_rollout.engines.embedded.paging import paged_batch, slot_batch
 from miles_rollout.engines.embedded.replay_spec import GraphDrafter, SpecGraphs
 from miles_rollout.engines.embedded.sampling import upload
+from miles_rollout.engines.embedded.speculate import Launcher
+from miles_rollout.engines.embedded.speculate_ahead import AheadSteps
 from miles_rollout.engines.embedded.state import Sequence
 from miles_rollout.engines.embedded.tables import Tables
 from miles_spec.models.base import DraftModel, DraftState
@@ -80,6 +83,7 @@ class ModelProposer:
         wants_probs: bool = False,
         number: int = 1,
         graphs: SpecGraphs | None = None,
+        num_draft: int = 1,
     ) -> None:
         block, weight = model.config.block, decoder.embed_tokens
         parameter = next(model.parameters())
@@ -115,17 +119,26 @@ class ModelProposer:
         self._graphs = graphs if model.config.recycled and not widths and not wants_probs else None
         head, size = decoder.head, tables.page_size
         self._drafter = GraphDrafter(model, self.kv, store, weight, head, size, number)
+        self.ahead: Launcher | None = None
+        """Starts steps that draft on the device alone."""
+        self.entries = num_draft + 1
+        """Entries that such a step makes again: what a row that drafts `num_draft` tokens can lack after the step before."""
+        if self._graphs is not None:
+            self.ahead = AheadSteps(self._graphs, model, self.kv, store, decoder, entries=self.entries, number=number)
+        self._going: np.ndarray = np.zeros(len(tables.position), np.int64)
+        """The use of a row that `ahead` has served last."""
 
     def forget(self) -> None:
         """Make every entry again: the weights have changed."""
         self._number += 1 << 20
-        self._serial[:] = 0
+        self._serial[:] = self._going[:] = 0
 
     def propose(self, sequences: Many[Sequence], lengths: np.ndarray) -> Drafts | None:
         """Draft tokens of the sequences, `lengths` [R] at most; rows that have to catch up for longer have none."""
         rows = np.fromiter((seq.row for seq in sequences), np.int64, len(sequences))
         last = self._tables.position[rows]
         ready = self._first_missing(rows, last)
+        lengths = np.minimum(lengths, self._tables.capacity[rows] - last - 1)  # proposals to look at only have got no pages
         done, lengths = self._cut(rows, ready, last, lengths)
         depth = self.model.config.max_depth
         if depth is not None:
@@ -141,6 +154,44 @@ class ModelProposer:
             if self.model.config.recycled:
                 return self._recycled(rows, done, ready, last, lengths, keys)
             return self._distinct(rows, done, ready, last, lengths, keys)
+
+    # ------------------------------------------------------------------ steps on the device alone
+
+    def prepare(self, rows: np.ndarray, unsure: np.ndarray) -> bool:
+        """Whether `ahead` can serve all rows [R] now; makes entries of those that lack more than a step makes again.
+
+        Rows that are `unsure`, whose positions only the device knows, must have been served by this draft's last step.
+        """
+        position, serial = self._tables.position[rows], self._tables.tail.serial[rows]
+        if self.ahead is None or (position < self.entries).any() or (unsure & (self._going[rows] != serial)).any():
+            return False
+        if not unsure.all():
+            here, last = rows[~unsure], position[~unsure]
+            ready = self._first_missing(here, last)
+            if (ready < 0).any():
+                return False
+            late = last - ready > self.entries
+            if late.any():
+                with torch.inference_mode():
+                    self._catch_up(here[late], ready[late], last[late] - 1)
+        self._going[rows] = serial
+        return True
+
+    def arrived(self, rows: np.ndarray, blocks: Blocks) -> None:
+        """Note the entries and features of rows that a step of `ahead` found at `blocks.position`."""
+        position, store, tables = blocks.position, self._store, self._tables
+        of, index = _spans(position, position + blocks.counts)
+        store.mark(tables.slots_at(rows[of], index))
+        self._note(rows, np.maximum(position - self.entries, 0), position)
+
+    def _catch_up(self, rows: np.ndarray, first: np.ndarray, stop: np.ndarray) -> None:
+        """Make entries [first, stop) in passes of at most `max_tokens`."""
+        while len(rows):
+            room = self._max_tokens - (np.cumsum(stop - first) - (stop - first))
+            end = np.minimum(stop, first + np.maximum(room, 0))
+            now = end > first
+            self._advance(rows[now], first[now], end[now])
+            rows, first, stop = rows[end < stop], end[end < stop], stop[end < stop]
 
     # ------------------------------------------------------------------ what is missing
 

@@ -1,0 +1,116 @@
+"""Speculative steps that start before the host has seen the tokens of the step before: positions are the device's own.
+
+Legend: R = decoding rows, S = R rounded up to a captured size, K = draft tokens a row may have, W = K + 1, C = entries of the
+draft's cache that are made again, n = position of a row's last token.
+
+One graph makes the missing entries, drafts K tokens, verifies them, and enters what was accepted into the state that the next
+step starts from. The host, one step behind, learns from each step where its rows were and what they drew. Until then
+`Tables.position` is the least a row can have reached, one token a step; pages are there for the most it can.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from miles_kernels.nn.decoder import Decoder
+from miles_rollout.engines.embedded.features import FeatureStore
+from miles_rollout.engines.embedded.flight import BlockReadback, Start
+from miles_rollout.engines.embedded.kv import PagedKV
+from miles_rollout.engines.embedded.replay_spec import SpecGraphs
+from miles_spec.models.base import DraftModel
+
+
+class AheadSteps:
+    """Launches steps of a recycled draft, all rows in one graph. Where rows stand is kept on the device."""
+
+    def __init__(
+        self,
+        graphs: SpecGraphs,
+        model: DraftModel,
+        kv: PagedKV,
+        store: FeatureStore,
+        policy: Decoder,
+        *,
+        entries: int,
+        number: int,
+    ) -> None:
+        """`entries`: C, at least 1 + the most tokens that a step drafts. `number` tells this draft from others of the graphs."""
+        self.entries = entries
+        self._graphs, self._model, self._kv, self._store = graphs, model, kv, store
+        self._embed, self._head = policy.embed_tokens, policy.head
+        self._number = number
+        self._where = torch.zeros_like(graphs.state[0])
+
+    def launch(self, start: Start, length: int) -> BlockReadback:
+        """Start a step that drafts `length` tokens a row."""
+        reach = np.maximum(start.reach, self.entries + length + 1)  # what a row without tokens left touches of the null page
+        kind = (length, self._number, self.entries, 0, 0, 0)
+        given = np.stack((start.tokens, start.position, start.limit))
+        packed = self._graphs.launch_rows(kind, given, start.rows, reach, lambda lanes, keys: self._run(lanes, length, keys))
+        assert packed is not None, "every number of rows and keys that an engine may have is captured"
+        return BlockReadback(packed, len(start.rows))
+
+    def _run(self, lanes: Tensor, length: int, keys: int) -> tuple[Tensor, Tensor]:
+        """(logits of the verification [S x W, V], packed blocks)."""
+        from miles_kernels.cuda.draft import accept_drafts, begin_drafts
+
+        graphs, (last, pages) = self._graphs, self._graphs.state
+        inputs = begin_drafts(
+            lanes, last, self._where, pages, self._store.tokens,
+            drafts=length, entries=self.entries, page_size=graphs.page_size, max_kv=keys,
+        )  # fmt: skip
+        drafted = self._draft(inputs, lanes, length, keys)
+        logits, packed = self._verify(inputs, lanes, drafted, keys)
+        return logits, accept_drafts(inputs, drafted, packed, last, self._where)
+
+    def _draft(self, inputs: Any, lanes: Tensor, length: int, keys: int) -> Tensor:
+        """Draft tokens int64 [K, S]."""
+        from miles_kernels.cuda.sample import draw
+
+        size, (after, index, slots) = lanes.shape[1], inputs.entries
+        state = self._model.project(self._store.values.index_select(0, slots))
+        self._kv.begin(self._batch(inputs, 0, self.entries, keys), slots)
+        made = self._model.step(state, after, index, self._kv, embed=self._embed)
+        hidden = made.hidden.view(size, self.entries, -1)[:, -1].contiguous()
+        carried = hidden if made.carried is made.hidden else made.carried.view(size, self.entries, -1)[:, -1].contiguous()
+        position, drawn = inputs.state[1], []
+        for depth in range(1, length + 1):
+            logits = self._logits(hidden)
+            token = draw(logits, seed=lanes[4], sample_id=lanes[5], position=position + depth, temperature=inputs.heat).token
+            drawn.append(token.clamp_(min=0))
+            if depth == length:
+                break
+            place, slot = inputs.places[:, depth]
+            self._kv.begin(self._batch(inputs, depth, 1, keys), slot)
+            hidden, carried = self._model.step(carried, drawn[-1], place, self._kv, embed=self._embed, depth=depth + 1)
+        return torch.stack(drawn)
+
+    def _verify(self, inputs: Any, lanes: Tensor, drafted: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+        from miles_kernels.cuda.decode import StepInputs
+        from miles_kernels.cuda.draft import verify_drafts
+
+        graphs, width, (last, pages) = self._graphs, len(drafted) + 1, self._graphs.state
+        each, heat = verify_drafts(inputs, lanes, pages, drafted, graphs.page_size)
+        token, position, slot, after, seed, sample_id = each
+        batch = self._batch(inputs, width - 1, width, keys)
+        nobody = torch.full_like(token, len(last) - 1)
+        return graphs.run(StepInputs(token, position, slot, batch, None, after, seed, sample_id, heat, nobody))
+
+    def _batch(self, inputs: Any, which: int, queries: int, keys: int) -> Any:
+        """How rows read their last `queries` keys, of those that pass `which` has."""
+        from miles_kernels.cuda.attention import KVBatch
+
+        lens, size = inputs.keys[which], self._graphs.page_size
+        first = torch.arange(len(lens) + 1, dtype=torch.int32, device=lens.device) * queries
+        return KVBatch(first, lens, lens, inputs.table, size, queries, keys)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self._model.logits(hidden, self._head)
+        ids = self._model.draft_ids
+        if ids is None:
+            return logits
+        return logits.new_full((len(logits), len(self._head)), -torch.inf).index_copy_(1, ids, logits)
