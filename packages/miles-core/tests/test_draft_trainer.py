@@ -141,6 +141,22 @@ def test_a_budget_takes_whole_sequences_by_a_key() -> None:
     assert [again.step(batch(1)).metrics()["draft/num_rows"] for _ in range(3)] == [row["draft/num_rows"] for row in stats]
 
 
+def test_updates_may_be_steps_apart() -> None:
+    """Steps between cost nothing, are counted in the draft's age, and may still be measured."""
+    beside = drafting(policy(), every=3, lr=1e-2)
+    beside.measure_every = 2
+    before, rows, changed = combined_hash(beside.draft_weights()), [], []
+    for step in range(7):
+        rows.append(beside.step(batch(step)).metrics())
+        after = combined_hash(beside.draft_weights())
+        changed.append(after != before)
+        before = after
+    assert changed == [True, False, False, True, False, False, True]
+    assert [row["draft/age"] for row in rows] == [0, 1, 2, 0, 1, 2, 0]
+    assert ["draft/loss_depth_1" in row for row in rows] == [True, False, True, True, True, False, True]
+    assert [row["draft/train_s"] > 0 for row in rows] == [True, False, True, True, True, False, True]
+
+
 def test_the_draft_is_published_with_the_policy() -> None:
     beside = drafting(policy())
     names = [name for name, _ in beside.export_weights()]
@@ -149,8 +165,9 @@ def test_the_draft_is_published_with_the_policy() -> None:
     assert names[len(own) :] == [PREFIX + name for name, _ in beside.main.draft.named_state()]
 
 
-def test_resuming_goes_on_with_the_same_bits(tmp_path: Path) -> None:
-    settings = {"lr": 3e-3, "ema": 0.9}
+@pytest.mark.parametrize("every", [1, 2])
+def test_resuming_goes_on_with_the_same_bits(tmp_path: Path, every: int) -> None:
+    settings = {"lr": 3e-3, "ema": 0.9, "every": every}
     straight = drafting(policy(), **settings)
     for step in range(5):
         straight.step(batch(step))
@@ -166,6 +183,9 @@ def test_resuming_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     other = drafting(policy(), loss="ce")
     with pytest.raises(ValueError, match="loss is 'kl', this run has 'ce'"):
         other.load(tmp_path)
+    (tmp_path / "drafts" / "steps.json").write_text('{"num_steps": -1}')
+    with pytest.raises(ValueError, match="steps.json: num_steps is -1"):
+        drafting(policy(7), **settings).load(tmp_path)
 
 
 def test_a_gap_between_estimate_and_engine_is_an_alarm() -> None:

@@ -51,6 +51,8 @@ class DraftConfig(Section):
     """Decay of a running mean of the weights, which is served then. 0 is off."""
     max_rows: int | None = Field(default=None, ge=1)
     """Most tokens, prompts included, the draft is trained on per step. None: all."""
+    every: int = Field(default=1, ge=1)
+    """Steps of the policy from one update of the draft to the next."""
     replay_rows: int = Field(default=0, ge=0)
     """Tokens of earlier steps kept to be trained on again. Resuming starts with none."""
     measure_every: int = Field(default=1, ge=1)

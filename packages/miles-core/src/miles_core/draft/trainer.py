@@ -20,6 +20,7 @@ from miles_core.trainer.fsdp import FsdpTrainer
 from miles_core.trainer.packing import Microbatch
 from miles_kernels.contract import Contract
 from miles_spec.train import DraftStep, DraftStream, DraftTrainer, Policy, Rollout
+from miles_spec.train.state import read_facts, write_facts
 
 PREFIX = "draft."
 """Of a draft's tensors among those that are published."""
@@ -92,7 +93,10 @@ class DraftingTrainer:
         self._rollouts = rollouts_of(batch)
         self._owner_N = torch.arange(batch.num_sequences).repeat_interleave(torch.tensor(batch.num_trained))
         rows, key = [rollout.num_rows for rollout in self._rollouts], self.num_steps
-        self._wanted = {name: set(arm.trainer.choose(rows, key)) for name, arm in self.arms.items()}
+        self._wanted = {
+            name: set(arm.trainer.choose(rows, key)) if self._turn(arm) or self._measures else set()
+            for name, arm in self.arms.items()
+        }
         self._held, self._made = [], {name: [] for name in self.arms}
         for arm in self.arms.values():
             arm.seconds = 0.0
@@ -100,17 +104,27 @@ class DraftingTrainer:
             stats = self.inner.step(batch)
         finally:
             self._held = []
+        updated = [arm for arm in self.arms.values() if self._turn(arm)]
         self.num_steps += 1
-        for arm in self.arms.values():
-            if arm.train:
-                arm.updated_at = self.num_steps
+        for arm in updated:
+            arm.updated_at = self.num_steps
         return replace(stats, extra={**stats.extra, **self._metrics()})
+
+    def _turn(self, arm: Arm) -> bool:
+        """Whether a draft is updated in the step to come."""
+        return arm.train and self.num_steps % arm.trainer.config.every == 0
+
+    @property
+    def _measures(self) -> bool:
+        return self.num_steps % self.measure_every == 0
 
     # ---- the observer
 
     def forward(self, micro: Microbatch, hidden: Tensor, taps: Mapping[int, Tensor]) -> None:
         """Keep the states of the sequences that a draft is to see."""
         wanted = set().union(*self._wanted.values())
+        if not wanted:
+            return
         model = self.inner.model
         group = getattr(model, "context_group", None)
         numbers = members(micro, self._owner_N)
@@ -125,14 +139,15 @@ class DraftingTrainer:
     def before_update(self) -> None:
         """Train every draft on what was kept."""
         policy = self._policy()
-        measure = self.num_steps % self.measure_every == 0
+        measure = self._measures
         for name, arm in self.arms.items():
-            if not (arm.train or measure):
+            turn = self._turn(arm)
+            if not (turn or measure):
                 continue
             started = time.perf_counter()
             streams = [part for numbers, stream in self._held if (part := _part(numbers, stream, self._wanted[name])) is not None]
             total = self._total if self.inner.parallel.size > 1 else None
-            made = arm.trainer.step(streams, policy, train=arm.train, measure=measure, total=total)
+            made = arm.trainer.step(streams, policy, train=turn, measure=measure, total=total)
             self._made[name].append(made)
             if policy.head.is_cuda:
                 torch.cuda.synchronize(policy.head.device)
@@ -162,8 +177,6 @@ class DraftingTrainer:
         found: dict[str, float] = {}
         for name, arm in self.arms.items():
             steps = self._made[name]
-            if not steps:
-                continue
             prefix = "draft/" if name == "draft" else f"draft/{name}/"
             values: dict[str, list[float]] = {}
             for step in steps:
@@ -212,6 +225,8 @@ class DraftingTrainer:
 
         self.inner.save(directory)
         if self.inner.parallel.rank == 0:
+            (directory / "drafts").mkdir(parents=True, exist_ok=True)
+            write_facts(directory / "drafts" / "steps.json", {"num_steps": self.num_steps})
             for name, arm in self.arms.items():
                 arm.trainer.save(directory / "drafts" / name)
                 save_draft(arm.trainer.serving, directory / "drafts" / name / "model")
@@ -220,10 +235,15 @@ class DraftingTrainer:
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote. Raises ValueError naming the file that is missing or does not fit."""
         self.inner.load(directory)
+        file = directory / "drafts" / "steps.json"
+        steps = read_facts(file).get("num_steps")
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"{file}: num_steps is {steps!r}, not a number of steps; resume from another checkpoint")
+        self.num_steps = steps
         for name, arm in self.arms.items():
             arm.trainer.load(directory / "drafts" / name)
-            self.num_steps = max(self.num_steps, arm.trainer.num_updates)
-            arm.updated_at = self.num_steps if arm.train else 0
+            every = arm.trainer.config.every
+            arm.updated_at = (steps - 1) // every * every + 1 if arm.train and steps else 0
 
 
 def _part(numbers: Sequence[int], stream: DraftStream, wanted: set[int]) -> DraftStream | None:

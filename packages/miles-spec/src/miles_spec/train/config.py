@@ -36,6 +36,8 @@ class DraftTrainConfig:
     """Decay per update of a running mean of the weights, which is what is served then; 0 serves the weights themselves."""
     max_rows: int | None = None
     """Most rows (tokens, prompts included) trained on per step; whole sequences, chosen by a key. None: all."""
+    every: int = 1
+    """Steps of the policy from one update of the draft to the next; the others cost it nothing."""
     replay_rows: int = 0
     """Rows of earlier steps that are kept and trained on again, half as many as fresh ones each step; 0 keeps none."""
 
@@ -43,8 +45,9 @@ class DraftTrainConfig:
         wrong = []
         if self.loss not in LOSSES:
             wrong.append(f"loss={self.loss!r} must be one of {', '.join(LOSSES)}")
-        if self.depths < 1:
-            wrong.append(f"depths={self.depths} must be at least 1")
+        for name in ("depths", "every"):
+            if getattr(self, name) < 1:
+                wrong.append(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("depth_decay", "eps"):
             if not getattr(self, name) > 0:
                 wrong.append(f"{name}={getattr(self, name)} must be positive")
