@@ -265,6 +265,8 @@ def _whole_rows(
     wants_gradient: bool,
 ) -> _Rows:  # fmt: skip
     """Losses of a tile [m, V], and their gradients while it is there."""
+    if hidden.is_cuda and teacher is not None and options.kind == "kl" and heat.dtype is torch.float32:
+        return _compared_rows(hidden, head, labels, teacher, teacher_head, heat, wants_gradient)
     nothing = torch.full_like(heat, torch.nan)
     log_q = _logits(hidden, head, heat).log_softmax(1)
     ce = -log_q.gather(1, labels[:, None])[:, 0]
@@ -289,6 +291,19 @@ def _whole_rows(
             d_logits = (q - p) * by_kl + q * ((q < p).to(q.dtype) - below[:, None]) * by_accept
         d_hidden = _product(d_logits, head, heat.dtype) / heat[:, None]
     return _Rows(ce, kl, _Sums(nothing, nothing, accept, below), d_hidden)
+
+
+def _compared_rows(
+    hidden: Tensor, head: Tensor, labels: Tensor, teacher: Tensor, teacher_head: Tensor, heat: Tensor, wants_gradient: bool
+) -> _Rows:
+    """The same for `kl` on a GPU, by a kernel that reads every row of logits twice."""
+    from miles_kernels.cuda.draft_loss import compare_rows
+
+    q, p = linear(hidden, head, out_dtype=torch.float32), linear(teacher, teacher_head, out_dtype=torch.float32)
+    made = compare_rows(q, p, labels, heat, gradient=head.dtype if wants_gradient else None)
+    nothing = torch.full_like(heat, torch.nan)
+    d_hidden = None if made.gradient is None else _product(made.gradient, head, heat.dtype)
+    return _Rows(made.ce, made.kl, _Sums(nothing, nothing, made.accept, made.below), d_hidden)
 
 
 class _TokenLosses(torch.autograd.Function):
