@@ -13,11 +13,11 @@ from miles_spec.train.estimate import Estimate, sampled_runs, walk
 from miles_spec.train.stream import Rollout
 
 
-def plain_walk(right: list[list[bool]], count: int, ended: bool, stats: AcceptStats) -> None:
-    """One stretch, one step at a time."""
+def plain_walk(right: list[list[bool]], count: int, longest: int, stats: AcceptStats) -> None:
+    """One stretch, one step at a time, as the engine does: nothing is drafted for the last token that it may have."""
     newest, last = 0, count - 1
     while newest < last:
-        room = len(right) if ended else min(len(right), last - newest - 1)
+        room = min(len(right), longest - (newest + 1) - 1)
         accepted = 0
         while accepted < min(room, last - newest) and right[accepted][newest]:
             accepted += 1
@@ -29,17 +29,18 @@ def plain_walk(right: list[list[bool]], count: int, ended: bool, stats: AcceptSt
 @pytest.mark.parametrize("seed", range(5))
 def test_all_stretches_at_once_are_one_after_the_other(seed: int) -> None:
     rng = random.Random(seed)
-    counts, ended, depths = [rng.randint(1, 12) for _ in range(30)], [rng.random() < 0.5 for _ in range(30)], rng.randint(1, 4)
+    counts, depths = [rng.randint(1, 12) for _ in range(30)], rng.randint(1, 4)
+    longest = [count + rng.choice([0, 0, 1, 2, 3, 100]) for count in counts]
     right, expected = np.zeros((depths, sum(counts)), bool), AcceptStats()
     start = 0
-    for count, natural in zip(counts, ended, strict=True):
+    for count, most in zip(counts, longest, strict=True):
         for depth in range(depths):
             for i in range(count - depth - 1):
                 right[depth, start + i] = rng.random() < 0.6
-        plain_walk([row[start : start + count].tolist() for row in right], count, natural, expected)
+        plain_walk([row[start : start + count].tolist() for row in right], count, most, expected)
         start += count
     found = AcceptStats()
-    walk(right, np.array(counts), np.array(ended), found)
+    walk(right, np.array(counts), np.array(longest), found)
     for name in ("num_steps", "num_proposed", "num_accepted"):
         assert getattr(found, name) == getattr(expected, name), name
     assert all(found.rate_at(i) == expected.rate_at(i) for i in range(depths))

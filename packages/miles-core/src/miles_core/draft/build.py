@@ -56,7 +56,15 @@ def with_draft(trainer: Trainer, config: RunConfig, draft: DraftModel) -> Drafti
     if "upstream" in section.compare:
         upstream = replace(DraftTrainConfig(**UPSTREAM), lr=config.optimizer.lr)  # type: ignore[arg-type]
         arms["upstream"] = _arm(deepcopy(draft), upstream, section.num_draft, train=True)
-    return DraftingTrainer(trainer, arms, seed=config.run.seed, alarm=section.alarm, measure_every=section.measure_every)
+    return DraftingTrainer(
+        trainer,
+        arms,
+        seed=config.run.seed,
+        alarm=section.alarm,
+        measure_every=section.measure_every,
+        max_new_tokens=config.sampling.max_new_tokens,
+        greedy=config.sampling.temperature == 0,
+    )
 
 
 def _arm(draft: DraftModel, config: DraftTrainConfig, num_draft: int, *, train: bool) -> Arm:

@@ -43,16 +43,26 @@ class DraftingTrainer:
     """`inner` trains the policy; `arms["draft"]` is the draft that is published with it, any others are compared with that.
 
     The states of the policy's own training forward are what drafts learn from. They are used before the update, with the weights
-    that made them, and never reach the policy's gradient, clip norm or optimizer. `seed` is the key of the rollouts' noise.
+    that made them, and never reach the policy's gradient, clip norm or optimizer. `seed` is the key of the rollouts' noise;
+    `max_new_tokens` and `greedy` (temperature 0) are how they were sampled.
     Accept lengths are estimated, and drafts that are not trained looked at, every `measure_every` steps.
     """
 
     def __init__(
-        self, inner: FsdpTrainer, arms: Mapping[str, Arm], *, seed: int = 0, alarm: float = 0.1, measure_every: int = 1
+        self,
+        inner: FsdpTrainer,
+        arms: Mapping[str, Arm],
+        *,
+        seed: int = 0,
+        alarm: float = 0.1,
+        measure_every: int = 1,
+        max_new_tokens: int | None = None,
+        greedy: bool = False,
     ) -> None:
         self.inner = inner
         self.arms = dict(arms)
         self.seed = seed
+        self._rollout = {"seed": seed, "max_new_tokens": max_new_tokens, "greedy": greedy}
         self.alarm = alarm
         self.measure_every = measure_every
         self.served: dict[str, float] = {}
@@ -158,12 +168,12 @@ class DraftingTrainer:
         model, stops = self.inner.model, frozenset(self.inner.decoder.config.eos_token_ids)
         if self.inner.parallel.size == 1:
             embed, head = model.decoder.embed_tokens.detach(), model.decoder.head.detach()
-            return Policy(embed=embed, head=head, seed=self.seed, stop_ids=stops)
+            return Policy(embed=embed, head=head, stop_ids=stops, **self._rollout)
         weights = model.weights()
         embed = weights["embed_tokens"].read(0, weights["embed_tokens"].shape, model.dtype)
         own = weights.get("lm_head")
         head = embed if own is None else own.read(0, own.shape, model.dtype)
-        return Policy(embed=embed, head=head, seed=self.seed, stop_ids=stops)
+        return Policy(embed=embed, head=head, stop_ids=stops, **self._rollout)
 
     def _total(self, values: Tensor) -> None:
         if values.dtype is torch.float64:
@@ -194,8 +204,9 @@ class DraftingTrainer:
             return {}
         served = 1.0 + self.served["accepted"] / steps
         drafted = self.served["drafted"] / steps
-        expected = 1.0
-        for position in range(self.main.num_draft):
+        fixed = drafted >= 0.99 * found["draft/draft_length_estimate"]  # as the estimate supposes; else as far as drafts went
+        expected = estimated if fixed else 1.0
+        for position in range(0 if fixed else self.main.num_draft):
             share = min(1.0, max(0.0, drafted - position))
             expected += share * found.get(f"draft/accept_rate_estimate_at_{position}", 0.0)
         gap = expected / served - 1.0

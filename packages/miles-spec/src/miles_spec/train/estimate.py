@@ -25,6 +25,7 @@ _MOST_SCORES = 1 << 26
 _EDGES = (0.2, 1.0)
 """Nats that part low, middle and high entropy."""
 _BANDS = ("low", "mid", "high")
+_ENDLESS = 1 << 40
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Estimate:
             return {}
         found = {
             "accept_length_estimate": self.stats.accept_length,
+            "draft_length_estimate": self.stats.num_proposed / self.stats.num_steps,
             "accept_length_greedy_ceiling": self.greedy.accept_length,
             "entropy": self.entropy_sum / max(1, self.num_rows),
         }
@@ -94,12 +96,20 @@ class Estimate:
 
 @torch.no_grad()
 def estimate_acceptance(
-    draft: DraftModel, hidden: Sequence[Tensor], stream: DraftStream, head: Tensor, *, seed: int, stop_ids: frozenset[int]
+    draft: DraftModel,
+    hidden: Sequence[Tensor],
+    stream: DraftStream,
+    head: Tensor,
+    *,
+    seed: int,
+    stop_ids: frozenset[int],
+    max_new_tokens: int | None = None,
+    greedy: bool = False,
 ) -> Estimate:
     """Accept counts of draft states `hidden` (K tensors [R, H]) on sequences sampled with `seed`, K tokens drafted at a time.
 
-    `head` [V, H] is the policy's. Sequences without `sample_id` are left out. `stop_ids` are the tokens that end a sequence: one
-    that ends with another was cut at its longest, and serving drafts no further than that.
+    `head` [V, H] is the policy's. Sequences without `sample_id` are left out. Serving drafts no further than a sequence may
+    get: `max_new_tokens`, and the end of one that does not end with a token of `stop_ids`. `greedy`: sampled at temperature 0.
     """
     found, device = Estimate(), stream.device
     chosen, start = [], 0
@@ -115,20 +125,22 @@ def estimate_acceptance(
     counts = torch.tensor([last - first + 1 for _, _, (first, last) in chosen])
     ids = torch.tensor([rollout.sample_id for rollout, _, _ in chosen]).repeat_interleave(counts).to(device)
     heat = torch.tensor([rollout.temperature for rollout, _, _ in chosen]).repeat_interleave(counts).to(device)
+    drawn_at = torch.zeros_like(heat) if greedy else heat
     on, where, own_head = rows.to(device), place.to(device), draft.head(head)
     keys = [(seed, ids, where + depth + 2) for depth in range(len(hidden))]
     proposed = [
-        _draw(draft, states, on, own_head, head.shape[0], key, heat).cpu().numpy()
+        _draw(draft, states, on, own_head, head.shape[0], key, drawn_at).cpu().numpy()
         for states, key in zip(hidden, keys, strict=True)
     ]
     best, entropy = (part.cpu().numpy() for part in _policy(stream, on, head, heat))
     tokens = torch.cat([rollout.token_ids[first : last + 1] for rollout, _, (first, last) in chosen]).numpy()
     ended = np.array([int(rollout.token_ids[last]) in stop_ids for rollout, _, (_, last) in chosen])
+    longest = np.where(ended, _ENDLESS if max_new_tokens is None else max_new_tokens, counts.numpy())
     left = _left(counts.numpy())
     right = np.stack([_ahead(drawn, tokens, left, depth) for depth, drawn in enumerate(proposed, 1)])
-    walk(right, counts.numpy(), ended, found.stats)
+    walk(right, counts.numpy(), longest, found.stats)
     likely = best == tokens
-    walk(np.stack([_shifted(likely, left, depth) for depth in range(1, len(hidden) + 1)]), counts.numpy(), ended, found.greedy)
+    walk(np.stack([_shifted(likely, left, depth) for depth in range(1, len(hidden) + 1)]), counts.numpy(), longest, found.greedy)
     found.entropy_sum, found.num_rows = float(entropy.sum(dtype=np.float64)), len(entropy)
     starts = np.flatnonzero(left >= 1)  # rows with a first draft token to judge, by the entropy it is drawn at
     bands = np.searchsorted(_EDGES, entropy[starts + 1], side="right")
@@ -149,11 +161,11 @@ def sampled_runs(rollout: Rollout) -> list[tuple[int, int]]:
     ]
 
 
-def walk(right: np.ndarray, counts: np.ndarray, ended: np.ndarray, stats: AcceptStats) -> None:
+def walk(right: np.ndarray, counts: np.ndarray, longest: np.ndarray, stats: AcceptStats) -> None:
     """Step along stretches of `counts` [S] sampled tokens, one after the other, as decoding does; adds to `stats`.
 
     `right` [K, M]: whether what is drafted K deep behind a token is what follows it. The first token of a stretch is drawn by the
-    prefill. A stretch that has not `ended` [S] by itself was at its longest: nothing is drafted for its last token.
+    prefill. It could have had `longest` [S] tokens, of which serving drafts all but the last.
     """
     depths = len(right)
     good = np.cumprod(right, axis=0).sum(axis=0)  # accepted if the draft starts behind this token
@@ -162,8 +174,8 @@ def walk(right: np.ndarray, counts: np.ndarray, ended: np.ndarray, stats: Accept
     proposed, accepted = np.zeros(depths, np.int64), np.zeros(depths, np.int64)
     going = at < last
     while going.any():
-        here, behind = at[going], (last - at)[going]
-        room = np.where(ended[going], depths, np.minimum(depths, behind - 1))
+        here = at[going]
+        room = np.clip((longest - 2 + starts - at)[going], 0, depths)
         took = np.minimum(good[here], room)
         stats.num_steps += int((room > 0).sum())
         for depth in range(depths):

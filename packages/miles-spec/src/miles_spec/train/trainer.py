@@ -44,6 +44,10 @@ class Policy:
     """Key of the rollouts' noise."""
     stop_ids: frozenset[int] = frozenset()
     """Tokens that end a sequence."""
+    max_new_tokens: int | None = None
+    """Most tokens the rollouts may sample at a time, if all may sample as many."""
+    greedy: bool = False
+    """Rollouts were sampled at temperature 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +207,16 @@ class DraftTrainer:
         return made.loss, made.by_depth.float().cpu(), made.acceptance.float().cpu()
 
     def _estimate(self, states: Sequence[Tensor], stream: DraftStream, policy: Policy) -> Estimate:
-        return estimate_acceptance(self.serving, states, stream, policy.head, seed=policy.seed, stop_ids=policy.stop_ids)
+        return estimate_acceptance(
+            self.serving,
+            states,
+            stream,
+            policy.head,
+            seed=policy.seed,
+            stop_ids=policy.stop_ids,
+            max_new_tokens=policy.max_new_tokens,
+            greedy=policy.greedy,
+        )
 
     def _targets(self, stream: DraftStream) -> DraftTargets:
         """Targets of as many depths as anything needs; labels of the first `depths` count."""

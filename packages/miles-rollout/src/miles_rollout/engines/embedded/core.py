@@ -454,9 +454,9 @@ class EngineCore:
 
     def _take_in_blocks(self, flight: Flight, committed: Committed) -> None:
         """Several tokens for a row: what the drafts agree with, in order, until a stop rule holds."""
-        tail, rows, (counts, tokens, _) = self._tables.tail, flight.rows, committed
+        tail, rows, counts, tokens = self._tables.tail, flight.rows, committed.counts, committed.tokens
         starts = np.cumsum(counts) - counts
-        alive = np.ones(len(rows), bool)
+        alive, taken = np.ones(len(rows), bool), np.zeros(len(rows), np.int64)
         for turn in range(int(counts.max())):
             alive &= tail.serial[rows] == flight.serials  # ended in this block, or with another row of its request
             here = np.flatnonzero(alive & (counts > turn))
@@ -468,10 +468,13 @@ class EngineCore:
             fit = (part.token_ids >= 0) & (tail.serial[rows[here]] == flight.serials[here])
             here, part = here[fit], part.take(fit)
             self._num_generated += len(here)
+            taken[here] += 1
             for i in tail.record(rows[here], part).tolist():
                 seq = tail.owners[rows[here[i]]]
                 if seq is not None and tail.serial[rows[here[i]]] == flight.serials[here[i]]:
                     self._look_at(seq, Token(int(part.token_ids[i]), float(part.logprobs[i]), float(part.sampled_logprobs[i])))
+        assert self.speculator is not None
+        self.speculator.count(committed, taken)
 
     def _look_at(self, seq: Sequence, token: Token) -> None:
         """A token that may end its completion, or that somebody reads along with."""

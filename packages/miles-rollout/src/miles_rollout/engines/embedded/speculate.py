@@ -70,6 +70,10 @@ class Committed(NamedTuple):
     """row after row, `counts` each"""
     moves: tuple[np.ndarray, np.ndarray] | None
     """slots whose keys and values must be copied, and to where; None when all lie right"""
+    drafted: np.ndarray
+    """[S] draft tokens of each row"""
+    nodes: np.ndarray | None = None
+    """[S, N]: which of them were accepted, in order; None: the first ones"""
 
 
 class HistoryProposer:
@@ -223,8 +227,7 @@ class Speculator:
         flight.proposer.arrived(flight.rows[live], Blocks(*(part[live] for part in blocks)))
         has = np.arange(blocks.tokens.shape[1]) < counts[:, None]
         logprobs = blocks.logprobs[has]
-        self._note(blocks.drafted[live], counts[live] - 1)
-        return Committed(counts, Tokens(blocks.tokens[has], logprobs, logprobs), None)
+        return Committed(counts, Tokens(blocks.tokens[has], logprobs, logprobs), None, blocks.drafted)
 
     def propose(self, sequences: Many[Sequence], lengths: np.ndarray) -> Drafts | None:
         """Drafts of the decoding sequences, at most `lengths` [R] each; None when there are none."""
@@ -257,8 +260,9 @@ class Speculator:
         tables.position[rows] += accepted.counts
         last = np.cumsum(accepted.counts + 1) - 1
         tables.last_token[rows] = tokens.token_ids[last]
-        self._count(drafts.counts, accepted)
-        return Committed(accepted.counts + 1, tokens, moves)
+        drafted = np.zeros(len(rows), np.int64)
+        drafted[: len(drafts.counts)] = drafts.counts
+        return Committed(accepted.counts + 1, tokens, moves, drafted, accepted.nodes)
 
     def accept(self, drafts: Drafts, drawn: np.ndarray, num_rows: int) -> Accepted:
         """Which draft tokens are committed: those that equal the tokens drawn. Nothing else keeps the output."""
@@ -324,27 +328,22 @@ class Speculator:
         control.note_accepted(proposed[: self.num_draft].tolist(), accepted[: self.num_draft].tolist(), len(self._shadows))
         self._shadows = []
 
-    def _count(self, counts: np.ndarray, accepted: Accepted) -> None:
-        asked = counts > 0
-        self._num_steps += int(asked.sum())
-        self._num_committed += int((accepted.counts[: len(counts)][asked] + 1).sum())
-        nodes = accepted.nodes
-        self._add(counts, np.bincount(nodes[nodes >= 0], minlength=MAX_DRAFT))
-
-    def _note(self, drafted: np.ndarray, accepted: np.ndarray) -> None:
-        """The same for chains, of rows that had `drafted` tokens."""
-        asked = drafted > 0
-        self._num_steps += int(asked.sum())
-        self._num_committed += int((accepted[asked] + 1).sum())
-        self._add(drafted, _reaching(accepted))
-
-    def _add(self, counts: np.ndarray, accepted_at: np.ndarray) -> None:
-        proposed_at = _reaching(counts)
+    def count(self, committed: Committed, taken: np.ndarray) -> None:
+        """Of what was committed rows took `taken` [S] tokens: none after one that ended them, none at all if they had ended."""
+        asked = (committed.drafted > 0) & (taken > 0)
+        drafted, accepted = committed.drafted[asked], np.minimum(committed.counts - 1, taken)[asked]
+        nodes = np.arange(MAX_DRAFT)[None] if committed.nodes is None else committed.nodes[asked]
+        nodes = np.broadcast_to(nodes, (len(drafted), nodes.shape[1]))
+        used = nodes[np.arange(nodes.shape[1]) < accepted[:, None]]
+        proposed_at, accepted_at = _reaching(drafted), np.bincount(used, minlength=MAX_DRAFT)
+        self._num_steps += len(drafted)
+        self._num_committed += int((accepted + 1).sum())
         self._proposed_at += proposed_at
         self._accepted_at += accepted_at
-        if self.controller is not None and len(counts):
-            length = max(int(counts.max()), min(self.num_draft, self.controller.length))
-            self.controller.note_accepted(proposed_at[:length].tolist(), accepted_at[:length].tolist(), len(counts))
+        rows = int((taken > 0).sum())
+        if self.controller is not None and rows:
+            length = max(int(drafted.max(initial=0)), min(self.num_draft, self.controller.length))
+            self.controller.note_accepted(proposed_at[:length].tolist(), accepted_at[:length].tolist(), rows)
 
 
 def _reaching(counts: np.ndarray) -> np.ndarray:
