@@ -34,6 +34,7 @@ from miles_core.memory.slabs import HostSlabs
 from miles_core.memory.trainer import empty_device
 from miles_core.sync.inprocess import publish
 from miles_core.trainer.batch import TrainBatch
+from miles_core.trainer.collectives import all_gather
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.fsdp import FsdpTrainer
 from miles_core.trainer.hashing import combined_hash
@@ -116,7 +117,7 @@ class Bench:
         return time.perf_counter() - begun, result
 
 
-def copy_limits(bench: Bench, num_bytes: int = 2 * GIB) -> dict[str, float]:
+def copy_limits(bench: Bench, num_bytes: int = GIB // 4) -> dict[str, float]:
     """Bytes per second of plain copies between page-locked and device memory: each way alone, and both at once."""
     if not bench.cuda:
         return {"in": 1e9, "out": 1e9, "both": 1e9}
@@ -362,7 +363,8 @@ def trainer_asleep(bench: Bench) -> None:
         batch, _, _ = make_batch("rl", 16384, shape.vocab_size)
         for _ in range(2):
             trainer.step(batch)
-    rank = dist.get_rank()
+    rank, one = dist.get_rank(), torch.zeros(8, device=bench.device)
+    both = torch.zeros(8 * dist.get_world_size(), device=bench.device)
     before = combined_hash(trainer.export_weights())
     empty_device(bench.device)
     awake = bench.used() - bench.options.base
@@ -378,10 +380,13 @@ def trainer_asleep(bench: Bench) -> None:
     if bench.cuda:
         backend = dist.group.WORLD._get_backend(torch.device("cuda"))
         report["nccl"] = (torch.cuda.nccl.version(), hasattr(backend, "suspend"))
+        report["communicators made"] = {name: peers.num_made for name, peers in trainer.model.peers.items()}
         report["torch allocated, reserved MiB"] = (torch.cuda.memory_allocated() >> 20, torch.cuda.memory_reserved() >> 20)
     seconds, moved = bench.timed(trainer.memory.wake)
     report["wake s"] = round(seconds, 3)
     report["wake GB/s"] = [(m.tag, round(m.bytes_per_s / 1e9, 1)) for m in moved if m.num_bytes]
+    seconds, _ = bench.timed(lambda: all_gather(*map(torch.zeros_like, (both, one)), trainer.model.peers["shard"]))
+    report["communicators again s"] = round(seconds, 3)
     report["unchanged"] = combined_hash(trainer.export_weights()) == before
     bench.note(f"rank {rank}", report)
     if bench.cuda:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -225,6 +227,26 @@ def test_a_publication_without_memory_is_done_again(sleep: bool, tmp_path: Path,
         runner.run(engine.close())
         runner.close()
     assert all(tokens == told[0] for tokens in told)
+
+
+def test_an_engine_that_waits_keeps_no_staged_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from miles_rollout.engines.embedded import engine as module
+
+    stage, seen = module.stage, []
+
+    def staged(*args: Any) -> Any:
+        made = stage(*args)
+        seen.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(module, "stage", staged)
+    trainer, engine, runner, memory = parts(MemoryConfig(), tmp_path)
+    memory.publishing(lambda: runner.run(publish(trainer, engine, 0)))
+    over = time.monotonic() + 5.0
+    while seen[0]() is not None and time.monotonic() < over:
+        time.sleep(0.01)
+    assert len(seen) == 1 and seen[0]() is None
+    runner.run(engine.close())
 
 
 def test_a_publication_that_never_fits_is_refused_and_the_engine_keeps_its_weights(

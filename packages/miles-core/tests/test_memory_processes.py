@@ -43,6 +43,9 @@ WORKER = textwrap.dedent(
     )
     batch = TrainBatch.from_groups(random_samples(1), AlgorithmConfig())
     left = [1]
+    peers = trainer.model.peers.values()
+    for each in peers:  # of their own, as on a GPU
+        each._transport = lambda store, rank, size: dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=240))
 
     def failing(plain):
         def call(*args, **more):
@@ -61,11 +64,20 @@ WORKER = textwrap.dedent(
         trainer.optimizer.collect = failing(trainer.optimizer.collect)
     try:
         trainer.step(batch)
+        if where == "nowhere":
+            trainer.memory.sleep()
+            assert all(each._backend is None for each in peers)
+        if where in ("nowhere", "optimizer"):
+            trainer.step(batch)
+            made = {each.name: each.num_made for each in peers}
+            assert made == {"shard": 1 + (where == "nowhere"), "replicate": 0}, made
         print("hash", combined_hash(trainer.export_weights()), trainer.memory.ladder.counts["num_recovered"], flush=True)
     except OutOfRoom as error:
         print(error, flush=True)
         sys.exit(3)
     dist.barrier()
+    for each in peers:
+        each.release()
     dist.destroy_process_group()
     """
 )
@@ -97,6 +109,7 @@ def both(where: str) -> tuple[list[int], list[str], float]:
 
 
 def test_an_update_that_runs_out_of_memory_in_one_process_is_done_again_there() -> None:
+    """The run it is compared with slept in between, and made its communicators anew."""
     codes, plain, _ = both("nowhere")
     assert codes == [0, 0], plain
     codes, found, _ = both("optimizer")

@@ -291,7 +291,7 @@ def _publishing(job: Job, parameters: Parameters) -> list[Item]:
 
 def _host(job: Job, parameters: Parameters) -> tuple[Item, ...]:
     per_node = min(job.num_gpus, 8)
-    items = [Item("processes", per_node * 2400 * MIB, f"{per_node} process(es) with torch and CUDA")]
+    items = [Item("processes", per_node * 1400 * MIB, f"{per_node} process(es) with torch and CUDA")]
     if job.trains:
         items.append(Item("staging", per_node * STAGING_BYTES, "one bucket a process, for loading, saving and publishing"))
         kept = [item for item in _away(job, parameters) if not (item.name == "optimizer state" and job.optimizer == "disk")]

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 from miles_core.memory.ladder import OutOfRoom, is_out_of_memory
+from miles_core.memory.peers import Peers
 
 T = TypeVar("T")
 _KEY = "miles/out_of_room"
@@ -30,10 +31,10 @@ class Together:
     Example: Together(rank, size, on_cuda=False).run("forward and backward", work, report)
     """
 
-    def __init__(self, rank: int, size: int, *, on_cuda: bool) -> None:
+    def __init__(self, rank: int, size: int, *, on_cuda: bool, peers: Sequence[Peers] = ()) -> None:
         import torch.distributed as dist
 
-        self.rank, self.size, self._on_cuda = rank, size, on_cuda
+        self.rank, self.size, self._on_cuda, self._peers = rank, size, on_cuda, tuple(peers)
         self._store: Any = dist.distributed_c10d._get_default_store()
         self._watch: threading.Thread | None = None
         self._reason: str | None = None
@@ -91,4 +92,6 @@ class Together:
             if not dist.is_initialized():
                 return
         if self._on_cuda and torch.cuda.is_available():
+            for peers in self._peers:
+                peers.abort()
             dist.distributed_c10d._abort_process_group()

@@ -15,6 +15,7 @@ from miles_core.memory.config import MemoryConfig
 from miles_core.memory.evidence import Refusal, refusal
 from miles_core.memory.homes import PAD, StateHome
 from miles_core.memory.ladder import Ladder, Rung
+from miles_core.memory.peers import Peers
 from miles_core.memory.regions import Moved, Mover, Region, Target
 from miles_core.memory.together import Together
 
@@ -52,7 +53,7 @@ class TrainerMemory:
     """Moves what a trainer holds by tag, and makes room when there is none.
 
     `weights` and `reference` yield the tensors of model and frozen policy; `model` is what can recompute its layers. `place`
-    is the rank and number of processes that work together.
+    is the rank and number of processes that work together, `peers` are their groups.
 
     Example: memory.sleep(); ...; memory.wake()
     """
@@ -68,6 +69,7 @@ class TrainerMemory:
         model: Recomputing | None = None,
         place: tuple[int, int] | None = None,
         splits_gradients: bool = False,
+        peers: Sequence[Peers] = (),
     ) -> None:
         self.optimizer, self.device, self.config = optimizer, device, config
         self._model = model
@@ -77,7 +79,8 @@ class TrainerMemory:
         self.saves_on_host = False
         """Whether what the forward pass keeps for the backward one waits on the host."""
         self.facts = Refusal(device)
-        self._together = None if place is None else Together(*place, on_cuda=device.type == "cuda")
+        self._peers = tuple(peers)
+        self._together = None if place is None else Together(*place, on_cuda=device.type == "cuda", peers=self._peers)
         rungs = [
             Rung("free cached blocks", self._free),
             Rung("optimizer state to the host", self._rehouse),
@@ -122,13 +125,15 @@ class TrainerMemory:
         return [self.mover.onload(tag) for tag in _ordered(wanted)]
 
     def sleep(self) -> list[Moved]:
-        """Everything off the device, and what the allocator kept given back."""
+        """Everything off the device, communicators too, and what the allocator kept given back. Collective."""
         moved = self.offload(TRAINER_TAGS)
         empty_device(self.device)
+        for peers in self._peers:
+            peers.release()
         return moved
 
     def wake(self) -> list[Moved]:
-        """Everything back."""
+        """Everything back; communicators are made when they are first used."""
         return self.onload(TRAINER_TAGS)
 
     def rehouse(self) -> None:

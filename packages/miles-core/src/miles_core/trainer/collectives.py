@@ -15,15 +15,53 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Group = Any
-"""A torch.distributed process group."""
+from miles_core.memory.peers import Peers
 
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
+Group = Any
+"""A process group: torch's, or `Peers`; None is a process alone."""
+
+
+def live(group: Group) -> Any:
+    """The group of torch's; collective where communicators have to be made first."""
+    return group.live if isinstance(group, Peers) else group
 
 
 def size_of(group: Group) -> int:
-    """Processes in the group; None is a process alone."""
-    return 1 if group is None else int(dist.get_world_size(group))
+    """Processes in the group."""
+    return 1 if group is None else group.size if isinstance(group, Peers) else int(dist.get_world_size(group))
+
+
+def rank_of(group: Group) -> int:
+    """This process in the group."""
+    return 0 if group is None else group.rank if isinstance(group, Peers) else int(dist.get_rank(group))
+
+
+def broadcast(tensor: Tensor, rank: int, group: Group) -> None:
+    """Every process gets the tensor of the group's `rank`."""
+    options = dist.distributed_c10d.BroadcastOptions()
+    options.rootRank, options.rootTensor, options.asyncOp = rank, 0, False
+    _end(live(group).broadcast([tensor], options))
+
+
+def all_to_all(output: Tensor, rows: Tensor, group: Group, receive: Sequence[int] = (), send: Sequence[int] = ()) -> None:
+    """Rows of dim 0 to and from everybody, equally many unless said."""
+    options = dist.distributed_c10d.AllToAllOptions()
+    options.asyncOp = False
+    _end(live(group).alltoall_base(output, rows, list(receive), list(send), options))
+
+
+def all_gather(output: Tensor, own: Tensor, group: Group, *, async_op: bool = False) -> Any:
+    """`output` [ranks * n, ...] becomes everybody's `own` [n, ...], in the order of ranks; what to wait for, when `async_op`."""
+    options = dist.distributed_c10d.AllgatherOptions()
+    options.asyncOp = async_op
+    work = live(group)._allgather_base(output, own, options)
+    return work if async_op else _end(work)
+
+
+def _end(work: Any) -> None:
+    """Wait; on CUDA the stream does. Groups of ours are in none of torch's tables, so their own methods are called."""
+    if work is not None:
+        work.wait()
 
 
 def ordered_sum(parts: Sequence[Tensor]) -> Tensor:
@@ -36,8 +74,11 @@ def ordered_sum(parts: Sequence[Tensor]) -> Tensor:
 
 def reduce_scatter(output: Tensor, flat: Tensor, group: Group) -> None:
     """`output` [n] becomes this rank's part of the sum of everybody's `flat` [ranks * n], float32, ranks in order."""
+    if size_of(group) == 1:
+        output.copy_(flat)
+        return
     parts = torch.empty_like(flat)
-    dist.all_to_all_single(parts, flat, group=group)
+    all_to_all(parts, flat, group)
     rows = parts.view(size_of(group), -1)
     output.copy_(rows[0])
     for row in rows[1:]:
@@ -54,21 +95,39 @@ def all_reduce_(flat: Tensor, group: Group) -> None:
     padded[: flat.numel()] = flat.reshape(-1)
     own = flat.new_empty(part)
     reduce_scatter(own, padded, group)
-    _all_gather(padded, own, group=group)
+    all_gather(padded, own, group)
     flat.copy_(padded[: flat.numel()].view_as(flat))
 
 
-class OrderedReduceScatter:
-    """The reduce-scatter FSDP2 is told to use (`FSDPModule.set_custom_reduce_scatter`)."""
+class _OfUnit:
+    """What FSDP2 calls for a unit's processes, instead of the group of its mesh."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Room for an input or output."""
         return torch.empty(*size, dtype=dtype, device=device)
 
+
+class UnitGather(_OfUnit):
+    """The gather FSDP2 is told to use (`FSDPModule.set_custom_all_gather`)."""
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Group, async_op: bool = False) -> Any:
+        """Everybody's part, in the order of ranks."""
+        if size_of(self.group) == 1:
+            output_tensor.copy_(input_tensor)
+            return None
+        return all_gather(output_tensor, input_tensor, self.group, async_op=async_op)
+
+
+class OrderedReduceScatter(_OfUnit):
+    """The reduce-scatter FSDP2 is told to use (`FSDPModule.set_custom_reduce_scatter`)."""
+
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Group, op: Any, async_op: bool = False) -> None:
         """Sum, whatever `op` says: averaging is off in our use."""
         assert not async_op, "FSDP2 waits for its reduce-scatter by stream order"
-        reduce_scatter(output_tensor, input_tensor, group)
+        reduce_scatter(output_tensor, input_tensor, self.group)
 
 
 @dataclass(frozen=True)
@@ -83,7 +142,7 @@ class Routes:
     def agree(cls, send: Tensor, group: Group) -> Routes:
         """From what this rank sends, int64 [ranks]; the others say what it will receive."""
         receive = torch.empty_like(send)
-        dist.all_to_all_single(receive, send, group=group)
+        all_to_all(receive, send, group)
         return cls(send.tolist(), receive.tolist(), group)
 
     def back(self) -> Routes:
@@ -93,7 +152,7 @@ class Routes:
     def carry(self, rows: Tensor) -> Tensor:
         """Rows sorted by destination -> rows received, by source. No gradient."""
         received = rows.new_empty((sum(self.receive), *rows.shape[1:]))
-        dist.all_to_all_single(received, rows.contiguous(), self.receive, self.send, group=self.group)
+        all_to_all(received, rows.contiguous(), self.group, self.receive, self.send)
         return received
 
 
@@ -117,7 +176,7 @@ def gather_padded(rows: Tensor, most: int, group: Group) -> Tensor:
     """Everybody's rows [T_r, ...] as [ranks, most, ...]; what lies beyond a rank's own rows is zero."""
     padded = rows if rows.shape[0] == most else torch.cat((rows, rows.new_zeros((most - rows.shape[0], *rows.shape[1:]))))
     out = rows.new_empty((size_of(group) * most, *rows.shape[1:]))
-    _all_gather(out, padded.contiguous(), group=group)
+    all_gather(out, padded.contiguous(), group)
     return out.view(size_of(group), most, *rows.shape[1:])
 
 

@@ -15,10 +15,9 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from miles_core.trainer.collectives import Group, gather_padded, ordered_sum
+from miles_core.trainer.collectives import Group, all_to_all, gather_padded, ordered_sum, size_of
 from miles_kernels.ops.attention import AttentionPlan, Segment, plan_attention
 
 
@@ -191,7 +190,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        part, ranks = ctx.part, dist.get_world_size(ctx.group)
+        part, ranks = ctx.part, size_of(ctx.group)
         send = grad.new_zeros((ranks * part.most_rows, *grad.shape[1:]), dtype=torch.float32)
         if part.home is None:
             send[part.place] = grad.float()
@@ -200,7 +199,7 @@ class _GatherRows(torch.autograd.Function):
             first, second = part.home
             send[: len(first)] = padded[first] + padded[second]
         received = torch.empty_like(send)
-        dist.all_to_all_single(received, send, group=ctx.group)
+        all_to_all(received, send, ctx.group)
         total = ordered_sum(received.view(ranks, part.most_rows, *grad.shape[1:]))
         return total[: ctx.num_rows].to(grad.dtype), None, None
 

@@ -10,10 +10,9 @@ are summed over tokens ordered by source rank.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from miles_core.trainer.collectives import Group, Routes, carry_rows, permuted, size_of
+from miles_core.trainer.collectives import Group, Routes, all_to_all, carry_rows, permuted, rank_of, size_of
 from miles_kernels.ops import moe
 from miles_kernels.ops.act import swiglu
 from miles_kernels.ops.grouped import grouped_linear
@@ -25,7 +24,7 @@ class Experts(nn.Module):
 
     def __init__(self, gate_up: Tensor, down: Tensor, group: Group, mode: Mode | None) -> None:
         super().__init__()
-        ranks, rank = size_of(group), dist.get_rank(group)
+        ranks, rank = size_of(group), rank_of(group)
         own = slice(gate_up.shape[0] // ranks * rank, gate_up.shape[0] // ranks * (rank + 1))
         self.gate_up = nn.Parameter(gate_up.detach()[own].clone(), requires_grad=gate_up.requires_grad)
         self.down = nn.Parameter(down.detach()[own].clone(), requires_grad=down.requires_grad)
@@ -68,7 +67,7 @@ def _agree(counts_E: Tensor, group: Group) -> tuple[Routes, list[int], Tensor]:
     """Routes of the rows, rows per own expert, and the order that sorts what arrives by (expert, source, token)."""
     ranks = size_of(group)
     arriving = torch.empty_like(counts_E)  # [ranks, Eo]: each source's rows per own expert
-    dist.all_to_all_single(arriving, counts_E.contiguous(), group=group)
+    all_to_all(arriving, counts_E.contiguous(), group)
     both = torch.stack((counts_E, arriving)).cpu().view(2, ranks, -1)
     send, receive = both.sum(-1).tolist()
     expert = torch.arange(both.shape[-1]).repeat(ranks).repeat_interleave(both[1].flatten())

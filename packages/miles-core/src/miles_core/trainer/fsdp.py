@@ -93,7 +93,7 @@ class FsdpTrainer:
         self.memory = TrainerMemory(
             self.optimizer, self._weights, self._frozen, self.model.device, memory,
             model=self.decoder, place=(self.parallel.rank, self.parallel.size) if several else None,
-            splits_gradients=config.gradients == "chained",
+            splits_gradients=config.gradients == "chained", peers=tuple(self.model.peers.values()),
         )  # fmt: skip
         self._observer: TrainObserver | None = None
         self._chained = config.gradients == "chained"

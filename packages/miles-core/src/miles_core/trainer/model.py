@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from miles_core.memory.peers import Peers
 from miles_core.trainer.optim import Optimized, sum_of_squares
 from miles_core.trainer.packing import Microbatch
 from miles_core.trainer.weights import Owned, hf_slices
@@ -29,6 +30,8 @@ class WholeModel:
         self.context = (0, 1)
         self.watcher: Callable[[Microbatch, Tensor, Mapping[int, Tensor]], None] | None = None
         """Told of the states of every forward pass that has a gradient."""
+        self.peers: dict[str, Peers] = {}
+        """Other processes that have a part of it, by axis."""
         self.tapped: tuple[int, ...] = ()
         """Layers whose incoming residual stream the watcher is shown, too."""
 

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from miles_core.trainer.collectives import Group, OrderedReduceScatter, all_reduce_, gather_padded, size_of
+from miles_core.memory.peers import Peers
+from miles_core.trainer.collectives import Group, OrderedReduceScatter, UnitGather, all_reduce_, gather_padded, size_of
 from miles_core.trainer.context import ContextKV, gather_tokens
 from miles_core.trainer.experts import Experts
 from miles_core.trainer.layout import ProcessLayout
@@ -102,10 +103,12 @@ class ShardedModel(WholeModel):
         self.layout, self.keep = layout, keep
         self.groups: dict[str, Any] = _groups_of(layout, self.device.type) if beside is None else beside.groups
         groups = self.groups
-        self.replica: Group = groups["shard"].get_group()
-        self.copies: Group = groups["replicate"].get_group()
+        made = {name: Peers(mesh.get_group(), name) for name, mesh in groups.items()} if beside is None else beside.peers
+        self.peers = made
+        self.replica: Group = made["shard"]
+        self.copies: Group = made["replicate"]
         self.context = (layout.context_rank(dist.get_rank()), layout.cp)
-        self.context_group: Group = groups["cp"].get_group() if layout.cp > 1 else None
+        self.context_group: Group = made["cp"] if layout.cp > 1 else None
         self._shapes = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
         self._cut(groups)
 
@@ -128,7 +131,7 @@ class ShardedModel(WholeModel):
             layer.__class__ = ShardedLayer
             layer.experts = None
             if layer.is_moe and layout.ep > 1:
-                layer.experts = Experts(layer.expert_gate_up_proj, layer.expert_down_proj, groups["ep"].get_group(), mode)
+                layer.experts = Experts(layer.expert_gate_up_proj, layer.expert_down_proj, self.peers["ep"], mode)
                 del layer.expert_gate_up_proj, layer.expert_down_proj
         for name, parameter in decoder.named_parameters():
             if "table." not in name:
@@ -143,9 +146,11 @@ class ShardedModel(WholeModel):
         fully_shard(decoder, mesh=groups["shard"], mp_policy=policy, ignored_params=ignored, reshard_after_forward=True)
         for module in decoder.modules():
             if isinstance(module, FSDPModule):
+                unit = self.peers["experts" if isinstance(module, Experts) else "shard"]
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-                module.set_custom_reduce_scatter(OrderedReduceScatter())
+                module.set_custom_all_gather(UnitGather(unit))
+                module.set_custom_reduce_scatter(OrderedReduceScatter(unit))
 
     def require_chain(self) -> None:
         """Refuse: what several processes sum has no order of micro-batches."""

@@ -9,10 +9,9 @@ each sent by its owners when its turn comes; `streamed` does the arithmetic. A t
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from miles_core.trainer.collectives import Group, Routes, carry_rows, ordered_sum, permuted, size_of
+from miles_core.trainer.collectives import Group, Routes, broadcast, carry_rows, ordered_sum, permuted, rank_of, size_of
 from miles_core.trainer.streamed import Slices, streamed_logprob
 from miles_kernels.ops.embedding import embedding
 from miles_kernels.ops.logprob import LogprobOutput
@@ -34,7 +33,7 @@ class VocabTable(nn.Module):
     def __init__(self, whole: Tensor, dtype: torch.dtype, keep: torch.dtype, group: Group, mode: Mode | None) -> None:
         super().__init__()
         self.group, self.dtype, self.mode = group, dtype, mode
-        self.rank = 0 if group is None else dist.get_rank(group)
+        self.rank = rank_of(group)
         self.bounds = bounds_of(whole.shape[0], size_of(group))
         self.shape = whole.shape
         own = whole.detach()[self.bounds[self.rank] : self.bounds[self.rank + 1]]
@@ -80,7 +79,7 @@ class _TableSlices(Slices):
             part = out[a - start : b - start]
             if rank == table.rank:
                 part.copy_(self.narrow[a - first : b - first])
-            dist.broadcast(part, dist.get_global_rank(table.group, rank), group=table.group)
+            broadcast(part, rank, table.group)
         return out
 
     def new_gradient(self) -> Tensor:

@@ -12,10 +12,9 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from miles_core.trainer.collectives import Group, size_of
+from miles_core.trainer.collectives import Group, broadcast, rank_of, size_of
 from miles_kernels.nn.decoder import Decoder
 
 
@@ -59,7 +58,7 @@ class Owned:
     @property
     def rank(self) -> int:
         """This process among them."""
-        return 0 if self.group is None else int(dist.get_rank(self.group))
+        return rank_of(self.group)
 
     def with_local(self, local: Tensor, name: str | None = None) -> Owned:
         """The same cut of another tensor of that shape."""
@@ -80,7 +79,7 @@ class Owned:
                 part = out[a - offset : b - offset]
                 if rank == self.rank:
                     part.copy_(flat[a - own[0] : b - own[0]])
-                dist.broadcast(part, dist.get_global_rank(self.group, rank), group=self.group)
+                broadcast(part, rank, self.group)
         return out.view(*shape)
 
     @torch.no_grad()
