@@ -60,6 +60,7 @@ class Played:
         logits = runner.forward(Batch(rows, [], drafts), tokens_known=True)
         tables.position[rows] += 1
         drawn = runner.draw(logits, [], rows, drafts).wait()
+        assert not isinstance(drawn, Blocks)
         if drafts is None:
             counts, starts, drafted = np.ones(len(rows), np.int64), np.arange(len(rows)), np.zeros(len(rows), np.int64)
         else:

@@ -39,7 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     simulate.add_argument("--sharpness", type=float, default=6.0, help="synthetic only: standard deviation of the logits")
     simulate.add_argument("--temperature", type=float, default=1.0, help="synthetic only; 0 is greedy")
-    simulate.add_argument("--seed", type=int, default=0, help="synthetic only")
+    simulate.add_argument("--seed", type=int, default=0, help="synthetic and --costs only")
+    simulate.add_argument(
+        "--costs",
+        type=Path,
+        metavar="FILE",
+        help='choose draft lengths in an engine of these costs: JSON lines {"rows": R, "seconds": [without drafts, with 1, ..]}',
+    )
+    simulate.add_argument(
+        "--accept",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.3, 0.6, 0.9],
+        help="--costs only: chances that a draft token is accepted",
+    )
     lossless = commands.add_parser(
         "verify-lossless",
         help="compare the embedded engine with and without drafts, bit for bit",
@@ -65,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command in ("inspect", "export"):
             return model_command.run(options)
         _check(options)
+        if options.costs:
+            return _controlled(options)
         return _recorded(options) if options.file else _synthetic(options)
     except (OSError, ValueError) as error:
         print(f"miles-spec: {error}", file=sys.stderr)
@@ -86,6 +101,20 @@ def _lossless(options: argparse.Namespace) -> int:
         ) from error
     shares = (int(part[1]), int(part[2]))
     return int(check.main(options.tokens, options.seed, options.device, options.seconds, shares))
+
+
+def _controlled(options: argparse.Namespace) -> int:
+    from miles_spec.simulate_control import CostTable, control
+
+    if any(not 0.0 <= chance <= 1.0 for chance in options.accept):
+        raise ValueError(f"--accept must lie in 0..1, not {options.accept}")
+    table = CostTable.read(options.costs)
+    print("rows  acceptance  best length  adaptive / plain  adaptive / best")
+    for rows in sorted(table.seconds):
+        for chance in options.accept:
+            found = control(table, [chance] * table.most, rows, seed=options.seed)
+            print(f"{rows:4}  {chance:10.2f}  {found.best_length:11}  {found.over_plain:16.3f}  {found.over_best:15.3f}")
+    return 0
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -158,7 +158,7 @@ class EngineCore:
             raise AssertionError(
                 f"nothing can move: {self._scheduler.num_running} running, {len(self._scheduler.waiting)} waiting"
             )
-        self._note_time(batch, time.perf_counter() - started)
+        self._note_time(batch, time.perf_counter() - started, is_behind=bool(self._ahead) and not at_once)
         return self._outputs.take_deliveries()
 
     def _make_room(self) -> None:
@@ -484,11 +484,11 @@ class EngineCore:
         except Exception as error:  # one request's fault, delivered to whoever awaits it; the others go on
             self._fail(seq.job, error)
 
-    def _note_time(self, batch: Batch, seconds: float) -> None:
+    def _note_time(self, batch: Batch, seconds: float, is_behind: bool) -> None:
         self._num_steps += 1
         self._busy_s += seconds
         if self.speculator is not None:
-            self.speculator.note_step(len(batch.rows), batch.num_decode_tokens, bool(batch.chunks), seconds)
+            self.speculator.note_step(len(batch.rows), bool(batch.chunks), seconds, is_behind)
 
     # ------------------------------------------------------------------ ends
 

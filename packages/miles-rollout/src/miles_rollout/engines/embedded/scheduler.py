@@ -274,14 +274,13 @@ class Scheduler:
         if length and self._can_go_ahead(length):
             return None, length
         rows = self._rows
-        if (length or speculator.wants_shadow or self._is_unsure(rows).any()) and self._settle():
+        if (length or self._is_unsure(rows).any()) and self._settle():
             self._unsure[rows] = 0
             self._slack = 0
             self._give_room_to_decode()
             if not self.decoding:
                 return None, 0
         self._unsure[rows] = 0
-        speculator.shadow(self.decoding)
         return (self._propose(min(length, budget // len(self.decoding))) if length else None), 0
 
     def _propose(self, length: int) -> Drafts | None:

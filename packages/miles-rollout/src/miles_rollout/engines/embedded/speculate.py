@@ -9,7 +9,6 @@ Keys and values of refused draft tokens are overwritten when their positions are
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from typing import NamedTuple, Protocol
@@ -25,7 +24,6 @@ from miles_rollout.engines.embedded.tail import Tokens
 from miles_spec.control import Controller
 from miles_spec.draft import DRAFTS, Draft
 from miles_spec.models.base import DraftModel
-from miles_spec.verify import matching_prefix
 
 
 class Proposer(Protocol):
@@ -72,6 +70,8 @@ class Committed(NamedTuple):
     """slots whose keys and values must be copied, and to where; None when all lie right"""
     drafted: np.ndarray
     """[S] draft tokens of each row"""
+    length: int
+    """draft tokens that a row was to have"""
     nodes: np.ndarray | None = None
     """[S, N]: which of them were accepted, in order; None: the first ones"""
 
@@ -169,9 +169,9 @@ class Speculator:
         self._proposed_at: np.ndarray = np.zeros(MAX_DRAFT, np.int64)
         self._accepted_at: np.ndarray = np.zeros(MAX_DRAFT, np.int64)
         self._num_steps = self._num_committed = 0
-        self._length = 0
-        self._shadows: list[tuple[Sequence, int, list[int], list[int]]] = []
-        self._draft_s = 0.0
+        self.length = 0
+        """Draft tokens a row that the step was to have, by the last choice."""
+        self._last_made: tuple[int, int] | None = None
         self.is_plain: Callable[[np.ndarray], bool] = lambda rows: True
         """Whether rows sample without filters; the engine sets it."""
         self.use(draft)
@@ -189,28 +189,9 @@ class Speculator:
 
     def choose(self, num_rows: int, budget: int) -> int:
         """How many tokens each of the decoding rows is to draft in this step, together at most `budget`."""
-        started = time.perf_counter()
-        length = min(self.num_draft, budget // max(1, num_rows))
-        if self.controller is not None:
-            length = min(length, self.controller.choose(num_rows))
-        self._length = length
-        self._draft_s = time.perf_counter() - started
-        return length
-
-    @property
-    def wants_shadow(self) -> bool:
-        """Whether `shadow` would propose or compare something in this step; it needs to know the tokens of all rows."""
-        control = self.controller
-        return control is not None and (bool(self._shadows) or (self._length < 1 and control.wants_shadow()))
-
-    def shadow(self, sequences: Many[Sequence]) -> None:
-        """Make proposals that are not verified, or compare those made before, if it is time."""
-        if self.wants_shadow and self.controller is not None:
-            started = time.perf_counter()
-            self._shadow(sequences, self.controller)
-            spent = time.perf_counter() - started
-            self.controller.note_shadow(spent)
-            self._draft_s += spent
+        length = self.num_draft if self.controller is None else self.controller.choose(num_rows)
+        self.length = min(length, budget // max(1, num_rows))
+        return self.length
 
     def prepare(self, rows: np.ndarray, unsure: np.ndarray) -> bool:
         """Whether the device can draft for rows [R] by itself."""
@@ -227,27 +208,22 @@ class Speculator:
         flight.proposer.arrived(flight.rows[live], Blocks(*(part[live] for part in blocks)))
         has = np.arange(blocks.tokens.shape[1]) < counts[:, None]
         logprobs = blocks.logprobs[has]
-        return Committed(counts, Tokens(blocks.tokens[has], logprobs, logprobs), None, blocks.drafted)
+        return Committed(counts, Tokens(blocks.tokens[has], logprobs, logprobs), None, blocks.drafted, blocks.tokens.shape[1] - 1)
 
     def propose(self, sequences: Many[Sequence], lengths: np.ndarray) -> Drafts | None:
         """Drafts of the decoding sequences, at most `lengths` [R] each; None when there are none."""
-        started = time.perf_counter()
         drafts = self.proposer.propose(sequences, lengths)
-        spent = time.perf_counter() - started
-        self._draft_s += spent
-        control = self.controller
-        if control is not None:
-            control.note_draft(len(sequences), spent)
-            if drafts is None:
-                none = [0] * int(lengths.max())
-                control.note_accepted(none, none, len(sequences))
+        if drafts is None and self.controller is not None:
+            none = [0] * int(lengths.max())
+            self.controller.note_accepted(none, none, len(sequences))
         return drafts
 
-    def note_step(self, num_rows: int, num_tokens: int, has_chunks: bool, seconds: float) -> None:
-        """The step of the last `propose` took `seconds`. Steps with prefill say nothing about decoding."""
-        if self.controller is not None and num_rows and not has_chunks:
-            self.controller.note_pass(num_rows, num_tokens, seconds - self._draft_s)
-        self._draft_s = 0.0
+    def note_step(self, num_rows: int, has_chunks: bool, seconds: float, is_behind: bool) -> None:
+        """A step took `seconds`; with `is_behind` they are those of the step before. Steps with prefill are left out."""
+        made = (num_rows, self.length) if num_rows and not has_chunks else None
+        noted, self._last_made = (self._last_made if is_behind else made), made
+        if self.controller is not None and noted is not None:
+            self.controller.note_step(*noted, seconds)
 
     def commit(self, drafts: Drafts, rows: np.ndarray, tables: Tables, drawn: Tokens) -> Committed:
         """Of what was drawn at all positions [S + D], what plain decoding would have drawn too.
@@ -262,7 +238,7 @@ class Speculator:
         tables.last_token[rows] = tokens.token_ids[last]
         drafted = np.zeros(len(rows), np.int64)
         drafted[: len(drafts.counts)] = drafts.counts
-        return Committed(accepted.counts + 1, tokens, moves, drafted, accepted.nodes)
+        return Committed(accepted.counts + 1, tokens, moves, drafted, self.length, accepted.nodes)
 
     def accept(self, drafts: Drafts, drawn: np.ndarray, num_rows: int) -> Accepted:
         """Which draft tokens are committed: those that equal the tokens drawn. Nothing else keeps the output."""
@@ -302,32 +278,6 @@ class Speculator:
         moved = source != target
         return (source[moved], target[moved]) if moved.any() else None
 
-    def _shadow(self, sequences: Many[Sequence], control: Controller) -> None:
-        """Compare proposals made a few steps ago with what was drawn since, or make such proposals for the oldest sequences."""
-        if not self._shadows:
-            few = [seq for seq in sequences[: max(1, len(sequences) // 8)] if seq.max_tokens - seq.num_tokens > self.num_draft]
-            drafts = self.proposer.propose(few, np.full(len(few), self.num_draft)) if few else None
-            start = 0
-            for seq, count in zip(few, [0] * len(few) if drafts is None else drafts.counts.tolist(), strict=True):
-                part = slice(start, start + count)
-                tokens = [] if drafts is None else drafts.tokens[part].tolist()
-                parents = list(range(-1, count - 1))
-                if drafts is not None and drafts.parents is not None:
-                    parents = drafts.parents[part].tolist()
-                self._shadows.append((seq, seq.num_tokens, tokens, parents))
-                start += count
-            return
-        if any(seq.finish_reason is None and seq.num_tokens < seen + self.num_draft for seq, seen, *_ in self._shadows):
-            return
-        proposed: np.ndarray = np.zeros(MAX_DRAFT, np.int64)
-        accepted: np.ndarray = np.zeros(MAX_DRAFT, np.int64)
-        for seq, seen, tokens, parents in self._shadows:
-            proposed[: len(tokens)] += 1
-            for node in _followed(tokens, parents, seq.output[seen - seq.job.num_prompt :]):
-                accepted[node] += 1
-        control.note_accepted(proposed[: self.num_draft].tolist(), accepted[: self.num_draft].tolist(), len(self._shadows))
-        self._shadows = []
-
     def count(self, committed: Committed, taken: np.ndarray) -> None:
         """Of what was committed rows took `taken` [S] tokens: none after one that ended them, none at all if they had ended."""
         asked = (committed.drafted > 0) & (taken > 0)
@@ -342,27 +292,13 @@ class Speculator:
         self._accepted_at += accepted_at
         rows = int((taken > 0).sum())
         if self.controller is not None and rows:
-            length = max(int(drafted.max(initial=0)), min(self.num_draft, self.controller.length))
+            length = committed.length
             self.controller.note_accepted(proposed_at[:length].tolist(), accepted_at[:length].tolist(), rows)
 
 
 def _reaching(counts: np.ndarray) -> np.ndarray:
     """How many of `counts` are above i, for i = 0 .. MAX_DRAFT - 1."""
     return np.cumsum(np.bincount(counts, minlength=MAX_DRAFT + 1)[::-1])[::-1][1:]
-
-
-def _followed(tokens: list[int], parents: list[int], drawn: list[int]) -> list[int]:
-    """The nodes that drawn tokens follow."""
-    if parents == list(range(-1, len(parents) - 1)):
-        return list(range(matching_prefix(tokens, drawn)))
-    path, at = [], -1
-    for token in drawn:
-        found = next((node for node, parent in enumerate(parents) if parent == at and tokens[node] == token), None)
-        if found is None:
-            break
-        path.append(found)
-        at = found
-    return path
 
 
 def make_controller(config: EmbeddedConfig) -> Controller | None:
