@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,13 +59,18 @@ def gradients(
 ) -> tuple[list[Tensor], StepStats]:
     """The gradients of one step, and what it says."""
     decoder = random_decoder(shape, 0, dtype=dtype)
-    config = TrainerConfig(gradients=kind, max_tokens_per_microbatch=budget, grad_clip=0.0)
+    config = TrainerConfig(gradients=kind, max_tokens_per_microbatch=budget, grad_clip=0.0, replicate=processes())
     algorithm = AlgorithmConfig(entropy_coef=0.1)
     trainer = FsdpTrainer(fold_decoder(decoder) if folded else decoder, algorithm, config, OptimizerConfig(lr=1e-3))
     held: list[Tensor] = []
     step = trainer.optimizer.step
     trainer.optimizer.step = lambda grads: held.extend(g.clone() for g in grads) or step(grads)  # type: ignore[method-assign]
     return held, trainer.step(batch)
+
+
+def processes() -> int:
+    """Of this run."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def unequal(a: list[Tensor], b: list[Tensor]) -> int:
@@ -143,3 +154,58 @@ def test_models_that_cannot_be_chained_are_refused():
 
     with pytest.raises(ValueError, match="gradients of biases are not chained"):
         build(replace(LLAMA, family="qwen2", attention_bias=True))
+
+
+PROCESS = """
+import json, sys, torch
+import torch.distributed as dist
+from datetime import timedelta
+sys.path.insert(0, sys.argv[1])
+import test_trainer_chained as here
+torch.set_num_threads(1)
+dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+batch, out = here.batch_of(3), {}
+rounded = [length + -length % 16 for length in batch.last]
+for kind in ("chained", "summed"):
+    whole, cut = (here.gradients(here.MOE, batch, budget, kind, torch.float32) for budget in (sum(rounded), max(rounded)))
+    out[kind] = [here.unequal(whole[0], cut[0]), whole[1].num_microbatches, cut[1].num_microbatches, whole[1].loss]
+    out["sum"] = sum(float(each.double().sum()) for each in whole[0]) if kind == "chained" else out["sum"]
+held = torch.cat([each.reshape(-1) for each in here.gradients(here.MOE, batch, 200, "chained", torch.float32)[0]])
+same = [torch.empty_like(held) for _ in range(2)]
+dist.all_gather(same, held)
+print("RESULT " + json.dumps([out, torch.equal(*same)]))
+dist.destroy_process_group()
+"""
+
+
+def test_several_processes_with_a_whole_model_each():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", PROCESS, str(Path(__file__).parent)]
+    children = [
+        subprocess.Popen(command, env=common | {"RANK": str(rank), "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        texts = [child.communicate(timeout=100)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    results = [json.loads(text.split("RESULT ")[1]) for text in texts]
+    for found, same in results:
+        unequal_chained, one, many, loss = found["chained"]
+        assert same and unequal_chained == 0 and one == 2 < many
+        assert found["summed"][0] > 0, "the control: without the chain the cut shows"
+        alone, stats = gradients(MOE, batch_of(3), 4096, "chained", torch.float32)
+        assert loss == pytest.approx(stats.loss, abs=1e-6)
+        assert found["sum"] == pytest.approx(sum(float(each.double().sum()) for each in alone), rel=1e-3)
+
+
+def test_processes_that_share_one_model_are_refused():
+    from miles_core.trainer.layout import ProcessLayout
+
+    assert ProcessLayout.of(TrainerConfig(gradients="chained", replicate=2), 2).replicate == 2
+    with pytest.raises(ValueError, match="set trainer.replicate = 2"):
+        ProcessLayout.of(TrainerConfig(gradients="chained"), 2)

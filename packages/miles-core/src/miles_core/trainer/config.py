@@ -37,7 +37,8 @@ class TrainerConfig(Section):
     """Most tokens in one forward and backward pass; a prompt shared by a group counts once. Bounds the memory."""
     gradients: Literal["summed", "chained"] = "summed"
     """"chained": gradients whose bits do not depend on `max_tokens_per_microbatch`, as each micro-batch continues the sums of
-    the one before; sequences are filled up to 16 tokens. In one fsdp process. "summed": each is added whole."""
+    the one before; sequences are filled up to 16 tokens. Each fsdp process needs the whole model (`replicate`). "summed": each
+    is added whole."""
     recompute: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations: less memory, about a third more
     time, the same bits."""

@@ -114,10 +114,14 @@ class FsdpTrainer:
         return [] if self.reference_model is None else [owned.local for owned in self.reference_model.weights().values()]
 
     def _cut(self, decoder: Decoder) -> WholeModel:
-        """The model of a decoder: whole in one process, cut over several."""
+        """The model of a decoder: whole in one process, cut over several; whole in each where gradients are chained."""
         decoder.gradient_checkpointing = self.config.recompute
         if self.parallel.size == 1:
             return WholeModel(decoder)
+        if self.config.gradients == "chained":
+            from miles_core.trainer.copied import CopiedModel
+
+            return CopiedModel(decoder, self.parallel.group or torch.distributed.group.WORLD)
         from miles_core.trainer.sharded import ShardedModel
 
         keep = decoder.contract.torch_dtype if self.config.master == "stochastic" else torch.float32
@@ -293,10 +297,11 @@ class FsdpTrainer:
         mine = shard(batch, blocks, self.layout.data_rank(self.parallel.rank), self.layout.num_data)
         budget, device = self.config.max_tokens_per_microbatch, self.model.device
         unit = UNIT if self._chained else 1
+        rounds = self.parallel.most if self.model.in_step else int
         if split > 1:
             longest = -(-max(batch.last) // (unit * self.layout.cp)) * unit
             budget = min(budget, max(budget // split, longest))
-        return microbatches(batch, mine, budget, weight_S, device, self.model.context, self.parallel.most, unit)
+        return microbatches(batch, mine, budget, weight_S, device, self.model.context, rounds, unit)
 
     def _read(self, result: _Update, seen_N: Tensor) -> None:
         """Loss and statistics summed over micro-batches and processes, and `seen_N` set: the one place that waits for the device.

@@ -51,6 +51,11 @@ class ProcessLayout:
         if ep > 1 and num_experts is not None and (not num_experts or num_experts % ep):
             has = f"has {num_experts} experts" if num_experts else "has no experts"
             wrong.append(f"trainer.ep = {ep}, but the model {has}; choose a divisor of the number of experts, or 1")
+        if config.gradients == "chained" and replicate != world_size:
+            wrong.append(
+                f'trainer.gradients = "chained" needs the whole model in each of the {world_size} processes; '
+                f"set trainer.replicate = {world_size}"
+            )
         if wrong:
             raise ValueError("\n".join(wrong))
         return cls(replicate, shard, cp, ep)

@@ -22,6 +22,9 @@ from miles_kernels.ops.logprob import LogprobOutput
 class WholeModel:
     """A decoder in one process, nothing cut."""
 
+    in_step = False
+    """Whether the processes meet in every pass, so that each must make as many."""
+
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.dtype: torch.dtype = decoder.contract.torch_dtype

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from miles_core.memory.peers import Peers
-from miles_core.trainer.collectives import Group, OrderedReduceScatter, UnitGather, all_reduce_, gather_padded, size_of
+from miles_core.trainer.collectives import Group, OrderedReduceScatter, UnitGather, gather_padded, size_of
 from miles_core.trainer.context import ContextKV, gather_tokens
+from miles_core.trainer.copied import all_reduce_many_
 from miles_core.trainer.experts import Experts
 from miles_core.trainer.layout import ProcessLayout
 from miles_core.trainer.model import WholeModel
@@ -29,7 +30,6 @@ from miles_kernels.ops.attention import attention
 from miles_kernels.ops.logprob import LogprobOutput
 from miles_kernels.ops.router import router
 
-_BUCKET_ELEMENTS = 8 * 2**20
 _EXPERT_NAMES = {"expert_gate_up_proj": "gate_up", "expert_down_proj": "down"}
 
 
@@ -98,6 +98,8 @@ class ShardedModel(WholeModel):
     Sums over replicas happen once per update, after accumulation.
     """
 
+    in_step = True
+
     def __init__(self, decoder: Decoder, layout: ProcessLayout, *, keep: torch.dtype, beside: ShardedModel | None = None) -> None:
         super().__init__(decoder)
         self.layout, self.keep = layout, keep
@@ -151,10 +153,6 @@ class ShardedModel(WholeModel):
                 module.set_force_sum_reduction_for_comms(True)
                 module.set_custom_all_gather(UnitGather(unit))
                 module.set_custom_reduce_scatter(OrderedReduceScatter(unit))
-
-    def require_chain(self) -> None:
-        """Refuse: what several processes sum has no order of micro-batches."""
-        raise ValueError('trainer.gradients = "chained" is for one process; use summed')
 
     # ---- what lies where
 
@@ -231,20 +229,8 @@ class ShardedModel(WholeModel):
 
     def reduce(self, gradients: Sequence[Tensor]) -> None:
         """Sum over the replicas, in the order of ranks."""
-        if self.layout.replicate == 1:
-            return
-        bucket: list[Tensor] = []
-        size = 0
-        for gradient in [*gradients, None]:
-            if bucket and (gradient is None or size >= _BUCKET_ELEMENTS):
-                flat = torch.cat([g.reshape(-1) for g in bucket])
-                all_reduce_(flat, self.copies)
-                parts = flat.split([g.numel() for g in bucket])
-                torch._foreach_copy_(bucket, [part.view_as(g) for g, part in zip(bucket, parts, strict=True)])
-                bucket, size = [], 0
-            if gradient is not None:
-                bucket.append(gradient)
-                size += gradient.numel()
+        if self.layout.replicate > 1:
+            all_reduce_many_(gradients, self.copies)
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Squares of each process's stretches, added in the order of ranks: the same bits everywhere."""
