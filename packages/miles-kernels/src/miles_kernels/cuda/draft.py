@@ -34,7 +34,8 @@ class DraftInputs(NamedTuple):
     entries: Tensor
     """int64 [3, S * C]: token after the entry, its index, its slot"""
     places: Tensor
-    """int64 [2, K, S]: position and slot of the token that pass k > 0 reads; pass 0 makes the entries"""
+    """int64 [3, K, S]: position and slot of the token that pass k > 0 reads (pass 0 makes the entries), and where what pass k
+    draws will stand"""
     keys: Tensor
     """int32 [W, S]: keys of every pass, and of the verification"""
 
@@ -65,13 +66,44 @@ def begin_drafts(
     heat = torch.empty(size, dtype=torch.float32, device=device)
     table = torch.empty((size, width), dtype=torch.int32, device=device)
     made = torch.empty((3, size * entries), dtype=torch.int64, device=device)
-    places = torch.empty((2, drafts, size), dtype=torch.int64, device=device)
+    places = torch.empty((3, drafts, size), dtype=torch.int64, device=device)
     keys = torch.empty((drafts + 1, size), dtype=torch.int32, device=device)
     kernel[(size,)](
         lanes, last, where, pages, tokens, state, heat, table, made, places, keys, size, len(last) - 1, pages.stride(0), width,
         K=drafts, C=entries, PAD=next_power_of_2(max(entries, drafts + 1)), PAGE=page_size, BLOCK=256, num_warps=1,
     )  # fmt: skip
     return DraftInputs(state, heat, table, made, places, keys)
+
+
+def join(token_ids: Tensor, embed: Tensor, state: Tensor, first: Tensor, second: Tensor, eps: float) -> Tensor:
+    """[T, 2 H]: rms_norm(embed[token], first), then rms_norm(state, second); ids int64 [T] below 0 mean 0, `state` [T, H].
+
+    The bits are those of `rms_norm` on each half. No gradient.
+    """
+    from miles_kernels.cuda.draft_kernels import join as kernel
+    from miles_kernels.cuda.norm import row_sizes
+
+    tokens, width = state.shape
+    assert token_ids.shape == (tokens,) and embed.stride() == (width, 1) and state.stride(1) == 1
+    out = torch.empty((tokens, 2 * width), dtype=state.dtype, device=state.device)
+    pad, rows, warps = row_sizes(width)
+    if tokens:
+        kernel[(-(-tokens // rows), 2)](
+            token_ids,
+            embed,
+            state,
+            first,
+            second,
+            out,
+            tokens,
+            eps,
+            state.stride(0),
+            H=width,
+            H_PAD=pad,
+            ROWS=rows,
+            num_warps=warps,
+        )
+    return out
 
 
 def verify_drafts(inputs: DraftInputs, lanes: Tensor, pages: Tensor, drafted: Tensor, page_size: int) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,7 @@ def begin_drafts(
     slot = tl.load(source + place // PAGE, mask=reached, other=0).to(tl.int64) * PAGE + place % PAGE
     tl.store(places_ptr + each * lanes + lane, place, mask=each < K)
     tl.store(places_ptr + (K + each) * lanes + lane, tl.where(reached, slot, 0), mask=each < K)
+    tl.store(places_ptr + (2 * K + each) * lanes + lane, position + each + 1, mask=each < K)
     keys = tl.where(each == K, position + 1 + count, position + each)
     tl.store(keys_ptr + each * lanes + lane, keys.to(tl.int32), mask=each <= K)
 
@@ -75,7 +76,7 @@ def verify_drafts(
     width: tl.constexpr = K + 1
     base = each_ptr + lane.to(tl.int64) * width + each
     step = lanes * width
-    tl.store(base, tl.where(place == 0, token, drafted), mask=mine)
+    tl.store(base, tl.maximum(tl.where(place == 0, token, drafted), 0), mask=mine)
     tl.store(base + step, at, mask=mine)
     tl.store(base + 2 * step, tl.where(place < 0, 0, page * PAGE + at % PAGE), mask=mine)
     tl.store(base + 3 * step, at + 1, mask=mine)
@@ -101,7 +102,7 @@ def accept_drafts(
     drawn = tl.load(source, mask=mine, other=0)
     bits = tl.load(source + lanes * width, mask=mine, other=0)
     drafted = tl.load(drafted_ptr + place * lanes + lane, mask=place < count, other=-1)
-    fits = (drafted == drawn.to(tl.int64)) & (place < count)
+    fits = (drafted == drawn.to(tl.int64)) & (drafted >= 0) & (place < count)
     accepted = tl.min(tl.where(fits, PAD, place), axis=0)
     token = tl.sum(tl.where(place == accepted, drawn, 0), axis=0)
     tl.store(last_ptr + row, tl.maximum(token, 0).to(tl.int64))
@@ -112,3 +113,28 @@ def accept_drafts(
     out = out_ptr + (3 + place) * lanes + lane
     tl.store(out, drawn, mask=place <= K)
     tl.store(out + width * lanes, bits, mask=place <= K)
+
+
+@triton.jit
+def join(
+    ids_ptr, embed_ptr, state_ptr, first_ptr, second_ptr, out_ptr, tokens, eps, stride_state,
+    H: tl.constexpr, H_PAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One half of out[T, 2 H] for ROWS tokens: round(x / rms(x)) * weight of the embedding, or of the state."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, H_PAD)
+    inside = row < tokens
+    mask = inside[:, None] & (col < H)[None, :]
+    if tl.program_id(1) == 0:
+        token = tl.maximum(tl.load(ids_ptr + row, mask=inside, other=0), 0)
+        x = tl.load(embed_ptr + token[:, None] * H + col[None, :], mask=mask, other=0.0)
+        weight = tl.load(first_ptr + col, mask=col < H, other=0.0)
+    else:
+        x = tl.load(state_ptr + (row.to(tl.int64) * stride_state)[:, None] + col[None, :], mask=mask, other=0.0)
+        weight = tl.load(second_ptr + col, mask=col < H, other=0.0)
+    wide = x.to(tl.float32)
+    scale = 1.0 / tl.sqrt_rn(tl.sum(wide * wide, 1) / H + eps)
+    normed = (wide * scale[:, None]).to(x.dtype)
+    out = normed.to(tl.float32) * weight.to(tl.float32)[None, :]
+    place = (row.to(tl.int64) * 2 + tl.program_id(1)) * H
+    tl.store(out_ptr + place[:, None] + col[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)

@@ -87,7 +87,7 @@ def _rows(x: Tensor, weight: Tensor) -> tuple[Tensor, int, int]:
     return flat, flat.shape[0], heads
 
 
-def _sizes(width: int) -> tuple[int, int, int]:
+def row_sizes(width: int) -> tuple[int, int, int]:
     """(padded width, rows per program, warps): a function of the width alone."""
     pad = next_power_of_2(width)
     if pad <= 256:
@@ -103,7 +103,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     width = x.shape[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = None if residual is None else torch.empty_like(out)
-    pad, rows, warps = _sizes(width)
+    pad, rows, warps = row_sizes(width)
     if x.numel():
         rms_forward[(cdiv(tokens * heads, rows),)](
             flat, flat if other is None else other, weight.contiguous(), out, out if total is None else total,

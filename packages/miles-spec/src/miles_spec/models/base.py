@@ -113,8 +113,12 @@ class DraftModel(nn.Module, ABC):
         """The first depth's states [T, H] of the policy's features [T, F]."""
 
     @abstractmethod
-    def _enter(self, index: int, embedded: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """(attention's input, residual stream) of a block, from embeddings and states [T, H]."""
+    def _norms(self, index: int) -> tuple[Tensor, Tensor]:
+        """Weights [H] of the norms of embeddings and of states, as a block joins them."""
+
+    @abstractmethod
+    def _enter(self, index: int, joined: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """(attention's input, residual stream) of a block, from [normed embedding ; normed state] [T, 2 H] and states [T, H]."""
 
     @abstractmethod
     def _leave(self, index: int, delta: Tensor, residual: Tensor) -> DraftState:
@@ -165,7 +169,7 @@ class DraftModel(nn.Module, ABC):
             index = 0 if recycled else k
             block = self.block(index)
             cos, sin = self._rope.rows(plan.positions + k if recycled else plan.positions)
-            x, residual = self._enter(index, embedding(token_ids[k], embed), state)
+            x, residual = self._enter(index, self._join(index, token_ids[k], embed, state), state)
             q, *pair = block.heads(x, cos, sin)
             if trunk is None or not recycled:
                 trunk = (pair[0], pair[1])
@@ -178,22 +182,44 @@ class DraftModel(nn.Module, ABC):
         return outs
 
     def step(
-        self, state: Tensor, token_ids: Tensor, positions: Tensor, kv: KVStore, *, embed: Tensor, depth: int = 1
+        self,
+        state: Tensor,
+        token_ids: Tensor,
+        positions: Tensor,
+        kv: KVStore,
+        *,
+        embed: Tensor,
+        depth: int = 1,
+        rope: tuple[Tensor, Tensor] | None = None,
     ) -> DraftState:
         """One depth of serving over the draft's own cache: `state` [T, H] of `project` or carried; tokens, positions [T] int64.
 
         `kv` holds layers 0 .. num_hidden_layers - 1 and has its plan; a token's position is that of its key there.
-        Runs without gradient.
+        Runs without gradient. `rope` is `rope_rows(positions)`, where the caller has it. A token below 0 is taken for 0.
         """
         index = 0 if self.config.recycled else depth - 1
         block = self.block(index)
-        cos, sin = self._rope.rows(positions)
-        x, residual = self._enter(index, embedding(token_ids, embed), state)
+        cos, sin = self._rope.rows(positions) if rope is None else rope
+        x, residual = self._enter(index, self._join(index, token_ids, embed, state), state)
         return self._finish(index, block.attend(x, cos, sin, kv), residual)
+
+    def rope_rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What rotates keys at `positions` int64 [T]."""
+        return self._rope.rows(positions)
 
     def logits(self, hidden: Tensor, policy_head: Tensor) -> Tensor:
         """Scores fp32 [T, V], or [T, Vd] over the draft's own vocabulary."""
         return linear(hidden, self.head(policy_head), mode=self.mode, out_dtype=torch.float32)
+
+    def _join(self, index: int, token_ids: Tensor, embed: Tensor, state: Tensor) -> Tensor:
+        """[T, 2 H]: normed embeddings, then normed states."""
+        (first, second), eps = self._norms(index), self.config.block.rms_norm_eps
+        if state.is_cuda and not torch.is_grad_enabled():
+            from miles_kernels.cuda.draft import join
+
+            return join(token_ids, embed, state, first, second, eps)
+        embedded = embedding(token_ids.clamp(min=0), embed)
+        return torch.cat((rms_norm(embedded, first, eps), rms_norm(state, second, eps)), 1)
 
     def _finish(self, index: int, attended: Tensor, residual: Tensor) -> DraftState:
         block = self.block(index)

@@ -10,7 +10,7 @@ from torch import Tensor
 from miles_kernels.contract import Contract
 from miles_kernels.nn.decoder import Decoder
 from miles_kernels.ops.linear import linear
-from miles_kernels.ops.norm import add_rms_norm, rms_norm
+from miles_kernels.ops.norm import add_rms_norm
 from miles_spec.models.base import DraftModel, DraftState, copy_block, draw, last_layer, parameter
 from miles_spec.models.config import Eagle3Config
 from miles_spec.models.names import eagle3_names, load_state
@@ -109,10 +109,11 @@ class Eagle3Draft(DraftModel):
         """Take tensors under their checkpoint names, all or none; see `DraftModel`."""
         load_state(eagle3_names(self), tensors, "EAGLE-3 draft", shared or {})
 
-    def _enter(self, index: int, embedded: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        eps, block = self.config.block.rms_norm_eps, self.block(0)
-        both = (rms_norm(embedded, block.input_norm, eps), rms_norm(state, self.hidden_norm, eps))
-        return torch.cat(both, 1), state
+    def _norms(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.block(0).input_norm, self.hidden_norm
+
+    def _enter(self, index: int, joined: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return joined, state
 
     def _leave(self, index: int, delta: Tensor, residual: Tensor) -> DraftState:
         return DraftState(*add_rms_norm(delta, residual, self.final_norm, self.config.block.rms_norm_eps))

@@ -86,11 +86,12 @@ class MtpDraft(DraftModel):
         """Take tensors under their checkpoint names, all or none; see `DraftModel`."""
         load_state(mtp_names(self), tensors, f"{self.config.layout} MTP draft", shared or {})
 
-    def _enter(self, index: int, embedded: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        eps = self.config.block.rms_norm_eps
-        both = torch.cat((rms_norm(embedded, self.embed_norm[index], eps), rms_norm(state, self.hidden_norm[index], eps)), 1)
-        x = linear(both, self.join_proj[index], mode=self.mode)
-        return rms_norm(x, self.block(index).input_norm, eps), x
+    def _norms(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.embed_norm[index], self.hidden_norm[index]
+
+    def _enter(self, index: int, joined: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        x = linear(joined, self.join_proj[index], mode=self.mode)
+        return rms_norm(x, self.block(index).input_norm, self.config.block.rms_norm_eps), x
 
     def _leave(self, index: int, delta: Tensor, residual: Tensor) -> DraftState:
         hidden = add_rms_norm(delta, residual, self.final_norm[index], self.config.block.rms_norm_eps)[0]

@@ -10,6 +10,7 @@ step starts from. The host, one step behind, learns from each step where its row
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ class AheadSteps:
         self._embed, self._head = policy.embed_tokens, policy.head
         self._number = number
         self._where = torch.zeros_like(graphs.state[0])
+        self._constants: dict[tuple[Any, ...], Tensor] = {}
 
     def launch(self, start: Start, length: int) -> BlockReadback:
         """Start a step that drafts `length` tokens a row."""
@@ -68,7 +70,7 @@ class AheadSteps:
         return logits, accept_drafts(inputs, drafted, packed, last, self._where)
 
     def _draft(self, inputs: Any, lanes: Tensor, length: int, keys: int) -> Tensor:
-        """Draft tokens int64 [K, S]."""
+        """Draft tokens int64 [K, S], below 0 where the draft's scores are no numbers."""
         from miles_kernels.cuda.sample import draw
 
         size, (after, index, slots) = lanes.shape[1], inputs.entries
@@ -77,16 +79,19 @@ class AheadSteps:
         made = self._model.step(state, after, index, self._kv, embed=self._embed)
         hidden = made.hidden.view(size, self.entries, -1)[:, -1].contiguous()
         carried = hidden if made.carried is made.hidden else made.carried.view(size, self.entries, -1)[:, -1].contiguous()
-        position, drawn = inputs.state[1], []
-        for depth in range(1, length + 1):
+        places, slots, stands = inputs.places
+        cos, sin = self._model.rope_rows(places[1:].flatten()) if length > 1 else (state, state)
+        drawn: list[Tensor] = []
+        for depth in range(length):
+            if depth:
+                part = slice((depth - 1) * size, depth * size)
+                self._kv.begin(self._batch(inputs, depth, 1, keys), slots[depth])
+                hidden, carried = self._model.step(
+                    carried, drawn[-1], places[depth], self._kv, embed=self._embed, depth=depth + 1, rope=(cos[part], sin[part])
+                )
             logits = self._logits(hidden)
-            token = draw(logits, seed=lanes[4], sample_id=lanes[5], position=position + depth, temperature=inputs.heat).token
-            drawn.append(token.clamp_(min=0))
-            if depth == length:
-                break
-            place, slot = inputs.places[:, depth]
-            self._kv.begin(self._batch(inputs, depth, 1, keys), slot)
-            hidden, carried = self._model.step(carried, drawn[-1], place, self._kv, embed=self._embed, depth=depth + 1)
+            heat = inputs.heat
+            drawn.append(draw(logits, seed=lanes[4], sample_id=lanes[5], position=stands[depth], temperature=heat).token)
         return torch.stack(drawn)
 
     def _verify(self, inputs: Any, lanes: Tensor, drafted: Tensor, keys: int) -> tuple[Tensor, Tensor]:
@@ -97,7 +102,7 @@ class AheadSteps:
         each, heat = verify_drafts(inputs, lanes, pages, drafted, graphs.page_size)
         token, position, slot, after, seed, sample_id = each
         batch = self._batch(inputs, width - 1, width, keys)
-        nobody = torch.full_like(token, len(last) - 1)
+        nobody = self._constant(("nobody", len(token)), lambda: torch.full_like(token, len(last) - 1))
         return graphs.run(StepInputs(token, position, slot, batch, None, after, seed, sample_id, heat, nobody))
 
     def _batch(self, inputs: Any, which: int, queries: int, keys: int) -> Any:
@@ -105,8 +110,15 @@ class AheadSteps:
         from miles_kernels.cuda.attention import KVBatch
 
         lens, size = inputs.keys[which], self._graphs.page_size
-        first = torch.arange(len(lens) + 1, dtype=torch.int32, device=lens.device) * queries
+        count, device = len(lens) + 1, lens.device
+        first = self._constant(("first", count, queries), lambda: torch.arange(count, dtype=torch.int32, device=device) * queries)
         return KVBatch(first, lens, lens, inputs.table, size, queries, keys)
+
+    def _constant(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that graphs read and nobody writes; made in the run before a capture, and kept."""
+        if key not in self._constants:
+            self._constants[key] = make()
+        return self._constants[key]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self._model.logits(hidden, self._head)
