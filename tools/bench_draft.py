@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,13 @@ def compare(inner: FsdpTrainer, batch: TrainBatch, config: DraftTrainConfig, rou
         if number >= 2:
             whole.append(a), alone.append(b), own.append(arm.seconds)
     with_draft, without = statistics.median(whole), statistics.median(alone)
-    found = {"depths": config.depths, "max_rows": config.max_rows, "step_s": without, "with_draft_s": with_draft}
+    found = {
+        "depths": config.depths,
+        "max_rows": config.max_rows,
+        "capture": config.capture,
+        "step_s": without,
+        "with_draft_s": with_draft,
+    }
     found |= {"share": with_draft / without - 1.0, "draft_s": statistics.median(own)}
     return found | (kernels(inner, beside, batch) if cuda else {})
 
@@ -106,6 +113,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, nargs="*", default=[0, 4096, 2048, 1024, 512], help="0: all")
     parser.add_argument("--depths", type=int, nargs="*", default=[3])
+    parser.add_argument("--capture", action="store_true", help="also train the draft by a CUDA graph")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     cuda = args.shape != "tiny"
@@ -122,13 +130,16 @@ def main() -> None:
     name = torch.cuda.get_device_name() if cuda else "cpu"
     print(f"{args.shape}, {args.tokens} tokens in sequences of {args.length}; torch {torch.__version__} on {name}", flush=True)
     rows = []
-    for depths in args.depths:
-        for most in args.rows:
-            config = DraftTrainConfig(depths=depths, max_rows=most or None)
+    for depths, most, capture in product(args.depths, args.rows, (False, True) if args.capture else (False,)):
+        config = DraftTrainConfig(depths=depths, max_rows=most or None, capture=capture)
+        try:
             rows.append(compare(trainer, batch, config, args.rounds, cuda))
-            print({k: round(v, 5) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-            if args.out:
-                args.out.write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}) + "\n")
+        except RuntimeError as error:  # one setting that fails must cost no other
+            print(f"depths {depths}, {most} rows, capture {capture}: {type(error).__name__}: {error}", flush=True)
+            continue
+        print({k: round(v, 5) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+        if args.out:
+            args.out.write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}) + "\n")
 
 
 if __name__ == "__main__":

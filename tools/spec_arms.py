@@ -73,7 +73,9 @@ def engines(settings: Any, loaded: Any, draft: Any, num_draft: int, graphs: bool
     return found
 
 
-def training_seconds(options: argparse.Namespace, saved: Saved, decoder: Any, draft: Any, samples: Any) -> dict[str, float]:
+def training_seconds(
+    options: argparse.Namespace, saved: Saved, decoder: Any, draft: Any, samples: Any, capture: bool
+) -> dict[str, float]:
     """Median seconds of a draft's training on a step's rollout, by arm: its states are there, its update is waited for."""
     import torch
 
@@ -89,8 +91,8 @@ def training_seconds(options: argparse.Namespace, saved: Saved, decoder: Any, dr
     facts = Policy(embed=decoder.embed_tokens.detach(), head=decoder.head.detach(), seed=options.seed)
     found = {}
     for arm, config in {
-        "ours": DraftTrainConfig(max_rows=options.max_rows, lr=options.draft_lr),
-        "upstream": DraftTrainConfig(**UPSTREAM, lr=options.lr),
+        "ours": DraftTrainConfig(max_rows=options.max_rows, lr=options.draft_lr, capture=capture),
+        "upstream": DraftTrainConfig(**UPSTREAM, lr=options.lr, capture=capture),
     }.items():
         trainer = DraftTrainer(deepcopy(draft).requires_grad_(True), config, num_draft=options.num_draft)
         times = []
@@ -229,7 +231,7 @@ async def serve(args: argparse.Namespace, options: argparse.Namespace) -> list[d
         saved.read(folder, options.device)
         samples = read_samples(folder / "samples.jsonl")
         row = {"step": float(folder.name.removeprefix("step_")), "reward": fmean(sample.reward for sample in samples)}
-        seconds = training_seconds(options, saved, decoder, draft, samples)
+        seconds = training_seconds(options, saved, decoder, draft, samples, args.capture)
         row |= {f"train_s/{arm}": value for arm, value in seconds.items()}
         await replay(row, comparisons, samples, number, args.every, failed)
         rows.append(row)
@@ -246,6 +248,7 @@ def main() -> int:
     parser.add_argument("--batches", type=int, nargs="*", default=[32, 128], help="sequences that engines run at once")
     parser.add_argument("--every", type=int, default=4, help="saved steps between two at the second and later batches")
     parser.add_argument("--graph-drafts", action="store_true", help="capture drafting and verification")
+    parser.add_argument("--capture", action="store_true", help="time draft training by a CUDA graph")
     parser.add_argument("--deadline", type=float, default=1e9, help="seconds after which no further step is served")
     parser.add_argument("--report", type=Path, help="where to write, instead of OUT/served.json")
     parser.add_argument("--ends-first", action="store_true", help="first and last saved step before the others")

@@ -168,11 +168,11 @@ def arms_of(options: argparse.Namespace, decoder: Any, weights: dict[str, Any]) 
         return Arm(trainer=DraftTrainer(draft, config, num_draft=options.num_draft), train=train)
 
     arms = {
-        "draft": arm(max_rows=options.max_rows, lr=options.draft_lr),
+        "draft": arm(max_rows=options.max_rows, lr=options.draft_lr, capture=options.capture),
         "frozen": arm(train=False),
-        "upstream": arm(**UPSTREAM, lr=options.lr),
+        "upstream": arm(**UPSTREAM, lr=options.lr, capture=options.capture),
     }
-    return arms | ({"whole": arm(lr=options.draft_lr)} if options.whole else {})
+    return arms | ({"whole": arm(lr=options.draft_lr, capture=options.capture)} if options.whole else {})
 
 
 @dataclass(kw_only=True)
@@ -239,6 +239,7 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
     parser.add_argument("--model", type=Path, help="a warmed-up policy, instead of making one")
     parser.add_argument("--max-rows", type=int, help="most rows a draft is trained on per step")
+    parser.add_argument("--capture", action="store_true", help="train drafts by CUDA graphs")
     parser.add_argument("--whole", action="store_true", help="also train, to compare, a draft on all rows of every step")
     numbers = {"seed": 0, "steps": 60, "prompts": 16, "group": 8, "count": 6, "sft-steps": 1500, "sft-batch": 64}
     numbers |= {

@@ -28,6 +28,7 @@ from miles_spec.train import (
     stream_of,
     train_offline,
 )
+from miles_spec.train.captured import Inputs, padded_lengths, run_pass, shape_of
 
 SHAPE = DecoderConfig(
     family="qwen3",
@@ -90,6 +91,40 @@ def test_labels_are_those_of_a_plain_loop_over_every_sequence(seed: int) -> None
     assert sum(int(r.token_ids[-1]) in targets.labels[0].tolist() for r in given if len(r.token_ids) >= 3) == ends
     heat = stream.temperature()
     assert isinstance(heat, Tensor) and heat[starts].tolist() == pytest.approx([r.temperature for r in given])
+
+
+@pytest.mark.parametrize(("kind", "loss"), [("mtp", "kl"), ("layers", "lk_lambda"), ("mtp", "ce")])
+def test_a_padded_pass_has_the_numbers_of_the_plain_one(kind: str, loss: str) -> None:
+    """What a GPU captures, run as it is: padding and counting by masks change nothing; wrong labels do."""
+    decoder = random_decoder(SHAPE, 1)
+    makers = {
+        "mtp": lambda: MtpDraft.from_trunk(decoder),
+        "layers": lambda: MtpDraft.from_trunk(decoder, MtpConfig.of(SHAPE, num_layers=3)),
+    }
+    config, policy = DraftTrainConfig(loss=loss), policy_of(decoder)
+    parts = [rollouts(seed, 30) for seed in (3, 4)]
+    stream = DraftStream.join([stream_of(decoder, part) for part in parts])
+    plain = makers[kind]()
+    trainer = DraftTrainer(plain, config)
+    labels, losses, accepted = trainer._passes([stream], policy, True, None, None)
+    wanted = [parameter.grad for parameter in plain.parameters()]
+    for wrong in (False, True):
+        draft, lengths = makers[kind]().requires_grad_(True), stream.lengths
+        shape = shape_of(lengths)
+        assert shape.rows > stream.num_rows and sum(padded_lengths(lengths, shape)) == shape.rows
+        assert len(padded_lengths(lengths, shape)) == shape.sequences
+        inputs = Inputs.like(stream, shape, 3)
+        inputs.fill(stream, stream.host_targets(3), shape, labels)
+        if wrong:
+            inputs.integers[3:6] = inputs.integers[3:6].roll(1, 1)
+        plan = inputs.plan(shape, padded_lengths(lengths, shape))
+        total, numbers = run_pass(draft, config, inputs, plan, policy.embed, policy.head)
+        total.backward()
+        pairs = list(zip(draft.parameters(), wanted, strict=True))
+        near = torch.allclose(numbers[0], losses, atol=1e-5) and torch.allclose(numbers[1], accepted, atol=1e-5)
+        near = near and all(torch.allclose(p.grad, w, atol=1e-5) for p, w in pairs if p.grad is not None and w is not None)
+        assert near is not wrong
+        assert all((p.grad is None) == (w is None) for p, w in pairs)
 
 
 @pytest.mark.parametrize("kind", ["mtp", "layers", "eagle3"])

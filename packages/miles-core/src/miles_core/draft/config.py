@@ -53,6 +53,8 @@ class DraftConfig(Section):
     """Most tokens, prompts included, the draft is trained on per step. None: all."""
     every: int = Field(default=1, ge=1)
     """Steps of the policy from one update of the draft to the next."""
+    capture: bool = False
+    """On a GPU: train it by a CUDA graph, in steps that make no estimate."""
     replay_rows: int = Field(default=0, ge=0)
     """Tokens of earlier steps kept to be trained on again. Resuming starts with none."""
     measure_every: int = Field(default=1, ge=1)

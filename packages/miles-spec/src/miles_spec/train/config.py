@@ -38,6 +38,9 @@ class DraftTrainConfig:
     """Most rows (tokens, prompts included) trained on per step; whole sequences, chosen by a key. None: all."""
     every: int = 1
     """Steps of the policy from one update of the draft to the next; the others cost it nothing."""
+    capture: bool = False
+    """On a GPU: forward and backward of a step that makes no estimate as one CUDA graph, over rows padded to a multiple of 512.
+    The same numbers up to rounding. For drafts that use the policy's head, without `replay_rows`."""
     replay_rows: int = 0
     """Rows of earlier steps that are kept and trained on again, half as many as fresh ones each step; 0 keeps none."""
 

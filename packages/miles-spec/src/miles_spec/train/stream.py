@@ -99,6 +99,16 @@ class DraftStream:
 
     def targets(self, num_depths: int, between: Between = "drafted") -> DraftTargets:
         """Inputs, labels and teachers [K, R] on the stream's device; a teacher is a row of this stream."""
+        made = self.host_targets(num_depths, between)
+        return DraftTargets(
+            input_ids=made.input_ids.to(self.device),
+            labels=made.labels.to(self.device),
+            teacher=made.teacher.to(self.device),
+            num_supervised=made.num_supervised,
+        )
+
+    def host_targets(self, num_depths: int, between: Between = "drafted") -> DraftTargets:
+        """The same on the CPU."""
         tokens = torch.cat([sequence.token_ids for sequence in self.sequences])
         mask = torch.cat([sequence.loss_mask for sequence in self.sequences])
         sizes = [len(sequence.token_ids) for sequence in self.sequences]
@@ -109,11 +119,18 @@ class DraftStream:
         place = torch.cumsum(keep, 0) - 1  # of a slot of the whole stream, among the rows
         mine = whole.take(rows)
         teacher = torch.where(mine.teacher >= 0, place[mine.teacher.clamp(min=0)], -1)
-        return DraftTargets(
-            input_ids=mine.input_ids.to(self.device),
-            labels=mine.labels.to(self.device),
-            teacher=teacher.to(self.device),
-            num_supervised=mine.num_supervised,
+        return DraftTargets(input_ids=mine.input_ids, labels=mine.labels, teacher=teacher, num_supervised=mine.num_supervised)
+
+    @classmethod
+    def join(cls, streams: Sequence[DraftStream]) -> DraftStream:
+        """Several streams, of one device and policy, as one."""
+        if len(streams) == 1:
+            return streams[0]
+        hidden = torch.cat([stream.policy_hidden for stream in streams])
+        own = all(stream.features is stream.policy_hidden for stream in streams)
+        features = hidden if own else torch.cat([stream.features for stream in streams])
+        return cls(
+            sequences=tuple(each for stream in streams for each in stream.sequences), features=features, policy_hidden=hidden
         )
 
     def select(self, chosen: Sequence[int]) -> DraftStream:

@@ -22,6 +22,7 @@ from torch import Tensor
 from miles_spec.losses import draft_loss
 from miles_spec.models.base import DraftModel
 from miles_spec.targets import IGNORE, DraftTargets
+from miles_spec.train.captured import CapturedPasses
 from miles_spec.train.config import DraftTrainConfig
 from miles_spec.train.estimate import Estimate, estimate_acceptance
 from miles_spec.train.optim import DraftOptimizer, Sum
@@ -100,6 +101,7 @@ class DraftTrainer:
         self.num_draft = num_draft
         self.optimizer = DraftOptimizer(draft.named_parameters(), config)
         self.replay = ReplayBuffer(config.replay_rows)
+        self._captured = CapturedPasses(draft, config)
         self.serving: DraftModel = deepcopy(draft).requires_grad_(False) if config.ema else draft
         """The draft whose weights are to be published: a running mean, or the draft itself."""
 
@@ -135,22 +137,12 @@ class DraftTrainer:
 
         With several processes each brings its own streams and the same `total`, which adds over all of them.
         """
-        again = self._again(streams) if train else []
-        prepared = [(stream, self._targets(stream), fresh) for stream, fresh in [*((s, True) for s in streams), *again]]
-        counts = torch.zeros(self.config.depths, dtype=torch.float64)
-        for _, targets, _ in prepared:
-            counts += torch.tensor(targets.num_supervised, dtype=torch.float64)
-        if total is not None:
-            total(counts)
-        labels = [int(count) for count in counts]
-        losses, accepted, found = torch.zeros(self.config.depths), torch.zeros(self.config.depths), Estimate()
-        self.optimizer.clear()
-        for stream, targets, fresh in prepared:
-            counted = found if fresh and measure else None
-            loss, by_depth, acceptance = self._pass(stream, targets, policy, labels, counted, train)
-            losses, accepted = losses + by_depth, accepted + acceptance
-            if train and loss.requires_grad:
-                loss.backward()
+        whole = self._whole(streams) if train and not (measure and self.num_draft) else None
+        found = Estimate()
+        if whole is not None:
+            labels, losses, accepted = self._replay(whole, policy, total)
+        else:
+            labels, losses, accepted = self._passes(streams, policy, train, found if measure else None, total)
         lr, norm, skipped = 0.0, 0.0, False
         if train:
             lr = self.config.lr_at(self.num_updates)
@@ -171,6 +163,44 @@ class DraftTrainer:
             skipped=skipped,
             estimate=found,
         )
+
+    def _whole(self, streams: Sequence[DraftStream]) -> DraftStream | None:
+        """All streams as one, if that may be trained on as one graph."""
+        if not (self.config.capture and streams) or self.config.replay_rows or not self._captured.serves(streams[0]):
+            return None
+        return DraftStream.join(streams)
+
+    def _replay(self, stream: DraftStream, policy: Policy, total: Sum | None) -> tuple[list[int], Tensor, Tensor]:
+        """Gradients by a graph; labels, loss and acceptance by depth."""
+        targets = stream.host_targets(self.config.depths, self.config.between)
+        labels = self._labels([targets], total)
+        numbers = self._captured.run(stream, targets, labels, policy.embed, policy.head).float().cpu()
+        return labels, numbers[0], numbers[1]
+
+    def _labels(self, targets: Sequence[DraftTargets], total: Sum | None) -> list[int]:
+        """Supervised tokens by depth, over all processes."""
+        counts = torch.zeros(self.config.depths, dtype=torch.float64)
+        for each in targets:
+            counts += torch.tensor(each.num_supervised, dtype=torch.float64)
+        if total is not None:
+            total(counts)
+        return [int(count) for count in counts]
+
+    def _passes(
+        self, streams: Sequence[DraftStream], policy: Policy, train: bool, found: Estimate | None, total: Sum | None
+    ) -> tuple[list[int], Tensor, Tensor]:
+        """Gradients stream by stream; labels, loss and acceptance by depth. Adds to `found`."""
+        again = self._again(streams) if train else []
+        prepared = [(stream, self._targets(stream), fresh) for stream, fresh in [*((s, True) for s in streams), *again]]
+        labels = self._labels([targets for _, targets, _ in prepared], total)
+        losses, accepted = torch.zeros(self.config.depths), torch.zeros(self.config.depths)
+        self.optimizer.clear()
+        for stream, targets, fresh in prepared:
+            loss, by_depth, acceptance = self._pass(stream, targets, policy, labels, found if fresh else None, train)
+            losses, accepted = losses + by_depth, accepted + acceptance
+            if train and loss.requires_grad:
+                loss.backward()
+        return labels, losses, accepted
 
     def _pass(
         self, stream: DraftStream, targets: DraftTargets, policy: Policy, labels: list[int], found: Estimate | None, train: bool
