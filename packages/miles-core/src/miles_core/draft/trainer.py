@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,7 +63,7 @@ class DraftingTrainer:
         self.inner = inner
         self.arms = dict(arms)
         self.seed = seed
-        self._rollout = {"seed": seed, "max_new_tokens": max_new_tokens, "greedy": greedy}
+        self._rollout: dict[str, Any] = {"seed": seed, "max_new_tokens": max_new_tokens, "greedy": greedy}
         self.alarm = alarm
         self.measure_every = measure_every
         self.served: dict[str, float] = {}
