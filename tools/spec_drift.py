@@ -110,7 +110,9 @@ def drift(options: argparse.Namespace, model: Path) -> tuple[list[dict], int]:
             weights = warm_up_draft(options, run)
         inner = run.trainer
         arms = arms_of(options, inner.decoder, weights)
-        run.trainer = DraftingTrainer(inner, arms, seed=options.seed, measure_every=options.measure_every)
+        run.trainer = DraftingTrainer(
+            inner, arms, seed=options.seed, measure_every=options.measure_every, max_new_tokens=config.sampling.max_new_tokens
+        )
         run.publisher = lambda version: _publish(run.runner, inner, run.engine, version)
         run.feed = Saving(feed=run.feed, trainer=run.trainer, every=options.every, home=options.out / "saved")
         return run.trainer
