@@ -22,6 +22,7 @@ from miles_core.cluster.local import LocalHandle
 from miles_core.cluster.start import Cluster, LocalPlacement, Seat, start
 from miles_core.compose import make_trainer
 from miles_core.config.schema import RunConfig
+from miles_core.draft.build import load_draft, with_draft
 from miles_core.models import load_model
 from miles_core.trainer.base import StepStats
 from miles_core.trainer.batch import TrainBatch
@@ -29,6 +30,7 @@ from miles_core.trainer.hashing import combined_hash
 from miles_core.trainer.testing import random_samples
 from miles_rollout.waits import WaitExpired
 from miles_rollout.wire import GenerateRequest, GenerateResult, SamplingParams
+from miles_spec.models.store import load_draft as load_draft_dir
 
 MODEL = {
     "alphabet": "0123456789+= abcdefghijklmnopqrstuvwxyz.,;:!?",
@@ -107,6 +109,49 @@ def test_local_processes_do_what_one_process_does(local: Any, tmp_path: Path) ->
     assert combined_hash(other.export_weights()) == weights
     assert [span.version for result in results for span in result.completions[0].weight_spans] == [0, 2]
     assert results[0].completions[0].logprobs != results[1].completions[0].logprobs
+
+
+def test_a_draft_is_trained_by_two_processes_and_served_by_a_third(local: Any, tmp_path: Path) -> None:
+    """Same tokens as without it; the two trainers hold one draft, that of one process but for the order of sums."""
+    draft = {"model": "mtp", "adaptive": False, "lr": 1e-2}
+    own = RunConfig.model_validate(config(tmp_path, num_trainers=2).model_dump() | {"draft": draft})
+    with start(own, "train", tmp_path / "logs", lambda line: None) as cluster:
+        _, rows, results, _ = story(cluster)  # asks both for the hash of policy and draft
+        assert cluster.trainer is not None
+        cluster.trainer.save(tmp_path / "saved")
+    (_, plain, wanted, _), _ = local
+    assert results[0] == wanted[0]
+    assert [result.completions[0].token_ids for result in results] == [result.completions[0].token_ids for result in wanted]
+    assert [row["train/loss"] for row in rows] == pytest.approx([row["train/loss"] for row in plain], abs=1e-6)
+    alone = RunConfig.model_validate(config(tmp_path).model_dump() | {"draft": draft})
+    decoder = load_model(alone, lambda line: None).decoder
+    first = load_draft(alone, decoder)
+    assert first is not None
+    trainer = with_draft(make_trainer(alone, "train", decoder), alone, first)
+    for batch, row in zip(batches(), rows, strict=True):
+        mine = trainer.step(batch).metrics()
+        for name in ("draft/loss_depth_1", "draft/loss_depth_3", "draft/grad_norm", "draft/accept_length_estimate"):
+            assert row[name] == pytest.approx(mine[name], rel=1e-4), name
+    saved = load_draft_dir(tmp_path / "saved" / "drafts" / "draft" / "model", decoder.config, decoder.contract)
+    for (name, there), (_, here) in zip(saved.named_state(), trainer.main.draft.named_state(), strict=True):
+        assert torch.allclose(there, here, atol=1e-4), name
+    start_of = dict(load_draft(alone, load_model(alone, lambda line: None).decoder).named_state())  # type: ignore[union-attr]
+    assert any(not torch.allclose(there, start_of[name], atol=1e-3) for name, there in saved.named_state())
+
+
+@pytest.mark.parametrize(
+    ("cluster", "draft", "message"),
+    [
+        ({"num_trainers": 1}, {"compare": ("none",)}, "draft.compare needs trainer and engines in one process"),
+        ({"num_trainers": 2}, {"model": "eagle3"}, "layers that a trainer of several processes does not show"),
+    ],
+)
+def test_what_a_draft_cannot_do_in_processes_is_refused(
+    tmp_path: Path, cluster: dict[str, Any], draft: dict[str, Any], message: str
+) -> None:
+    values = config(tmp_path, **cluster).model_dump() | {"draft": {"model": "mtp"} | draft}
+    with pytest.raises(ValueError, match=message):
+        RunConfig.model_validate(values)
 
 
 def test_ray_gives_the_bits_of_local_processes_and_leaves_nothing_behind(local: Any, tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ class TrainerWorker:
 
     def __init__(self, build: Build) -> None:
         from miles_core.compose import make_trainer
+        from miles_core.draft.build import load_draft, with_draft
         from miles_core.models import load_model
 
         self._build = build
@@ -87,7 +88,9 @@ class TrainerWorker:
         if build.size > 1:
             self._meet(config.model.device)
         model = load_model(config, lambda line: None)
-        self._trainer = make_trainer(config, build.mode, model.decoder)
+        draft = load_draft(config, model.decoder)  # of the whole policy, before it is cut
+        trainer = make_trainer(config, build.mode, model.decoder)
+        self._trainer = trainer if draft is None else with_draft(trainer, config, draft)
         self._runner = asyncio.Runner()
         self._publisher: Any = None
         self._published = False
@@ -183,6 +186,7 @@ class EngineWorker:
 
     def __init__(self, build: Build) -> None:
         from miles_core.compose import make_engine
+        from miles_core.draft.build import load_draft
         from miles_core.models import load_model
         from miles_rollout.server import ServerConfig, bind, create_app
         from miles_rollout.server.transfer import accept_weights
@@ -195,7 +199,8 @@ class EngineWorker:
         tried = config.model.device == "cpu" and config.model.dtype == "float32"
         own = build.mode == "rollout" or tried or config.model.precision != "full"
         model = load_model(config, lambda line: None, weights=own)
-        self._engine = make_engine(config, model, model.decoder, weight_version=0 if build.mode == "rollout" else -1)
+        draft, version = load_draft(config, model.decoder), 0 if build.mode == "rollout" else -1
+        self._engine = make_engine(config, model, model.decoder, weight_version=version, draft=draft)
         app = create_app(self._engine, model.tokenizer, ServerConfig(admin_token=build.token, drain_s=0.0))
         accept_weights(app, WeightReceiver(self._engine))
         sock = bind(build.host, 0)

@@ -56,8 +56,13 @@ class RunConfig(Section):
             raise ValueError(f'draft.model = "{self.draft.model}" and engine.draft = "{self.engine.draft}": there is one draft')
         if self.trainer.backend != "fsdp":
             raise ValueError('draft.model needs trainer.backend = "fsdp": the other does not show the states a draft learns from')
-        if self.cluster.kind == "ray" or self.cluster.num_trainers is not None or self.cluster.num_engines is not None:
-            raise ValueError("draft.model needs trainer and engine in one process: leave [cluster] as it is")
+        if self.engine.tensor_parallel > 1:
+            raise ValueError("draft.model: an engine over several GPUs knows no drafts yet; leave engine.tensor_parallel at 1")
+        clustered = self.cluster.kind == "ray" or self.cluster.num_trainers is not None or self.cluster.num_engines is not None
+        if clustered and self.draft.compare:
+            raise ValueError("draft.compare needs trainer and engines in one process: leave it out, or [cluster] as it is")
+        if self.num_trainers > 1 and self.draft.model == "eagle3":
+            raise ValueError('draft.model = "eagle3" reads layers that a trainer of several processes does not show; use "mtp"')
 
     def _check_tensor_parallel(self) -> None:
         what = f"engine.tensor_parallel = {self.engine.tensor_parallel}"
