@@ -28,6 +28,7 @@ from miles_core.algorithm.config import AlgorithmConfig
 from miles_core.memory.colocate import Colocation
 from miles_core.memory.config import MemoryConfig
 from miles_core.memory.heap import peak_rss_bytes
+from miles_core.memory.peers import Peers
 from miles_core.memory.plan import Job, make_plan
 from miles_core.memory.shapes import find_device, find_shape
 from miles_core.memory.slabs import HostSlabs
@@ -350,6 +351,17 @@ def engine_asleep(bench: Bench) -> None:
         runner.run(engine.close())
 
 
+def what_is_left() -> list[tuple[int, int, list[str]]]:
+    """(MiB of a segment, MiB of a block alive in it, who asked), largest segments first."""
+    found = []
+    for segment in torch.cuda.memory._snapshot()["segments"]:
+        for block in segment["blocks"]:
+            if block["state"] == "active_allocated":
+                frames = [f"{f['filename'].rsplit('/', 1)[-1]}:{f['line']}" for f in block.get("frames", ())][:4]
+                found.append((segment["total_size"] >> 20, round(block["size"] / 2**20, 2), frames))
+    return sorted(found, key=lambda each: each[:2], reverse=True)[:12]
+
+
 def trainer_asleep(bench: Bench) -> None:
     """Two processes: what each holds awake and asleep, its process groups alive."""
     import torch.distributed as dist
@@ -358,13 +370,22 @@ def trainer_asleep(bench: Bench) -> None:
     base = bench.used()  # the context of this process is part of it from here on, so it is read before by the caller
     dist.init_process_group("cpu:gloo,cuda:nccl" if bench.cuda else "gloo")
     shape = bench.shape()
+    stages = {"context": bench.used() - bench.options.base}
+    one = torch.zeros(8, device=bench.device)
+    both = torch.zeros(8 * dist.get_world_size(), device=bench.device)
+    group = Peers(dist.group.WORLD, "world")
+    all_gather(both, one, group)
+    stages["one communicator"] = bench.used() - bench.options.base
+    group.release()
+    stages["communicator gone"] = bench.used() - bench.options.base
+    if bench.cuda:
+        torch.cuda.memory._record_memory_history(max_entries=200_000, stacks="python", context="all")
     trainer = FsdpTrainer(bench.decoder(shape), AlgorithmConfig(), TrainerConfig(recompute=True), OptimizerConfig(lr=1e-6))
     if bench.cuda:
         batch, _, _ = make_batch("rl", 16384, shape.vocab_size)
         for _ in range(2):
             trainer.step(batch)
-    rank, one = dist.get_rank(), torch.zeros(8, device=bench.device)
-    both = torch.zeros(8 * dist.get_world_size(), device=bench.device)
+    rank = dist.get_rank()
     before = combined_hash(trainer.export_weights())
     empty_device(bench.device)
     awake = bench.used() - bench.options.base
@@ -373,7 +394,7 @@ def trainer_asleep(bench: Bench) -> None:
     seconds, moved = bench.timed(trainer.memory.sleep)
     asleep = bench.used() - bench.options.base
     report = {
-        "rank": rank, "context at start GiB": round((base - bench.options.base) / GIB, 3), "awake GiB": round(awake / GIB, 3),
+        "rank": rank, "before, GiB": {name: round(size / GIB, 3) for name, size in stages.items()}, "context at start GiB": round((base - bench.options.base) / GIB, 3), "awake GiB": round(awake / GIB, 3),
         "asleep GiB": round(asleep / GIB, 3), "sleep s": round(seconds, 3),
         "GB/s": [(m.tag, m.target, round(m.bytes_per_s / 1e9, 1)) for m in moved if m.num_bytes],
     }  # fmt: skip
@@ -381,6 +402,7 @@ def trainer_asleep(bench: Bench) -> None:
         backend = dist.group.WORLD._get_backend(torch.device("cuda"))
         report["nccl"] = (torch.cuda.nccl.version(), hasattr(backend, "suspend"))
         report["communicators made"] = {name: peers.num_made for name, peers in trainer.model.peers.items()}
+        report["left"] = what_is_left()
         report["torch allocated, reserved MiB"] = (torch.cuda.memory_allocated() >> 20, torch.cuda.memory_reserved() >> 20)
     seconds, moved = bench.timed(trainer.memory.wake)
     report["wake s"] = round(seconds, 3)
