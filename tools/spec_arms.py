@@ -248,6 +248,7 @@ def main() -> int:
     parser.add_argument("--batches", type=int, nargs="*", default=[32, 128], help="sequences that engines run at once")
     parser.add_argument("--every", type=int, default=4, help="saved steps between two at the second and later batches")
     parser.add_argument("--graph-drafts", action="store_true", help="capture drafting and verification")
+    parser.add_argument("--num-draft", type=int, help="draft length, instead of that of the run")
     parser.add_argument("--capture", action="store_true", help="time draft training by a CUDA graph")
     parser.add_argument("--deadline", type=float, default=1e9, help="seconds after which no further step is served")
     parser.add_argument("--report", type=Path, help="where to write, instead of OUT/served.json")
@@ -258,7 +259,7 @@ def main() -> int:
     torch.set_num_threads(1)
     stated = json.loads((args.out / "saved" / "options.json").read_text())
     options = argparse.Namespace(**stated)
-    options.out = args.out
+    options.out, options.num_draft = args.out, args.num_draft or options.num_draft
     rows = asyncio.run(serve(args, options))
     result: dict[str, Any] = {"options": stated, "rows": rows, "torch": torch.__version__, "tables": {}}
     for batch in args.batches:
