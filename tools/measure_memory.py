@@ -394,7 +394,8 @@ def trainer_asleep(bench: Bench) -> None:
     seconds, moved = bench.timed(trainer.memory.sleep)
     asleep = bench.used() - bench.options.base
     report = {
-        "rank": rank, "before, GiB": {name: round(size / GIB, 3) for name, size in stages.items()}, "context at start GiB": round((base - bench.options.base) / GIB, 3), "awake GiB": round(awake / GIB, 3),
+        "rank": rank, "before, GiB": {name: round(size / GIB, 3) for name, size in stages.items()},
+        "context at start GiB": round((base - bench.options.base) / GIB, 3), "awake GiB": round(awake / GIB, 3),
         "asleep GiB": round(asleep / GIB, 3), "sleep s": round(seconds, 3),
         "GB/s": [(m.tag, m.target, round(m.bytes_per_s / 1e9, 1)) for m in moved if m.num_bytes],
     }  # fmt: skip
