@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_kernels.cuda.launch import cdiv, direct, eager
+from miles_kernels.cuda.launch import cdiv, direct, eager, early_for
 
 BLOCK = 1024
 
@@ -46,7 +46,10 @@ def _forward(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty((*gate_up.shape[:-1], inner))
     if out.numel():
         grid = (flat.shape[0], cdiv(inner, BLOCK))
-        swiglu_forward[grid](flat, out, flat.shape[0], inner, flat.stride(0), BLOCK=BLOCK, num_warps=4)
+        early = early_for(flat.shape[0], flat)
+        swiglu_forward[grid](
+            flat, out, flat.shape[0], inner, flat.stride(0), BLOCK=BLOCK, EARLY=early, num_warps=4, launch_pdl=early
+        )
     return out
 
 

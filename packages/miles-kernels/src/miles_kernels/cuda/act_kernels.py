@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def swiglu_forward(gate_up_ptr, out_ptr, rows, inner, stride, BLOCK: tl.constexpr):
+def swiglu_forward(gate_up_ptr, out_ptr, rows, inner, stride, BLOCK: tl.constexpr, EARLY: tl.constexpr = False):
     """silu(gate) * up of gate_up[T, 2 I], float32 arithmetic, one rounding."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = col < inner

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miles_kernels.cuda.launch import early_for
+
 SPLIT = 512
 """Keys per chunk: the unit of the split for small batches, and of the fold everywhere."""
 BLOCK_N = 64
@@ -119,6 +121,7 @@ def forward(
     if stages is None:
         stages = 3 if batch.page_size == 0 else 5
     table = batch.table if batch.table is not None else batch.kv_len
+    early = early_for(tokens, q)
     attend[(tiles * chunks, kv_heads, num_seqs)](
         q, k, v, out, lse, part, part_top[0], part_top[1],
         table, batch.cu_q, batch.kv_len, batch.kv_start,
@@ -127,7 +130,7 @@ def forward(
         table.stride(0),
         G=group, D=dim, D_PAD=_next_power(dim), DV=dim_v, DV_PAD=_next_power(dim_v),
         BM=block_m, SPLIT=SPLIT, WINDOW=window or 0, PAGE=batch.page_size, PARTIAL=partial, STAGES=stages,
-        num_warps=num_warps,
+        EARLY=early, num_warps=num_warps, launch_pdl=early,
     )  # fmt: skip
     if partial:
         head_rows = min(16, _power_of_two(heads))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 BLOCK_N = tl.constexpr(64)
 
@@ -49,8 +50,12 @@ def attend(
     stride_qt, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_ot, stride_oh, stride_table,
     G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, BM: tl.constexpr,
     SPLIT: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr, PARTIAL: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Rows of one tile of one (sequence, key/value head) against all their keys, or against one chunk when PARTIAL."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     if PARTIAL:
         tile = tl.program_id(0) // chunks
         only = tl.program_id(0) % chunks

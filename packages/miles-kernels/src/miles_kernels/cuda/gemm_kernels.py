@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -44,11 +45,15 @@ def gemm_pointer(
     EVEN_K: tl.constexpr,
     SWAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):
     """out[M, N] = a[M, K] b[N, K]^T + bias through plain pointers: any strides, any sizes, little launch overhead.
 
     `SWAP` computes the transposed tile (weights on the side of the MMA that has 64 rows), for few rows of a.
     """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     num_m = tl.cdiv(M, BM)
     num_n = tl.cdiv(N, BN)
     pid_m, pid_n = tile_of(tl.program_id(0), num_m, num_n, GROUP_M)

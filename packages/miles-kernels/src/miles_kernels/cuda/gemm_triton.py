@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from miles_kernels.cuda.launch import early_for
+
 
 class Tile(NamedTuple):
     """How one product is cut. Never changes bits in bfloat16 on Hopper, only time."""
@@ -122,6 +124,7 @@ def gemm(
     if not half:
         tile = Tile(min(tile.rows, 64), min(tile.cols, 64), 32, 4, 3, "pointer")
     grid = (-(-m // tile.rows) * -(-n // tile.cols),)
+    early = early_for(m, a)
     gemm_kernels.gemm_pointer[grid](
         a,
         b,
@@ -141,8 +144,10 @@ def gemm(
         EVEN_K=k % tile.depth == 0,
         SWAP=tile.kind == "swap",
         PRECISION="ieee",
+        EARLY=early,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        launch_pdl=early,
     )
     return out
 

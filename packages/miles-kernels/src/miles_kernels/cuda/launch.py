@@ -24,6 +24,15 @@ def starts_early(device: int) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 9
 
 
+FEW_ROWS = 64
+"""Up to so many rows a decode step's kernels are short beside their launches, and are launched early; with more it costs time."""
+
+
+def early_for(rows: int, tensor: Tensor) -> bool:
+    """Whether a kernel over so many rows is launched while its predecessor runs; it must wait before it touches memory."""
+    return rows <= FEW_ROWS and tensor.is_cuda and starts_early(tensor.device.index or 0)
+
+
 def direct(*tensors: Tensor) -> bool:
     """Whether an op may launch its kernel at once: plain tensors, no gradient, nothing that traces or intercepts.
 

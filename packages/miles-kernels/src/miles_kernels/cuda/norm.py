@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_kernels.cuda.launch import cdiv, direct, eager, next_power_of_2
+from miles_kernels.cuda.launch import cdiv, direct, eager, early_for, next_power_of_2
 from miles_kernels.ops.chain import UNIT, main_of
 
 TILE = 4096
@@ -105,11 +105,13 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     total = None if residual is None else torch.empty_like(out)
     pad, rows, warps = row_sizes(width)
     if x.numel():
+        early = early_for(tokens, flat)
         rms_forward[(cdiv(tokens * heads, rows),)](
             flat, flat if other is None else other, weight.contiguous(), out, out if total is None else total,
             tokens * heads, heads, eps,
             flat.stride(0), flat.stride(1), width if other is None else other.stride(0), heads * width, width,
-            H=width, H_PAD=pad, ROWS=rows, HAS_RESIDUAL=residual is not None, num_warps=warps,
+            H=width, H_PAD=pad, ROWS=rows, HAS_RESIDUAL=residual is not None, EARLY=early, num_warps=warps,
+            launch_pdl=early,
         )  # fmt: skip
     return out, total
 

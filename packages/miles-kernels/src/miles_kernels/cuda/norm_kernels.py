@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
 def rms_forward(
     x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, rows, heads, eps, stride_xt, stride_xh, stride_rt, stride_ot, stride_oh,
-    H: tl.constexpr, H_PAD: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    H: tl.constexpr, H_PAD: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """out = round(x / rms(x)) * weight; with a residual, x is round(x + residual) and is stored too."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = (row // heads).to(tl.int64)
     head = row % heads

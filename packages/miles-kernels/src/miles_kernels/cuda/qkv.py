@@ -17,7 +17,7 @@ from torch import Tensor
 from miles_kernels.cuda import attention as base
 from miles_kernels.cuda.attention import KVBatch
 from miles_kernels.cuda.attention_op import run as attend
-from miles_kernels.cuda.launch import cdiv, next_power_of_2
+from miles_kernels.cuda.launch import cdiv, early_for, next_power_of_2
 from miles_kernels.ops.chain import UNIT, main_of
 
 GRAD_TOKENS = 128
@@ -83,10 +83,12 @@ def turn(qkv: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, sizes: H
         strides = (k.stride(1) // dim, k.stride(0) // dim, v.stride(1) // dim, v.stride(0) // dim)
     rows = max(1, 2048 // next_power_of_2(dim))
     if tokens:
+        early = early_for(tokens, qkv)
         turn_forward[(cdiv(tokens * moved, rows),)](
             qkv, cos.contiguous(), sin.contiguous(), qk_norm if qk_norm is not None else qkv, out, k, v,
             slots, tokens * moved, heads, kv_heads, moved, int(target is not None), kept, *strides, sizes.eps,
-            D=dim, HALF=next_power_of_2(dim // 2), ROWS=rows, NORM=qk_norm is not None, num_warps=4,
+            D=dim, HALF=next_power_of_2(dim // 2), ROWS=rows, NORM=qk_norm is not None, EARLY=early,
+            num_warps=4, launch_pdl=early,
         )  # fmt: skip
     return out
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -20,7 +21,7 @@ def inverse_rms(low, high, eps, D: tl.constexpr, ROWS: tl.constexpr, HALF: tl.co
 def turn_forward(
     qkv_ptr, cos_ptr, sin_ptr, weight_ptr, q_ptr, k_ptr, v_ptr, slot_ptr, rows, heads, kv_heads, moved, stored, q_heads,
     kn, kh, vn, vh, eps,
-    D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Head norm (weight[2, D]: queries, keys) and rotation of the first `moved` heads of each token.
 
@@ -28,6 +29,9 @@ def turn_forward(
     rows of D; the place of a token is slot[token] when `stored`, else the token. The order of a row's sum follows from the layout
     that the compiler chose: training and engine must run one binary, so nothing that tells them apart is a constant here.
     """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     token = (row // moved).to(tl.int64)
