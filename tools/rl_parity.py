@@ -33,6 +33,7 @@ from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.conformance import ProcessesFailed, run_processes
 from miles_core.trainer.conformance.worker import watch_parent
 from miles_core.trainer.fsdp import FsdpTrainer
+from miles_core.trainer.hashing import combined_hash
 from miles_kernels.contract import Contract
 from miles_kernels.nn.config import DecoderConfig
 from miles_kernels.nn.decoder import Decoder
@@ -171,12 +172,13 @@ async def loop(options: argparse.Namespace) -> int:
                 times = " ".join(f"{name} {end - start:.2f} s" for name, start, end in spans)
                 done = f"{stats.num_tokens} tokens, {stats.tokens_unequal} unequal, norm {stats.grad_norm:.4f}"
                 print(f"step {step}: {done}, {times}", flush=True)
+    weights = combined_hash(trainer.export_weights())
     if loud:
         peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else 0
         print(
             f"{options.model}, {options.options} on {options.processes}: {options.steps} steps, {tokens} tokens, "
-            f"{unequal} unequal, "
-            f"max abs {worst}; control: {noticed} unequal with stale weights; peak {peak / 2**30:.2f} GiB",
+            f"{unequal} unequal, max abs {worst}; control: {noticed} unequal with stale weights; peak {peak / 2**30:.2f} GiB; "
+            f"last weights {weights}",
             flush=True,
         )
     return 0 if unequal == 0 and noticed > 0 else 1
