@@ -1,11 +1,11 @@
-"""Real allocation failures on a GPU, thrown at every class of site: the work is recovered to the same bits, or refused in one report.
+"""Real allocation failures on a GPU, at every class of site: the work is recovered to the same bits, or refused in one report.
 
 tools/inject_oom.py [--trials 240] [--seconds 150] [--out FILE]
 tools/inject_oom.py --device cpu     the same code on a tiny model, with a pretended device that fails
 
-A trial lets its work begin, and when it comes to the site (a layer's forward or backward, the logits, the update, ...), empties the
-allocator's cache and caps it (`torch.cuda.set_per_process_memory_fraction`) at what it holds, and a drawn amount more. The cap stays
-until the work has ended. What ends in neither way, or with other bits, is printed and makes the exit code 1. Sites whose
+A trial lets its work begin, and when it comes to the site (a layer's forward or backward, the logits, the update, ...), empties
+the allocator's cache and caps it (`torch.cuda.set_per_process_memory_fraction`) at what it holds, and a drawn amount more. The cap
+stays until the work has ended. What ends in neither way, or with other bits, is printed and makes the exit code 1. Sites whose
 work allocates nothing then are counted as "fitted".
 """
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure_memory import GIB, TINY, Bench, roll_out
+from measure_memory import TINY, Bench, roll_out
 
 from miles_core.algorithm.config import AlgorithmConfig
 from miles_core.memory.config import MemoryConfig
@@ -51,7 +51,7 @@ ENGINE_SITES = ("engine pass", "KV growth", "graph capture", "publish", "engine 
 
 
 class Cap:
-    """From its (`skip` + 1)-th `hit` on, the allocator gets `extra` bytes more than it has in use; on the CPU `times` failures."""
+    """From its (`skip` + 1)-th `hit` on, the allocator gets `extra` bytes more than it has; on the CPU some allocations fail."""
 
     def __init__(self, bench: Bench, extra: int, skip: int = 0) -> None:
         self.bench, self.extra, self.skip = bench, extra, skip
@@ -294,48 +294,54 @@ class EngineTrials:
         return outcome or ("recovered" if after > before else "fitted")
 
 
+THROWN = ("recovered", "refused")
+
+
 def run(bench: Bench) -> int:
-    options, wrong = bench.options, 0
     table: dict[str, Counter[str]] = {site: Counter() for site in (*TRAINER_SITES, *ENGINE_SITES)}
-    thrown = {"recovered", "refused"}
+    seconds, begun = bench.options.seconds, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        begun = time.perf_counter()
-        for kind, sites, share in ((TrainerTrials, TRAINER_SITES, 0.6), (EngineTrials, ENGINE_SITES, 1.0)):
-            trials = kind(bench, Path(folder))
-            print(f"{kind.__name__} ready after {time.perf_counter() - begun:.0f} s", flush=True)
-            gc.collect()
-            gc.freeze()  # every failure collects garbage: not what stays
-            limit = options.trials * len(sites) // len(table)
-            for number in range(4 * limit):
-                if time.perf_counter() - begun > options.seconds * share or sum(table[s][w] for s in sites for w in thrown) >= limit:
-                    break
-                site = sites[number % len(sites)]
-                clean()
-                try:
-                    outcome = trials.trial(site)
-                except Exception as error:
-                    traceback.print_exc()
-                    outcome = f"ABORTED: {type(error).__name__}"
-                    if isinstance(trials, EngineTrials):
-                        trials.start()
-                table[site][outcome] += 1
-                wrong += outcome not in (*thrown, "fitted")
-                if number % 35 == 34:
-                    print(f"{time.perf_counter() - begun:.0f} s: {({s: dict(c) for s, c in table.items() if c})}", flush=True)
-            if isinstance(trials, EngineTrials):
-                trials.close()
-            gc.unfreeze()
-            del trials
-            clean()
+        inject(TrainerTrials(bench, Path(folder)), TRAINER_SITES, table, bench, begun + 0.6 * seconds)
+        clean()
+        trials = EngineTrials(bench, Path(folder))
+        inject(trials, ENGINE_SITES, table, bench, begun + seconds)
+        trials.close()
     print("| site | injected | recovered, same bits | refused, one report | other | never short |")
     for site, counts in table.items():
-        other = sum(counts.values()) - sum(counts[w] for w in (*thrown, "fitted"))
+        other = sum(counts.values()) - sum(counts[kind] for kind in (*THROWN, "fitted"))
         row = (counts["recovered"] + counts["refused"] + other, counts["recovered"], counts["refused"], other, counts["fitted"])
         print(f"| {site} | " + " | ".join(map(str, row)) + " |")
-    total = sum(sum(c.values()) - c["fitted"] for c in table.values())
+    total = sum(sum(counts.values()) - counts["fitted"] for counts in table.values())
+    wrong = total - sum(counts[kind] for counts in table.values() for kind in THROWN)
     bench.note("injected, wrong", (total, wrong))
     bench.note("sites", {site: dict(counts) for site, counts in table.items()})
     return 1 if wrong else 0
+
+
+def inject(
+    trials: TrainerTrials | EngineTrials, sites: tuple[str, ...], table: dict[str, Counter[str]], bench: Bench, until: float
+) -> None:
+    """Site after site, until each has had its share of failures or the time is over."""
+    print(f"{type(trials).__name__} ready", flush=True)
+    gc.collect()
+    gc.freeze()  # every failure collects garbage: not what stays
+    limit = bench.options.trials * len(sites) // len(table)
+    for number in range(4 * limit):
+        if time.perf_counter() > until or sum(table[site][kind] for site in sites for kind in THROWN) >= limit:
+            break
+        site = sites[number % len(sites)]
+        clean()
+        try:
+            outcome = trials.trial(site)
+        except Exception as error:
+            traceback.print_exc()
+            outcome = f"ABORTED: {type(error).__name__}"
+            if isinstance(trials, EngineTrials):
+                trials.start()
+        table[site][outcome] += 1
+        if number % 35 == 34:
+            print({site: dict(counts) for site, counts in table.items() if counts}, flush=True)
+    gc.unfreeze()
 
 
 def main() -> None:

@@ -1,40 +1,23 @@
-"""Running out of memory on a GPU for real, and a step's peak against plain FSDP2.
+"""The largest allocation of a training step against plain FSDP2 with torch.optim.AdamW, and what each measure of ours saves.
 
-tools/measure_oom.py inject [--trials 120]   steps and generations under a drawn cap on the allocator: same bits, or refused
-tools/measure_oom.py peak [--shape qwen3-0.6b]   against fully_shard + torch.optim.AdamW, and what each measure saves
-
---device cpu of `inject` runs the same code without a cap, to check it.
+tools/measure_oom.py peak [--shape qwen3-0.6b] [--tokens 16384] [--out FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import gc
-import random
 import sys
-import time
-from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
-from measure_memory import TINY, Bench, roll_out
+from measure_memory import Bench
 
 from miles_core.algorithm.config import AlgorithmConfig
 from miles_core.memory.config import MemoryConfig
-from miles_core.memory.ladder import OutOfRoom
-from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.fsdp import FsdpTrainer
-from miles_core.trainer.hashing import combined_hash
-from miles_core.trainer.testing import random_samples
-from miles_kernels.nn.config import DecoderConfig
-from miles_rollout.engines.embedded.config import EmbeddedConfig
-from miles_rollout.engines.embedded.engine import EmbeddedEngine
-from miles_rollout.text.char import CharTokenizer
 
 GIB = 1 << 30
 
@@ -44,122 +27,6 @@ def empty() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def capped(bench: Bench, extra: int) -> Any:
-    """The allocator may take `extra` bytes more than it has now."""
-    if not bench.cuda:
-        yield
-        return
-    empty()
-    total = torch.cuda.mem_get_info()[1]
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + extra) / total))
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def fingerprint(trainer: FsdpTrainer) -> str:
-    trainer.memory.wake()
-    return combined_hash([*trainer.export_weights(), *sorted(trainer.optimizer.state().items())])
-
-
-def inject(bench: Bench) -> None:
-    """A trainer steps under a cap between what it holds and what it would like; then an engine generates under one."""
-    options = bench.options
-    shape = replace(bench.shape(), vocab_size=32768, num_hidden_layers=8) if bench.cuda else TINY
-    tokens = 8192 if bench.cuda else 64
-    settings = TrainerConfig(max_tokens_per_microbatch=tokens)
-    if bench.cuda:
-        from bench_train import make_batch
-
-        batch = make_batch("rl", 2 * tokens, shape.vocab_size)[0]
-    else:
-        batch = TrainBatch.from_groups(random_samples(1, num_groups=2), AlgorithmConfig())
-
-    def fresh() -> FsdpTrainer:
-        return FsdpTrainer(bench.decoder(shape), AlgorithmConfig(), settings, OptimizerConfig(lr=1e-4))
-
-    plain = fresh()
-    plain.step(batch)  # compiles
-    plain = fresh()
-    empty()
-    held = torch.cuda.memory_reserved() if bench.cuda else 0
-    bench.peak()
-    plain.step(batch)
-    wanted = bench.peak() - held
-    expected = fingerprint(plain)
-    del plain
-    outcome: Counter[str] = Counter()
-    rungs: Counter[str] = Counter()
-    begun = time.perf_counter()
-    for number in range(options.trials):
-        if time.perf_counter() - begun > options.seconds:
-            break
-        trainer = fresh()
-        extra = int(wanted * random.uniform(0.05, 1.0))
-        try:
-            with capped(bench, extra):
-                trainer.step(batch)
-        except OutOfRoom as error:
-            outcome["refused"] += 1
-            if outcome["refused"] == 1:
-                print(error, flush=True)
-            del trainer
-            continue
-        counts = trainer.memory.ladder.counts
-        kind = "recovered" if counts["num_recovered"] else "fitted"
-        outcome[kind + (", same bits" if fingerprint(trainer) == expected else ", OTHER BITS")] += 1
-        rungs.update(trainer.memory.ladder.climbed)
-        del trainer
-        if number % 20 == 19:
-            bench.note(f"after {number + 1} trials", (dict(outcome), dict(rungs)))
-    bench.note("step: wanted GiB over what is held", round(wanted / GIB, 2))
-    bench.note("step: outcomes", dict(outcome))
-    bench.note("step: rungs climbed", dict(rungs))
-    empty()
-    generate(bench, shape)
-
-
-def generate(bench: Bench, shape: DecoderConfig) -> None:
-    """The engine under a cap: tokens and log-probabilities as without one, or an error that says what to lower."""
-    options = bench.options
-    options.prompts, options.group, options.context, options.new = (6, 4, 700, 40) if bench.cuda else (2, 2, 40, 8)
-    config = EmbeddedConfig(page_size=64, num_pages=400 if bench.cuda else 16, max_context=1024, max_batched_tokens=4096)
-    outcome: Counter[str] = Counter()
-
-    def tokens(limit: int | None) -> tuple[Any, float]:
-        engine = EmbeddedEngine(bench.decoder(shape), CharTokenizer("0123456789"), config, eos_token_ids=())
-        with asyncio.Runner() as runner:
-            try:
-                if limit is None:
-                    found = roll_out(bench, engine, runner, 1)
-                else:
-                    with capped(bench, limit):
-                        found = roll_out(bench, engine, runner, 1)
-                return [(s.token_ids, s.rollout_logprobs) for s in found], engine.metrics()["num_oom"]
-            finally:
-                runner.run(engine.close())
-
-    tokens(None)
-    empty()
-    held = torch.cuda.memory_reserved() if bench.cuda else 0
-    bench.peak()
-    expected, _ = tokens(None)
-    wanted = (torch.cuda.max_memory_reserved() if bench.cuda else 0) - held
-    empty()
-    for _ in range(options.trials // 5):
-        try:
-            found, failures = tokens(int(max(wanted, 1) * random.uniform(0.0, 0.25)))
-            outcome[("recovered" if failures else "fitted") + (", same bits" if found == expected else ", OTHER BITS")] += 1
-        except Exception as error:
-            outcome[f"refused: {type(error).__name__}"] += 1
-            if sum(outcome.values()) < 3:
-                print(str(error)[:300], flush=True)
-        empty()
-    bench.note("engine: outcomes", dict(outcome))
 
 
 def peak(bench: Bench) -> None:
@@ -251,21 +118,19 @@ def peak(bench: Bench) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=("inject", "peak"))
+    parser.add_argument("mode", choices=("peak",))
     parser.add_argument("--shape", default="qwen3-0.6b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--trials", type=int, default=120)
-    parser.add_argument("--seconds", type=float, default=45.0)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out")
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("no GPU here; inject --device cpu checks the script")
+    options.device = "cuda"
+    if not torch.cuda.is_available():
+        sys.exit("no GPU here, and it is a GPU's allocator that is measured")
     from miles_kernels.env import prepare_process
 
     prepare_process()
-    {"inject": inject, "peak": peak}[options.mode](Bench(options))
+    peak(Bench(options))
 
 
 if __name__ == "__main__":
