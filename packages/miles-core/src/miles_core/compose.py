@@ -45,7 +45,7 @@ from miles_rollout.text import Tokenizer
 Mode = Literal["train", "sft", "rollout"]
 Say = Callable[[str], None]
 
-FREE_ON_RESUME = ("run.num_steps", "run.threads", "run.dir", "eval.", "checkpoint.", "engine.", "memory.")
+FREE_ON_RESUME = ("run.num_steps", "run.threads", "run.dir", "run.profile_steps", "eval.", "checkpoint.", "engine.", "memory.")
 """What a resumed run may change: none of it alters a step that is already done, or the bits of the next."""
 FIXED_ON_RESUME = "engine.tensor_parallel"
 """The exception: it is part of the numeric contract."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from miles_core.metrics import StepClock
 from miles_core.run import Outcome, Run
 
 
@@ -15,7 +14,7 @@ def train(run: Run) -> Outcome:
     with run.progress, run.stop:
         run.begin()
         while run.step < run.num_steps and not run.stop.requested:
-            clock = StepClock()
+            clock = run.clock()
             with clock("rollout"):
                 portion = run.feed.next(run.step + 1)
             if portion is None:

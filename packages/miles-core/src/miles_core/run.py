@@ -17,6 +17,7 @@ from miles_core.interrupt import StopRequest
 from miles_core.memory import peak_rss_bytes, release_freed
 from miles_core.memory.run import RunMemory
 from miles_core.metrics import StepClock
+from miles_core.profile import ProfilingClock
 from miles_core.progress import Progress
 from miles_core.rundir import RunDir
 from miles_core.trainer.base import StepStats, Trainer
@@ -70,6 +71,11 @@ class Run:
     def num_steps(self) -> int:
         """Steps of the whole run."""
         return self.config.run.num_steps
+
+    def clock(self) -> StepClock:
+        """What times the parts of the next step, and records them where `run.profile_steps` asks for it."""
+        due = self.step + 1 in self.config.run.profile_steps
+        return ProfilingClock(self.dir.profile, self.step + 1) if due else StepClock()
 
     def begin(self) -> None:
         """Publish the weights as they are; a run that starts also evaluates them, as step 0."""

@@ -27,6 +27,7 @@ class RunDir:
         self.config = root / "config.toml"
         self.metrics = MetricsFile(root / "metrics.jsonl")
         self.samples = root / "samples"
+        self.profile = root / "profile"
         self.report = root / "report.html"
 
     @classmethod

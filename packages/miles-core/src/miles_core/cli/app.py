@@ -118,6 +118,20 @@ def report(ctx: typer.Context, run: Annotated[str, typer.Argument(metavar="RUN",
 
 
 @app.command()
+def compare(
+    ctx: typer.Context,
+    first: Annotated[str, typer.Argument(metavar="RUN", help="Name or folder of a run.")],
+    second: Annotated[str, typer.Argument(metavar="RUN", help="Name or folder of another.")],
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with both runs in every plot, too.")] = None,
+) -> None:
+    """Say where two runs part: step, sample, token, metric, tensor. Exit code 1 when their numbers differ."""
+    _no_settings(ctx)
+    from miles_core.cli.runs import compare_two
+
+    compare_two(first, second, html, typer.echo)
+
+
+@app.command()
 def plan(
     ctx: typer.Context,
     target: Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -57,6 +57,22 @@ def find_run(run: str) -> Path:
         if (folder / "config.toml").is_file():
             return folder
     raise ValueError(f"{run}: no such run; looked for {run}/config.toml and runs/{run}/config.toml in {Path.cwd()}")
+
+
+def compare_two(first: str, second: str, html: Path | None, say: Callable[[str], None]) -> None:
+    """Say what differs between two runs. Ends with exit code 1 when their numbers do."""
+    from miles_core.debug.compare import compare_runs, verdict, write_comparison
+
+    a, b = find_run(first), find_run(second)
+    findings = compare_runs(a, b)
+    for finding in findings:
+        say(f"{finding.what:9} {finding.words}")
+    same, words = verdict(findings)
+    say(words)
+    if html is not None:
+        say(str(write_comparison(a, b, html)))
+    if not same:
+        raise typer.Exit(1)
 
 
 def _go(config: RunConfig, mode: Mode, *, resume: bool, replay: Path | None) -> None:

@@ -49,6 +49,11 @@ class RunConfig(Section):
             self._check_tensor_parallel()
         if self.trainer.backend == "fsdp":
             ProcessLayout.of(self.trainer, self.num_trainers)
+        if self.run.profile_steps and (self.cluster.kind == "ray" or self.cluster.num_trainers or self.cluster.num_engines):
+            raise ValueError(
+                "run.profile_steps records this process, and with [cluster] the work is done by others: leave [cluster] out, or "
+                "profile a server by its /start_profile"
+            )
         return self
 
     def _admit_draft(self) -> None:

@@ -25,6 +25,20 @@ class RunSection(Section):
     """Steps of the whole run; a resumed run counts on to the same number."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of one operation. It changes speed, never a bit of the result."""
+    profile_steps: tuple[int, ...] = ()
+    """Steps whose parts torch's profiler records into RUN/profile/: traces, and tables that the report shows. In this process."""
+
+    @field_validator("profile_steps", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _profiled_steps_come(self) -> RunSection:
+        wrong = [step for step in self.profile_steps if not 1 <= step <= self.num_steps]
+        if wrong:
+            raise ValueError(f"profile_steps = {wrong}: not among the steps of this run, 1 to {self.num_steps}")
+        return self
 
     @field_validator("name")
     @classmethod

@@ -26,6 +26,7 @@ code { font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; white-space: pr
   overflow-wrap: anywhere; }
 details { border: 1px solid var(--line); border-radius: 8px; padding: .4rem .8rem; margin: .4rem 0; }
 summary { cursor: pointer; }
+.bar { height: .8rem; min-width: 1px; background: #4c8dd6; border-radius: 3px; } td:has(.bar) { width: 40%; }
 """
 
 

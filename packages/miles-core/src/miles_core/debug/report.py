@@ -11,6 +11,7 @@ from typing import Any
 
 from miles_core.debug.page import CSS, page
 from miles_core.debug.plots import Plot, Series, draw
+from miles_core.debug.profile import profile_section
 from miles_core.metrics import Row, read_metrics
 from miles_rollout.text import Tokenizer, load_tokenizer
 from miles_rollout.wire import Sample, read_samples
@@ -45,6 +46,7 @@ def render_report(run: Path) -> str:
         f"<h1>{escape(str(settings['run'].get('name', run.name)))}</h1>",
         f'<div class="cards">{_cards(rows)}</div>',
         f'<section class="plots">{plots}</section>',
+        profile_section(run),
         _samples(run),
         _settings(settings),
     ]
@@ -205,8 +207,16 @@ def _sample_row(sample: Sample, tokenizer: Tokenizer | None) -> str:
     reward = f"{sample.reward:g}" if sample.reward is not None else f"{sample.reward_status}: {sample.reward_detail}"
     num_prompt = next((i for i, sampled in enumerate(sample.loss_mask) if sampled), len(sample.token_ids))
     prompt = sample.prompt_id if tokenizer is None else tokenizer.decode(sample.token_ids[:num_prompt], skip_special_tokens=False)
-    cells = (prompt, sample.text, sample.label or "", reward)
+    cells = (prompt, _completion(sample), sample.label or "", reward)
     return "<tr>" + "".join(f"<td><code>{escape(_cut(cell))}</code></td>" for cell in cells) + "</tr>"
+
+
+def _completion(sample: Sample) -> str:
+    """What followed the prompt; of many turns, what the environment said in between, too."""
+    turns = sample.metadata.get("turns")
+    if not (isinstance(turns, list) and all(isinstance(turn, dict) and {"by", "text"} <= set(turn) for turn in turns)):
+        return sample.text
+    return "\n".join(f"{turn['by']}: {turn['text']}" for turn in turns)
 
 
 def _cut(text: str) -> str:
