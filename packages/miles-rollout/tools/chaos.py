@@ -103,6 +103,7 @@ class Chaos:
 
     def worker_command(self, port: int) -> list[str]:
         line = [sys.executable, "-m", "miles_rollout.cli", "serve", str(self.models[0]), "--port", str(port), "--threads", "1"]
+        line += ["--device", "cpu"]  # what recomputes is there, too
         return [*line, "--kv-memory-mib", "4", "--max-running", "32", "--log-level", "critical", "--drain-s", "0.5"]
 
     async def start_router(self) -> None:

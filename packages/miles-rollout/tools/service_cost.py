@@ -136,6 +136,8 @@ async def measure(given: argparse.Namespace) -> dict[str, Any]:
             *common,
             "serve",
             model,
+            "--device",
+            "cpu",
             "--port",
             str(ports[0]),
             "--threads",
