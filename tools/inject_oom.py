@@ -4,7 +4,7 @@ tools/inject_oom.py [--trials 240] [--seconds 150] [--out FILE]
 tools/inject_oom.py --device cpu     the same code on a tiny model, with a pretended device that fails
 
 A trial lets its work begin, and when it comes to the site (a layer's forward or backward, the logits, the update, ...), empties
-the allocator's cache and caps it (`torch.cuda.set_per_process_memory_fraction`) at what it holds, and a drawn amount more. The cap
+the allocator's cache and caps it (`torch.cuda.set_per_process_memory_fraction`) at what it holds and a drawn amount. The cap
 stays until the work has ended. What ends in neither way, or with other bits, is printed and makes the exit code 1. Sites whose
 work allocates nothing then are counted as "fitted".
 """
