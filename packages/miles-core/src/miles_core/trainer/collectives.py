@@ -36,18 +36,22 @@ def rank_of(group: Group) -> int:
     return 0 if group is None else group.rank if isinstance(group, Peers) else int(dist.get_rank(group))
 
 
-def broadcast(tensor: Tensor, rank: int, group: Group) -> None:
-    """Every process gets the tensor of the group's `rank`."""
+def broadcast(tensor: Tensor, rank: int, group: Group, *, async_op: bool = False) -> Any:
+    """Every process gets the tensor of the group's `rank`; what to wait for, when `async_op`."""
     options = dist.distributed_c10d.BroadcastOptions()
-    options.rootRank, options.rootTensor, options.asyncOp = rank, 0, False
-    _end(live(group).broadcast([tensor], options))
+    options.rootRank, options.rootTensor, options.asyncOp = rank, 0, async_op
+    work = live(group).broadcast([tensor], options)
+    return work if async_op else _end(work)
 
 
-def all_to_all(output: Tensor, rows: Tensor, group: Group, receive: Sequence[int] = (), send: Sequence[int] = ()) -> None:
-    """Rows of dim 0 to and from everybody, equally many unless said."""
+def all_to_all(
+    output: Tensor, rows: Tensor, group: Group, receive: Sequence[int] = (), send: Sequence[int] = (), *, async_op: bool = False
+) -> Any:
+    """Rows of dim 0 to and from everybody, equally many unless said; what to wait for, when `async_op`."""
     options = dist.distributed_c10d.AllToAllOptions()
-    options.asyncOp = False
-    _end(live(group).alltoall_base(output, rows, list(receive), list(send), options))
+    options.asyncOp = async_op
+    work = live(group).alltoall_base(output, rows, list(receive), list(send), options)
+    return work if async_op else _end(work)
 
 
 def all_gather(output: Tensor, own: Tensor, group: Group, *, async_op: bool = False) -> Any:

@@ -114,11 +114,11 @@ class FsdpTrainer:
         return [] if self.reference_model is None else [owned.local for owned in self.reference_model.weights().values()]
 
     def _cut(self, decoder: Decoder) -> WholeModel:
-        """The model of a decoder: whole in one process, cut over several; whole in each where gradients are chained."""
+        """The model of a decoder: whole in one process, cut over several; whole in each where nothing is cut."""
         decoder.gradient_checkpointing = self.config.recompute
         if self.parallel.size == 1:
             return WholeModel(decoder)
-        if self.config.gradients == "chained":
+        if self.layout.shard * self.layout.cp == 1:  # as chained gradients need it
             from miles_core.trainer.copied import CopiedModel
 
             return CopiedModel(decoder, self.parallel.group or torch.distributed.group.WORLD)

@@ -96,6 +96,15 @@ class ProcessLayout:
         return ", ".join(parts)
 
 
+UNIT_ELEMENTS = 48 * 2**20
+"""Weights that are gathered at once, at least, where a layer has fewer: small layers share what a gathering costs the host."""
+
+
+def layers_per_unit(layer_elements: int, num_layers: int) -> int:
+    """Consecutive layers, of at most so many weights, that are gathered and whose gradients are summed together; never all."""
+    return max(1, min(-(-UNIT_ELEMENTS // layer_elements), num_layers // 2))
+
+
 def world_size_of(environment: Mapping[str, str] | None = None) -> int:
     """Processes a launcher such as torchrun announces in the environment; 1 without one. Raises ValueError for no number."""
     text = (os.environ if environment is None else environment).get("WORLD_SIZE", "1")

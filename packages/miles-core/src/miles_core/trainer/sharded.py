@@ -1,6 +1,6 @@
-"""A decoder cut over processes with FSDP2: one unit per block, the vocabulary's table and the experts on their own.
+"""A decoder cut over processes with FSDP2: a unit per block, or per few small ones; the vocabulary's table and the experts apart.
 
-FSDP2 gathers a block's weights (cast to the computing dtype) before its forward and backward, frees them afterwards, and hands
+FSDP2 gathers a unit's weights (cast to the computing dtype) before its forward and backward, frees them afterwards, and hands
 this process its rows of the gradient, summed in float32 in the order of ranks. The embedding and the output projection
 are never gathered (`table`). The axes are those of `layout`.
 """
@@ -8,6 +8,7 @@ are never gathered (`table`). The axes are those of `layout`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from miles_core.trainer.collectives import Group, OrderedReduceScatter, UnitGath
 from miles_core.trainer.context import ContextKV, gather_tokens
 from miles_core.trainer.copied import all_reduce_many_
 from miles_core.trainer.experts import Experts
-from miles_core.trainer.layout import ProcessLayout
+from miles_core.trainer.layout import ProcessLayout, layers_per_unit
 from miles_core.trainer.model import WholeModel
 from miles_core.trainer.optim import Optimized, sum_of_squares
 from miles_core.trainer.packing import Microbatch
@@ -143,7 +144,11 @@ class ShardedModel(WholeModel):
         for layer in decoder.layers:
             if layer.experts is not None:
                 fully_shard(layer.experts, mesh=groups["experts"], mp_policy=policy)
-            fully_shard(layer, mesh=groups["shard"], mp_policy=policy)
+        units = _units(decoder)
+        for unit in units:
+            fully_shard(unit if len(unit) > 1 else unit[0], mesh=groups["shard"], mp_policy=policy)
+        for unit, after in pairwise(units):  # asked for before the layers at work are launched, not after
+            unit[0].set_modules_to_forward_prefetch([after[0]])
         # FSDP2 would leave the root gathered after a forward, and an export would take the whole norm for this process's part
         fully_shard(decoder, mesh=groups["shard"], mp_policy=policy, ignored_params=ignored, reshard_after_forward=True)
         for module in decoder.modules():
@@ -236,6 +241,14 @@ class ShardedModel(WholeModel):
         """Squares of each process's stretches, added in the order of ranks: the same bits everywhere."""
         own = sum_of_squares(gradients).view(1)
         return gather_padded(own, 1, self.replica).cpu().sum().sqrt()
+
+
+def _units(decoder: Decoder) -> list[list[Any]]:
+    """Consecutive layers that are gathered and summed together."""
+    layers = list(decoder.layers)
+    sizes = [sum(p.numel() for name, p in layer.named_parameters() if not name.startswith("experts.")) for layer in layers]
+    count = layers_per_unit(max(sizes), len(layers))
+    return [layers[start : start + count] for start in range(0, len(layers), count)]
 
 
 def _groups_of(layout: ProcessLayout, device: str) -> dict[str, Any]:
