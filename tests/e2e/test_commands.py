@@ -26,6 +26,8 @@ def test_rollout_then_replay_it(micro: Any, result: Any) -> None:
     samples = [json.loads(line) for line in (folder / "samples" / "step_000002.jsonl").read_text().splitlines()]
     assert len(samples) == 16 and all(sample["reward_status"] == "ok" for sample in samples)
     assert not (folder / "checkpoints").exists()
+    code, said = micro.miles("rollout", "micro.toml")  # it cannot go on, so it does not say so
+    assert code == 2 and "choose another --name" in said and "--resume" not in said
     code, said = micro.miles("train", "micro.toml", "--replay", "micro-rollout", "--name", "again", "--steps", "1")
     assert code == 0, said
     assert result(micro.run("again"))["metrics"][0]["mismatch/tokens_unequal"] == 0

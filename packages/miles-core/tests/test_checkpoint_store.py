@@ -268,7 +268,7 @@ def test_recover_reports_what_it_removed(store: CheckpointStore) -> None:
 
 def test_configuration() -> None:
     assert CheckpointConfig().keep_last >= 1
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="keep_last\n.*greater than or equal to 1"):
         CheckpointConfig(keep_last=0)
     with pytest.raises(ValueError, match="at least 1"):
         CheckpointStore("x", keep_last=0)

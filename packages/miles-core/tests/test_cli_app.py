@@ -45,7 +45,7 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MILES_DEBUG", "1")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match='no recipe "nothing-like-this"'):
         main(["train", "nothing-like-this"])
 
 

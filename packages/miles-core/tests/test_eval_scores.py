@@ -24,7 +24,7 @@ def test_pass_at_k_is_the_share_of_lucky_draws() -> None:
         lucky = sum(any(i < solved for i in draw) for draw in draws) / len(draws)
         assert pass_at_k(num, solved, k) == pytest.approx(lucky, abs=1e-12)
     for bad in ((3, 4, 1), (3, 1, 4), (3, 1, 0)):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=f"pass@{bad[2]} of {bad[1]} solved among 3 samples"):
             pass_at_k(*bad)
 
 

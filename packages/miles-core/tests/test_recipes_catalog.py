@@ -48,8 +48,13 @@ def test_sorting_problems() -> None:
     wrong = sum(row["completion"] != row["label"] for row in rows) / 2000
     assert 0.35 < wrong < 0.5
     assert all(row["completion"] == row["label"] for row in sorting.problems(size=50, split="eval"))
-    for bad in ({"split": "test"}, {"min_length": 1}, {"min_length": 7}, {"size": 10**9}):
-        with pytest.raises(ValueError):
+    for bad, said in (
+        ({"split": "test"}, 'split = "test" must be train or eval'),
+        ({"min_length": 1}, "got 1 and 6"),
+        ({"min_length": 7}, "got 7 and 6"),
+        ({"size": 10**9}, "more than the .* problems to be had for split train"),
+    ):
+        with pytest.raises(ValueError, match=said):
             list(sorting.problems(**bad))  # type: ignore[arg-type]
 
 

@@ -95,5 +95,5 @@ def test_names_are_parts_not_text() -> None:
     assert parse_name("a.«b.c».d") == ("a", "b.c", "d")
     assert show_name(("a", "b\nc", 3)) == "a.«b\\u{a}c».3"
     for bad in ("", ".", "a.", ".a", "«a", "a..b"):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="name"):
             parse_name(bad)

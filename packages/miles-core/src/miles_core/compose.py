@@ -60,6 +60,11 @@ class Request:
     replay: Path | None = None
     """The run directory whose samples are trained on again."""
 
+    @property
+    def is_resumable(self) -> bool:
+        """Generating alone and replaying are short: they are started again instead."""
+        return self.mode != "rollout" and self.replay is None
+
 
 class Text(NamedTuple):
     """What reading data takes of a model: no weights."""
@@ -79,7 +84,7 @@ def compose(config: RunConfig, request: Request, say: Say) -> Run:
     if request.resume:
         checkpoint = _resumable(config, run_dir, say)
     else:
-        run_dir.check_new()
+        run_dir.check_new(resumable=request.is_resumable)
     with ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
         parts = _cluster_parts if is_clustered(config) else _parts
@@ -92,7 +97,7 @@ def compose(config: RunConfig, request: Request, say: Say) -> Run:
             **parts(config, request, run_dir, runner, stack, say),
         )
         if not request.resume:
-            run_dir.create(config)
+            run_dir.create(config, resumable=request.is_resumable)
         stack.enter_context(RunLock(run_dir))
         if request.resume:
             _take_up(run, checkpoint)

@@ -36,9 +36,9 @@ class RunDir:
         assert config.run.name is not None
         return cls(Path(config.run.dir) / config.run.name)
 
-    def create(self, config: RunConfig) -> None:
+    def create(self, config: RunConfig, *, resumable: bool = True) -> None:
         """Make the directory with its config.toml, both or none. Raises FileExistsError when it is there already."""
-        self.check_new()
+        self.check_new(resumable=resumable)
         partial = self.root.with_name(f".{self.root.name}.partial-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "samples").mkdir(parents=True)
@@ -47,10 +47,11 @@ class RunDir:
             self.root.rmdir()  # empty, says check_new
         partial.rename(self.root)
 
-    def check_new(self) -> None:
-        """Raise FileExistsError saying what to do when there is a run of this name."""
+    def check_new(self, *, resumable: bool = True) -> None:
+        """Raise FileExistsError saying what to do when there is a run of this name; `resumable`: its kind can go on."""
         if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
-            raise FileExistsError(f"{self.root} exists: go on with it by --resume, choose another --name, or remove the folder")
+            resume = "go on with it by --resume, " if resumable else ""
+            raise FileExistsError(f"{self.root} exists: {resume}choose another --name, or remove the folder")
 
     def check_resumable(self) -> None:
         """Raise FileNotFoundError when there is nothing to resume."""

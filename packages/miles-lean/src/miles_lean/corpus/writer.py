@@ -9,7 +9,7 @@ from typing import Any
 from miles_lean.judge.names import Name
 from miles_lean.judge.olean import KINDS, Constant
 from miles_lean.judge.region import HEADER_SIZE
-from miles_lean.judge.terms import Terms
+from miles_lean.judge.terms import Terms, parts_of
 
 _EXPR_TAGS = {"bvar": 0, "sort": 3, "const": 4, "app": 5, "lam": 6, "pi": 7, "let": 8, "nat": 9, "str": 9, "proj": 11}
 _LEVEL_TAGS = {"zero": 0, "succ": 1, "max": 2, "imax": 3, "param": 4}
@@ -81,7 +81,7 @@ class Writer:
         while stack:
             term = stack[-1]
             node = self.terms.nodes[term]
-            parts = [part for part in _parts(node) if part not in self._made]
+            parts = [part for part in parts_of(node) if part not in self._made]
             if term in self._made or not parts:
                 stack.pop()
                 self._made.setdefault(term, self._node(node))
@@ -156,12 +156,3 @@ class Writer:
         """The file whose root object stands at this address."""
         header = b"olean\x02\x01" + b"4.35.0".ljust(33, b"\0") + b"0" * 40 + struct.pack("<QQ", _BASE, root)
         return bytes(header + self._data[len(header) :])
-
-
-def _parts(node: tuple[Any, ...]) -> tuple[int, ...]:
-    kind = node[0]
-    if kind in ("app", "lam", "pi", "let", "sort", "succ", "max", "imax"):
-        return node[1:]
-    if kind == "const":
-        return node[2]
-    return (node[3],) if kind == "proj" else ()

@@ -15,7 +15,7 @@ from typing import Any
 from miles_lean.judge.names import Name, show_name
 from miles_lean.judge.objects import NIL, POINTER, NoKernel, Objects, bind
 from miles_lean.judge.olean import Constant
-from miles_lean.judge.terms import Terms
+from miles_lean.judge.terms import Terms, parts_of
 
 EXCEPTIONS = (
     "unknownConstant", "alreadyDeclared", "declTypeMismatch", "declHasMVars", "declHasFVars", "funExpected", "typeExpected",
@@ -103,7 +103,7 @@ class Builder:
             if term in made or term in needed:
                 continue
             needed.add(term)
-            stack.extend(_parts(nodes[term]))
+            stack.extend(parts_of(nodes[term]))
         immortal = Kernel.immortal
         for term in sorted(needed):
             made[term] = immortal(self._make(nodes[term]))
@@ -263,13 +263,3 @@ class Builder:
 def _value(constant: Constant) -> int:
     assert constant.value is not None
     return constant.value
-
-
-def _parts(node: tuple[Any, ...]) -> tuple[int, ...]:
-    """The ids of all terms and levels directly inside a node."""
-    kind = node[0]
-    if kind in ("app", "lam", "pi", "let", "sort", "succ", "max", "imax"):
-        return node[1:]
-    if kind == "const":
-        return node[2]
-    return (node[3],) if kind == "proj" else ()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from miles_lean.judge.names import Name, show_name
-from miles_lean.judge.region import HEADER_SIZE, Malformed, Region
+from miles_lean.judge.region import Malformed, Region
 from miles_lean.judge.terms import Terms
 
 Kind = Literal["axiom", "definition", "theorem", "opaque", "quotient", "inductive", "constructor", "recursor"]
@@ -288,10 +288,3 @@ _EXPRS: dict[int, tuple[str, int, tuple[int, ...]]] = {
 def _each(array: tuple[int, tuple[int, ...]]) -> Iterator[tuple[int, int]]:
     at, words = array
     return ((at, word) for word in words)
-
-
-def read_module(data: bytes | memoryview, terms: Terms | None = None) -> Module:
-    """The module in the bytes of an `.olean` file. Raises Malformed."""
-    if len(data) < HEADER_SIZE:
-        raise Malformed(f"{len(data)} bytes are no .olean file")
-    return Module(data, terms if terms is not None else Terms())

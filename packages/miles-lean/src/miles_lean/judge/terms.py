@@ -73,3 +73,13 @@ class Terms:
             elif kind == "str":
                 found.update((("String", "ofList"), ("Char", "ofNat")))
         return found
+
+
+def parts_of(node: tuple[Any, ...]) -> tuple[int, ...]:
+    """The ids of all terms and levels directly inside a node."""
+    kind = node[0]
+    if kind in ("app", "lam", "pi", "let", "sort", "succ", "max", "imax"):
+        return node[1:]
+    if kind == "const":
+        return node[2]
+    return (node[3],) if kind == "proj" else ()
