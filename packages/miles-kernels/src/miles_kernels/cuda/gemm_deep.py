@@ -41,9 +41,3 @@ def grouped_contiguous(x: Tensor, weight: Tensor, out: Tensor, expert_of_row: Te
     """Rows of one expert are contiguous and padded to 128; `expert_of_row[R]` int32, -1 for padding."""
     module().m_grouped_bf16_gemm_nt_contiguous(x, weight, out, expert_of_row)
     return out
-
-
-def grouped_masked(x: Tensor, weight: Tensor, out: Tensor, rows: Tensor, expected: int) -> Tensor:
-    """`x[E, R, K]`, the first `rows[e]` rows of each expert count; `expected` rows per expert guides the tile."""
-    module().m_grouped_bf16_gemm_nt_masked(x, weight, out, rows, expected)
-    return out

@@ -89,11 +89,6 @@ class DistributedAdamW:
             if not part.is_stub_optimizer:
                 yield part
 
-    def sync_masters(self) -> None:
-        """Take the model's weights as the float32 masters, after they were loaded."""
-        with on_device(self.model.device):
-            self.inner.reload_model_params()
-
     def clear(self) -> None:
         """Zero all gradients."""
         self.ddp.zero_grad_buffer()

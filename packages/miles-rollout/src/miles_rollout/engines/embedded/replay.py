@@ -90,11 +90,6 @@ class StepGraphs:
         self._pool: Any = None
         self._stream: Any = None
 
-    @property
-    def num_captured(self) -> int:
-        """Graphs made so far."""
-        return len(self._captured)
-
     def forget(self) -> None:
         """Drop the graphs and their memory; they are captured again when needed."""
         self._captured.clear()
