@@ -276,4 +276,4 @@ def test_the_margin_counts_breaches_and_warns_once() -> None:
         margin.note(1536 << 20)
     margin.note(1536 << 20)
     assert margin.metrics()["perf/num_reserve_breaches"] == 2
-    assert Margin.of(torch.device("cpu"), None).metrics() == {}
+    assert Margin.of(torch.device("cpu"), "measured").metrics() == {}

@@ -13,7 +13,7 @@ from miles_core.config.load import load_config
 from miles_core.memory.activations import kept_per_token
 from miles_core.memory.check import require_room
 from miles_core.memory.knobs import remedies
-from miles_core.memory.parameters import count_parameters
+from miles_core.memory.parameters import count_draft, count_parameters
 from miles_core.memory.plan import FRAGMENTATION, Job, make_plan
 from miles_core.memory.shapes import GIB, SHAPES, find_device, find_shape
 from miles_core.memory.show import plan_text, reasons_text, verdict
@@ -39,6 +39,27 @@ def test_weights_are_counted_exactly(shape: DecoderConfig) -> None:
     assert count_parameters(shape).total == sum(weight.numel() for weight in module.parameters())
     largest = max(sum(weight.numel() for weight in layer.parameters()) for layer in module.layers)
     assert count_parameters(shape).largest_layer == largest
+
+
+@pytest.mark.parametrize("shape", [find_shape("qwen3-0.6b"), find_shape("qwen3-8b"), BIASED, MIXED])
+def test_weights_of_drafts_are_counted_exactly(shape: DecoderConfig) -> None:
+    from miles_spec.models import Eagle3Draft, MtpConfig, MtpDraft
+    from miles_spec.models.config import Eagle3Config
+
+    for kind, module in (
+        ("mtp", MtpDraft(MtpConfig.of(shape), device="meta")), ("eagle3", Eagle3Draft(Eagle3Config.of(shape), device="meta")),
+    ):  # fmt: skip
+        assert count_draft(shape, kind) == sum(weight.numel() for weight in module.parameters()), kind
+    job = Job(shape=shape, device=find_device("h200"), sleep=True)
+    bare, drafting = make_plan(job), make_plan(replace(job, draft="mtp"))
+    held = {item.name: item.num_bytes for phase in drafting.phases[:2] for item in phase.items}
+    count = count_draft(shape, "mtp")
+    assert held["engine's draft"] == 2 * count and held["draft"] == 14 * count
+    assert {i.name: i.num_bytes for i in drafting.host}["sleeping trainer"] == (
+        {i.name: i.num_bytes for i in bare.host}["sleeping trainer"] + 14 * count
+    )
+    with pytest.raises(ValueError, match="medusa"):
+        count_draft(shape, "medusa")
 
 
 def _kept(shape: DecoderConfig, tokens: int, recompute: bool) -> int:

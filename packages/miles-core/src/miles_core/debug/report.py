@@ -107,7 +107,7 @@ def _memory_plots(rows: Sequence[Row]) -> list[Plot]:
         found = {name: series(rows, f"{room}/{name}{end}") for name in names}
         return {name: (steps, [value / 2**30 for value in values]) for name, (steps, values) in found.items() if any(values)}
 
-    phases, tags = ("rollout", "train", "publish"), ("weights", "masters", "moments", "reference")
+    phases, tags = ("rollout", "train", "publish"), ("weights", "masters", "moments", "reference", "draft")
     return [
         Plot(title="Device memory, most in each phase", lines=gib("perf", "_peak_bytes", phases), unit="GiB"),
         Plot(title="Host memory after each phase", lines=gib("perf", "_rss_bytes", phases), unit="GiB"),

@@ -79,6 +79,7 @@ class DraftingTrainer:
         if other:
             raise ValueError(f"drafts {', '.join(other)} read other layers of the policy than the one that is served")
         inner.observe(self, self._layers)
+        inner.memory.draft = self._movable
 
     @property
     def main(self) -> DraftTrainer:
@@ -182,6 +183,15 @@ class DraftingTrainer:
         else:
             all_reduce_(values, dist.group.WORLD)
 
+    def _movable(self) -> Iterator[Tensor]:
+        """What may leave the device while the trainer sleeps; a captured draft may not, its graph knows addresses."""
+        for arm in self.arms.values():
+            trainer, optimizer = arm.trainer, arm.trainer.optimizer
+            if not trainer.config.capture:
+                yield from (p.detach() for p in trainer.draft.parameters())
+                yield from (p.detach() for p in trainer.serving.parameters())
+                yield from (*optimizer.masters, *optimizer.exp_avg, *optimizer.exp_avg_sq, *optimizer.mean)
+
     # ---- what is said about it
 
     def _metrics(self) -> dict[str, float]:
@@ -229,6 +239,7 @@ class DraftingTrainer:
 
     def draft_weights(self, arm: str = "draft") -> Iterator[tuple[str, Tensor]]:
         """(name in a checkpoint, tensor) of the draft to be served."""
+        self.inner.memory.onload(["draft"])
         return self.arms[arm].trainer.serving.named_state()
 
     def save(self, directory: Path) -> None:

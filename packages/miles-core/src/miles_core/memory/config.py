@@ -26,9 +26,9 @@ class MemoryConfig(Section):
     """Compare checksums of everything that leaves and returns."""
     recover: bool = True
     """After an allocation failure make room, step by step, and do the work again with the same result; false: fail at once."""
-    reserve_bytes: int | Literal["measured"] | None = None
+    reserve_bytes: int | Literal["measured"] = "measured"
     """Device memory that torch's allocator may not touch, for the CUDA context, communication and graphs. "measured": what
-    they take at start-up, and 512 MiB. None: no cap; what they take is still measured and reported."""
+    is taken outside the allocator at start-up, by whomever, and 512 MiB. 0: no cap; it is still measured and reported."""
 
     trace_step: int | None = Field(default=None, ge=1)
     """Record every allocation of this training step of the process, counted from its start, into the run directory: the

@@ -73,6 +73,7 @@ def job_of_run(config: RunConfig, shape: DecoderConfig, mode: Mode, device: Devi
         max_running=min(engine.max_running, sequences),
         optimizer=config.memory.optimizer,
         sleep=config.memory.sleep and rolls_out and mode == "train",
+        draft=config.draft.model if mode == "train" else "none",
     )
 
 

@@ -17,7 +17,7 @@ GROWTH_BYTES = 512 << 20
 class Margin:
     """A cap on the allocator of one device, so that `reserve_bytes` stay for everything else.
 
-    Example: Margin.of(torch.device("cuda"), None).look()
+    Example: Margin.of(torch.device("cuda"), "measured").look()
     """
 
     def __init__(self, device: torch.device | None, reserve_bytes: int, total_bytes: int = 0) -> None:
@@ -26,10 +26,10 @@ class Margin:
         self.num_breaches = 0
 
     @classmethod
-    def of(cls, device: torch.device, reserve_bytes: int | str | None) -> Margin:
+    def of(cls, device: torch.device, reserve_bytes: int | str) -> Margin:
         """Measure what is taken outside the allocator now, and cap the allocator so that `reserve_bytes` stay free of it.
 
-        "measured" is what is taken now and GROWTH_BYTES; None is no cap, and then only the growth beyond that is reported. Raises
+        "measured" is what is taken now and GROWTH_BYTES; 0 is no cap, and then only the growth beyond that is reported. Raises
         ValueError when the reserve leaves the allocator nothing.
         """
         if device.type != "cuda":
@@ -37,10 +37,10 @@ class Margin:
         torch.cuda.synchronize(device)
         free, total = torch.cuda.mem_get_info(device)
         outside = total - free - torch.cuda.memory_reserved(device)
-        reserve = reserve_bytes if isinstance(reserve_bytes, int) else outside + GROWTH_BYTES
+        reserve = int(reserve_bytes) if reserve_bytes not in ("measured", 0) else outside + GROWTH_BYTES
         if reserve >= total:
             raise ValueError(f"memory.reserve_bytes = {reserve} leaves nothing of the device's {total} bytes")
-        if reserve_bytes is not None:
+        if reserve_bytes != 0:
             torch.cuda.set_per_process_memory_fraction((total - reserve) / total, device)
         margin = cls(device, reserve, total)
         margin.look()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from miles_kernels.nn.config import DecoderConfig
 
@@ -43,6 +43,21 @@ def count_parameters(shape: DecoderConfig) -> Parameters:
         largest_layer=dense + experts,
         largest_layer_experts=experts,
     )
+
+
+def count_draft(shape: DecoderConfig, kind: str) -> int:
+    """Weights of a draft made for a policy of `shape`: "mtp", "eagle3", or "none". Raises ValueError for another kind."""
+    hidden, last = shape.hidden_size, shape.num_hidden_layers - 1
+    if kind == "none":
+        return 0
+    if kind == "mtp":
+        return sum(_layer(shape, last)) + 2 * hidden * hidden + 3 * hidden
+    if kind != "eagle3":
+        raise ValueError(f'draft {kind!r}: the plan knows "none", "mtp" and "eagle3"')
+    if shape.num_experts:
+        shape = replace(shape, family="qwen3", num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0)
+    projected = (shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim
+    return sum(_layer(shape, last)) + hidden * (projected + 3 * hidden + 2 + shape.vocab_size)
 
 
 def _layer(shape: DecoderConfig, index: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from miles_core.memory.activations import kept_per_token, layer_peak_per_token
-from miles_core.memory.parameters import Parameters, count_parameters
+from miles_core.memory.parameters import Parameters, count_draft, count_parameters
 from miles_core.memory.shapes import Device
 from miles_kernels.nn.config import DecoderConfig
 
@@ -84,6 +84,8 @@ class Job:
     """Where masters and moments lie: "device", "host" or "disk"."""
     sleep: bool = False
     """Whether engine and trainer take turns on the device."""
+    draft: str = "none"
+    """The draft model that is trained and served beside the policy: "none", "mtp" or "eagle3"."""
 
     @property
     def cut(self) -> int:
@@ -185,6 +187,8 @@ def _trainer_at_rest(job: Job, parameters: Parameters) -> list[Item]:
         items.append(Item("AdamW moments", count * 8 // cut, "N x (4 + 4)" + _over(cut)))
     if job.reference:
         items.append(Item("reference policy", count * size // cut, f"N x {size}, frozen" + _over(cut)))
+    draft = count_draft(job.shape, job.draft)
+    items.append(Item("draft", draft * (size + 4 * low + 8), f"{draft:,} weights, masters and moments, whole in every process"))
     return items
 
 
@@ -200,7 +204,8 @@ def _away(job: Job, parameters: Parameters) -> list[Item]:
         items.append(Item("optimizer state", state, "moments" + " and masters" * apart + ", streamed through every update"))
     if job.sleep:
         weights = 0 if apart else parameters.total * (4 if masters else job.dtype_bytes) // job.cut
-        kept = (state if job.optimizer == "device" else 0) + weights
+        draft = count_draft(job.shape, job.draft) * (job.dtype_bytes + 4 * (job.dtype_bytes < 4) + 8)
+        kept = (state if job.optimizer == "device" else 0) + weights + draft
         items.append(Item("sleeping trainer", kept, "what leaves the device during rollouts and cannot be computed again"))
     return [item for item in items if item.num_bytes]
 
@@ -262,7 +267,11 @@ def _engine_at_rest(job: Job, parameters: Parameters) -> list[Item]:
     if not job.rolls_out:
         return []
     why = f"its own copy, N x {job.dtype_bytes}" + _over(job.engine_gpus)
-    return [Item("engine weights", parameters.total * job.dtype_bytes // job.engine_gpus, why)]
+    draft = count_draft(job.shape, job.draft) * job.dtype_bytes
+    return [
+        Item("engine weights", parameters.total * job.dtype_bytes // job.engine_gpus, why),
+        Item("engine's draft", draft, "its own copy"),
+    ]
 
 
 def _kv(job: Job) -> list[Item]:
@@ -281,7 +290,7 @@ def _engine_working(job: Job) -> list[Item]:
 
 
 def _publishing(job: Job, parameters: Parameters) -> list[Item]:
-    staged = parameters.total * job.dtype_bytes // job.engine_gpus
+    staged = (parameters.total // job.engine_gpus + count_draft(job.shape, job.draft)) * job.dtype_bytes
     items = [Item("staged weights", staged, "the new version beside the old one, until every hash is checked")]
     if job.cut > 1:
         largest = max(parameters.embedding, parameters.largest_layer) * job.dtype_bytes

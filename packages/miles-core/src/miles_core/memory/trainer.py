@@ -19,7 +19,7 @@ from miles_core.memory.peers import Peers
 from miles_core.memory.regions import Moved, Mover, Region, Target
 from miles_core.memory.together import Together
 
-TRAINER_TAGS = ("masters", "moments", "weights", "reference")
+TRAINER_TAGS = ("masters", "moments", "weights", "reference", "draft")
 """In the order they come back: weights may be computed from masters."""
 
 
@@ -78,6 +78,8 @@ class TrainerMemory:
         """Parts that a micro-batch is cut into."""
         self.saves_on_host = False
         """Whether what the forward pass keeps for the backward one waits on the host."""
+        self.draft: Callable[[], Iterable[Tensor]] = list
+        """What a draft in training holds: weights, masters, moments. Set by whoever trains one."""
         self.facts = Refusal(device)
         self._peers = tuple(peers)
         self._together = None if place is None else Together(*place, on_cuda=device.type == "cuda", peers=self._peers)
@@ -97,6 +99,7 @@ class TrainerMemory:
                 Region(tag="moments", tensors=lambda: [] if optimizer.home else [*optimizer.exp_avg, *optimizer.exp_avg_sq]),
                 Region(tag="weights", tensors=weights, rebuild=rebuild),
                 Region(tag="reference", tensors=reference),
+                Region(tag="draft", tensors=lambda: self.draft()),
             ],
             device,
             directory=None if config.directory is None else Path(config.directory),
