@@ -1,6 +1,6 @@
 """The parts of chosen steps under torch's profiler: `run.profile_steps`. It slows them down and changes no bit.
 
-RUN/profile/step_000003_train.json.gz   the trace, for chrome://tracing or https://ui.perfetto.dev
+RUN/profile/step_000003_train.json.gz   the trace, for chrome://tracing or Perfetto
 RUN/profile/step_000003_train.summary.json   seconds by op, which the report draws
 """
 
