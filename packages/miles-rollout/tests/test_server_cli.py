@@ -89,6 +89,8 @@ def test_a_port_in_use_is_noticed_before_the_model_is_looked_at() -> None:
         (["serve", ".", "--port", "0", "--device", "cuda:1"], "CUDA_VISIBLE_DEVICES"),
         (["serve", "no-such-model", "--port", "0", "--log-level", "loud"], "--log-level loud"),
         (["generate", "no-such-model", "--prompt", "1"], "no-such-model: not a directory"),
+        (["doctor", "--port", "70000"], "--port 70000 is no port"),
+        (["doctor", "localhost:30000"], "give http://HOST:PORT"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(args: list[str], words: str) -> None:

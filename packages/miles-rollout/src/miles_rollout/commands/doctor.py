@@ -29,6 +29,10 @@ def doctor(
 ) -> None:
     """What is installed, what each extra lacks, whether the port is free; of a server, whether it is well. Exit code 1 if not."""
     with user_errors():
+        if not 0 <= port <= 65535:
+            raise ValueError(f"--port {port} is no port; give 1 to 65535, or 0 for a free one")
+        if url and not url.startswith(("http://", "https://")):
+            raise ValueError(f"{url} is no address; give http://HOST:PORT")
         typer.echo(f"miles-rollout {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
         for extra, names in LIBRARIES:
             found = {name: _version(name) for name in names}
@@ -36,7 +40,8 @@ def doctor(
             state = f"lacks {', '.join(lacks)}" if lacks else "ready"
             have = ", ".join(f"{name} {version}" for name, version in found.items() if version is not None)
             typer.echo(f"  [{extra}] {state}" + (f" ({have})" if have else ""))
-        typer.echo(f"  device: {_device()}")
+        for line in _devices():
+            typer.echo(f"  {line}")
         typer.echo(f"  port {port}: {'free' if _is_free(port) else 'in use'}")
         if url and not asyncio.run(_look(url)):
             raise typer.Exit(1)
@@ -49,13 +54,25 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _device() -> str:
+def _devices() -> list[str]:
+    """What the embedded engine would run on, and on a GPU what it compiles its kernels with."""
     if importlib.util.find_spec("torch") is None:
-        return "unknown without torch"
+        return ["device: unknown without torch"]
     from miles_rollout.extras import require
 
-    cuda = require("torch", extra="embedded", purpose="doctor").cuda
-    return ", ".join(cuda.get_device_name(i) for i in range(cuda.device_count())) or "CPU"
+    torch = require("torch", extra="embedded", purpose="doctor")
+    cuda = torch.cuda
+    if not cuda.device_count():
+        return ["device: CPU; torch sees no GPU" + ("" if torch.version.cuda else ", it was built without CUDA")]
+    lines = []
+    for i in range(cuda.device_count()):
+        free, total = cuda.mem_get_info(i)
+        lines.append(f"device {i}: {cuda.get_device_name(i)}, {free >> 20} of {total >> 20} MiB free, CUDA {torch.version.cuda}")
+    triton = _version("triton")
+    lines.append(
+        f"kernels: triton {triton}" if triton else "kernels: triton is missing, and with it every GPU kernel; pip install triton"
+    )
+    return lines
 
 
 def _is_free(port: int) -> bool:
