@@ -8,6 +8,8 @@ each sent by its owners when its turn comes; `streamed` does the arithmetic. A t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -64,6 +66,8 @@ class _TableSlices(Slices):
         self.table, self.num_rows = table, int(table.shape[0])
         self.mode = table.mode
         self.narrow = table.weight.detach().to(table.dtype)
+        self._ahead: dict[int, tuple[Tensor, list[Any]]] = {}
+        """A slice that travels while the one before is at work, by its first row."""
 
     def _overlaps(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         bounds = self.table.bounds
@@ -71,16 +75,27 @@ class _TableSlices(Slices):
         return [(rank, a, b) for rank, a, b in cuts if a < b]
 
     def read(self, start: int, stop: int) -> Tensor:
-        table, first = self.table, self.table.bounds[self.table.rank]
-        if size_of(table.group) == 1:
+        if size_of(self.table.group) == 1:
             return self.narrow[start:stop]
-        out = self.narrow.new_empty((stop - start, self.narrow.shape[1]))
+        out, under_way = self._ahead.pop(start, None) or self._send(start, stop)
+        assert len(out) == stop - start, "slices are read one after the other, all of one size"
+        after = min(stop + (stop - start), self.num_rows)
+        if after > stop:
+            self._ahead[stop] = self._send(stop, after)
+        for work in under_way:
+            work.wait()
+        return out
+
+    def _send(self, start: int, stop: int) -> tuple[Tensor, list[Any]]:
+        """Rows start .. stop from whoever has them, and what to wait for."""
+        table, first = self.table, self.table.bounds[self.table.rank]
+        out, under_way = self.narrow.new_empty((stop - start, self.narrow.shape[1])), []
         for rank, a, b in self._overlaps(start, stop):
             part = out[a - start : b - start]
             if rank == table.rank:
                 part.copy_(self.narrow[a - first : b - first])
-            broadcast(part, rank, table.group)
-        return out
+            under_way.append(broadcast(part, rank, table.group, async_op=True))
+        return out, under_way
 
     def new_gradient(self) -> Tensor:
         return torch.zeros_like(self.table.weight, dtype=torch.float32)
