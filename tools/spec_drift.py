@@ -99,7 +99,7 @@ def drift(options: argparse.Namespace, model: Path) -> tuple[list[dict], int]:
     """The run that all arms go through: the rows of its metrics, and the number of the policy's parameters."""
     config = config_of(
         options, "drift", options.steps, model={"path": str(model), "device": options.device, "dtype": options.dtype},
-        data={"train": data_of(options, 1)}, optimizer={"lr": options.lr, "betas": (0.9, 0.95), "warmup_steps": 5},
+        data={"train": data_of(options, 1)}, optimizer={"lr": options.lr, "betas": (0.9, 0.98), "warmup_steps": 20},
     )  # fmt: skip
 
     def dress(run: Any) -> Any:
