@@ -1,14 +1,17 @@
 """The largest allocation of a training step against plain FSDP2 with torch.optim.AdamW, and what each measure of ours saves.
 
 tools/measure_oom.py peak [--shape qwen3-0.6b] [--tokens 16384] [--out FILE]
+tools/measure_oom.py plot --out FILE --svg FILE     bars of what `peak` wrote
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,20 +113,53 @@ def peak(bench: Bench) -> None:
     note("ours, optimizer state on the host", ours(memory=MemoryConfig(optimizer="host")))
     note("ours, layers recomputed", ours(recompute=True))
     note("ours, recomputed, state on the host", ours(recompute=True, memory=MemoryConfig(optimizer="host")))
-    for name in ("plain FSDP2, AdamW as it comes (foreach)", "plain FSDP2, fused AdamW"):
-        if name in found and "ours, default" in found:
-            bench.note(f"ours, default / {name}", round(found["ours, default"] / found[name], 3))
+    bench.note("bytes", found)
+    print("\n".join(table(found)), flush=True)
     dist.destroy_process_group()
+
+
+def table(found: dict[str, int]) -> list[str]:
+    """Markdown: GiB, and shares of the plain steps with AdamW as it comes and fused."""
+    rivals = [found.get(name) for name in ("plain FSDP2, AdamW as it comes (foreach)", "plain FSDP2, fused AdamW")]
+    rows = ["| step | peak, GiB | of plain, foreach | of plain, fused |", "|---|---|---|---|"]
+    for name, size in found.items():
+        shares = [f"{size / rival:.3f}" if rival else "" for rival in rivals]
+        rows.append(f"| {name} | {size / GIB:.2f} | {' | '.join(shares)} |")
+    return rows
+
+
+def plot(found: dict[str, int]) -> str:
+    """One bar a step, as SVG."""
+    high, left, wide = 26, 330, 420
+    most = max(found.values())
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + wide + 90}" height="{high * len(found) + 12}" '
+        'font-family="sans-serif" font-size="13">'
+    ]
+    for number, (name, size) in enumerate(found.items()):
+        y, colour = 6 + high * number, "#8a8f98" if name.startswith("plain") else "#2f6f4f"
+        lines += [
+            f'<text x="{left - 8}" y="{y + 16}" text-anchor="end">{name}</text>',
+            f'<rect x="{left}" y="{y + 2}" width="{wide * size / most:.1f}" height="{high - 8}" fill="{colour}"/>',
+            f'<text x="{left + wide * size / most + 6:.1f}" y="{y + 16}">{size / GIB:.1f} GiB</text>',
+        ]
+    return "\n".join([*lines, "</svg>", ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=("peak",))
+    parser.add_argument("mode", choices=("peak", "plot"))
     parser.add_argument("--shape", default="qwen3-0.6b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--out")
+    parser.add_argument("--svg")
     options = parser.parse_args()
+    if options.mode == "plot":
+        found = json.loads(Path(options.out).read_text(encoding="utf-8"))["bytes"]
+        Path(options.svg).write_text(plot(found), encoding="utf-8")
+        print("\n".join(table(found)))
+        return
     options.device = "cuda"
     if not torch.cuda.is_available():
         sys.exit("no GPU here, and it is a GPU's allocator that is measured")
