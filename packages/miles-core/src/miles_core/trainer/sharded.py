@@ -145,10 +145,10 @@ class ShardedModel(WholeModel):
             if layer.experts is not None:
                 fully_shard(layer.experts, mesh=groups["experts"], mp_policy=policy)
         units = _units(decoder)
-        for unit in units:
-            fully_shard(unit if len(unit) > 1 else unit[0], mesh=groups["shard"], mp_policy=policy)
-        for unit, after in pairwise(units):  # asked for before the layers at work are launched, not after
-            unit[0].set_modules_to_forward_prefetch([after[0]])
+        for layers in units:
+            fully_shard(layers if len(layers) > 1 else layers[0], mesh=groups["shard"], mp_policy=policy)
+        for now, after in pairwise(units):  # asked for before the layers at work are launched, not after
+            now[0].set_modules_to_forward_prefetch([after[0]])
         # FSDP2 would leave the root gathered after a forward, and an export would take the whole norm for this process's part
         fully_shard(decoder, mesh=groups["shard"], mp_policy=policy, ignored_params=ignored, reshard_after_forward=True)
         for module in decoder.modules():

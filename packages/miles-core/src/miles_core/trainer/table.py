@@ -77,7 +77,7 @@ class _TableSlices(Slices):
     def read(self, start: int, stop: int) -> Tensor:
         if size_of(self.table.group) == 1:
             return self.narrow[start:stop]
-        out, under_way = self._ahead.pop(start, None) or self._send(start, stop)
+        out, under_way = self._ahead.pop(start) if start in self._ahead else self._send(start, stop)
         assert len(out) == stop - start, "slices are read one after the other, all of one size"
         after = min(stop + (stop - start), self.num_rows)
         if after > stop:
