@@ -78,6 +78,7 @@ def saving(decoder: Decoder, case: Case, options: dict[str, Any]) -> FsdpTrainer
 def test_two_processes_in_every_layout(tmp_path: Path) -> None:
     """Oracle, the bits of one process, the same bits again, and checkpoints from one process to two and back."""
     plan = [(CASES[case], LAYOUTS[layout]) for case, layout in (entry.split() for entry in PLAN)]
+    plan.append((replace(CASES["untied"], model={**CASES["untied"].model, "num_hidden_layers": 5}), LAYOUTS["dp2"]))  # 2, 2 and 1
     alone = saving(CASES["moe"].decoder(), CASES["moe"], {})
     batch = CASES["moe"].batch()
     alone.step(batch)

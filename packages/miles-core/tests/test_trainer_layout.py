@@ -12,7 +12,7 @@ from miles_core.config.schema import RunConfig
 from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.config import TrainerConfig
 from miles_core.trainer.context import ContextPart, deal
-from miles_core.trainer.layout import ProcessLayout, world_size_of
+from miles_core.trainer.layout import UNIT_ELEMENTS, ProcessLayout, layers_per_unit, world_size_of
 from miles_core.trainer.packing import microbatches, shard
 from miles_core.trainer.table import bounds_of
 from miles_core.trainer.testing import random_samples
@@ -25,6 +25,13 @@ def test_the_shard_axis_takes_what_the_others_leave() -> None:
     assert [layout.data_rank(rank) for rank in range(5)] == [0, 0, 1, 1, 2]
     assert [layout.context_rank(rank) for rank in range(5)] == [0, 1, 0, 1, 0]
     assert layout.num_data == 8
+
+
+def test_small_layers_are_gathered_together_and_large_ones_alone() -> None:
+    assert layers_per_unit(15_729_920, 28) == 4  # Qwen3-0.6B
+    assert layers_per_unit(100_928_256, 36) == 1  # Qwen3-4B
+    assert layers_per_unit(UNIT_ELEMENTS, 4) == 1
+    assert layers_per_unit(1000, 9) == 4 and layers_per_unit(1000, 2) == layers_per_unit(1000, 1) == 1  # never all of them
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from miles_core.memory.activations import kept_per_token, layer_peak_per_token
 from miles_core.memory.parameters import Parameters, count_draft, count_parameters
 from miles_core.memory.shapes import Device
+from miles_core.trainer.layout import layers_per_unit
 from miles_kernels.nn.config import DecoderConfig
 
 MIB = 1 << 20
@@ -215,8 +216,9 @@ def _train_moments(job: Job, parameters: Parameters) -> list[tuple[str, list[Ite
     shape, cut, size = job.shape, job.cut, job.dtype_bytes
     tokens = job.microbatch_tokens // job.cp
     count = parameters.total // cut
-    gathered = 0 if cut == 1 else 2 * parameters.largest_layer * size
-    gather = Item("gathered layers", gathered, "the layer at work and the next one, whole")
+    together = layers_per_unit(parameters.largest_layer, shape.num_hidden_layers)
+    unit = 0 if cut == 1 else together * parameters.largest_layer
+    gather = Item("gathered layers", 2 * unit * size, f"the {together} at work and the next, whole")
     kept = Item(
         "activations",
         tokens * kept_per_token(shape, size, recompute=job.recompute),
@@ -228,9 +230,7 @@ def _train_moments(job: Job, parameters: Parameters) -> list[tuple[str, list[Ite
     head = parameters.head or parameters.embedding
     fresh = Item("new gradient", 0 if in_place else head * size // cut, "one at a time, until it is added to its sum")
     widened = Item("gradient sums", 4 * count, "N x 4" + _over(cut))
-    layer_gradient = Item(
-        "layer gradient", 0 if cut == 1 else parameters.largest_layer * (4 + size), "whole, before it is summed over processes"
-    )
+    layer_gradient = Item("layer gradient", unit * (4 + size), "whole, before it is summed over processes")
     # a tied table's gradient is whole, and becomes a sum, at the end; where there is a sum already, it is added in place
     wide = 4 if parameters.head and not in_place and job.num_microbatches == 1 else 0
     table = Item("gradient of the output projection", head * (size + wide) // cut, "first of the backward pass")
