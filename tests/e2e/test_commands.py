@@ -45,6 +45,33 @@ def test_eval_gives_what_the_run_recorded(micro: Any) -> None:
     assert micro.miles("eval", "nothing-here")[0] == 2
 
 
+def test_evaluation_has_sets_and_a_reward_of_its_own(micro: Any, result: Any) -> None:
+    toml = (
+        (micro.folder / "micro.toml")
+        .read_text()
+        .replace(
+            "[checkpoint]",
+            '[eval.sets]\nshort = "miles_core.recipes.sorting:problems?size=5&min_length=2&max_length=2&split=eval"\n\n'
+            '[eval.reward]\nname = "exact_match"\n\n[checkpoint]',
+        )
+    )
+    (micro.folder / "sets.toml").write_text(toml)
+    code, said = micro.miles("train", "sets.toml", "--dry-run")
+    assert code == 0 and "11 held-out prompts (5 of short) × 1 (greedy, scored by exact_match)" in said
+    assert micro.miles("train", "sets.toml", "--steps", "4")[0] == 0
+    assert micro.miles("train", "micro.toml", "--steps", "4")[0] == 0
+    own, plain = result(micro.run("sets")), result(micro.run("micro"))
+    assert own["weights"] == plain["weights"]  # nothing of an evaluation touches training
+    for row in (own["metrics"][0], own["metrics"][-1]):
+        assert row["eval/num_prompts"] == 11 and row["eval/short/num_prompts"] == 5
+        assert row["eval/reward_mean"] == row["eval/accuracy"] and row["eval/tokens_unequal"] == 0  # exact match, not the share
+    assert plain["metrics"][-1]["eval/reward_mean"] not in (0.0, plain["metrics"][-1]["eval/accuracy"])
+    code, said = micro.miles("eval", "sets")
+    shown = json.loads(said[said.index("{\n") : said.rindex("}") + 1])
+    assert code == 0 and shown["eval/short/reward_mean"] == own["metrics"][-1]["eval/short/reward_mean"]
+    assert "Held-out accuracy by set" in (micro.run("sets") / "report.html").read_text()
+
+
 def test_export_loads_in_transformers_and_agrees(micro: Any) -> None:
     transformers = pytest.importorskip("transformers")
     assert micro.miles("train", "micro.toml", "--steps", "2")[0] == 0

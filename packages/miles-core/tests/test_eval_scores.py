@@ -1,18 +1,22 @@
-"""Accuracy and pass@k from scored groups."""
+"""Accuracy and pass@k from scored groups, of all held-out prompts and of every set."""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import random
+from collections.abc import Sequence
 
 import pytest
 from pydantic import ValidationError
 
 from miles_core.data.record import Prompt
 from miles_core.eval.config import EvalConfig
-from miles_core.eval.evaluate import eval_params
+from miles_core.eval.evaluate import Evaluation, Evaluator, eval_params
 from miles_core.eval.scores import eval_metrics, pass_at_k
-from miles_core.rollout import Group, RolloutConfig, SamplingConfig, make_group
+from miles_core.rollout import Group, RewardConfig, RolloutConfig, SamplingConfig, Scorer, make_group
+from miles_rollout.testing import ScriptedEngine
+from miles_rollout.text import CharTokenizer
 from miles_rollout.wire import Sample
 
 
@@ -72,3 +76,34 @@ def test_sampling_of_an_evaluation_differs_where_it_should() -> None:
     assert (params.temperature, params.top_k, params.max_new_tokens, params.stop, params.n) == (0.0, -1, 9, ("x",), 1)
     assert params.seed != 3
     assert eval_params(EvalConfig(max_new_tokens=4), sampling, seed=2**63 - 1).seed < 2**63
+
+
+def test_sets_have_metrics_of_their_own_and_together() -> None:
+    tokenizer = CharTokenizer("0123456789")
+    config = EvalConfig(max_prompts=3, sets={"easy": "x", "hard": ["y"]})
+    assert config.sets == {"easy": ("x",), "hard": ("y",)}
+
+    def evaluate(labels: Sequence[str]) -> Evaluation:
+        """Four prompts without a set, of which three are asked, two easy and three hard ones."""
+        own = [Prompt(prompt_id=f"p:{i}", input_ids=(4 + i,), text=str(i), label=labels[i]) for i in range(9)]
+        with Scorer(RewardConfig(name="exact_match")) as scorer:
+            sets = {"": own[:4], "easy": own[4:6], "hard": own[6:]}
+            evaluator = Evaluator(sets, scorer, config, SamplingConfig(max_new_tokens=6), RolloutConfig(), seed=1)
+            return asyncio.run(evaluator.evaluate(ScriptedEngine(tokenizer)))
+
+    answers = [sample.text for sample in evaluate(["none"] * 9).samples]  # what it answers does not depend on the labels
+    answers.insert(3, "never asked")
+    right = [random.random() < 0.5 for _ in range(9)]
+    metrics = evaluate([answers[i] if right[i] else "none" for i in range(9)]).metrics
+    asked = [0, 1, 2, 4, 5, 6, 7, 8]
+    for name, rows in (("eval", asked), ("eval/easy", [4, 5]), ("eval/hard", [6, 7, 8])):
+        assert metrics[f"{name}/num_prompts"] == len(rows)
+        assert metrics[f"{name}/accuracy"] == pytest.approx(sum(right[i] for i in rows) / len(rows))
+    assert not any(name.startswith("eval//") for name in metrics)
+
+
+def test_names_of_sets_are_parts_of_metrics() -> None:
+    with pytest.raises(ValidationError, match="'Too Hard' is part of a metric's name"):
+        EvalConfig(sets={"Too Hard": ("x",)})
+    with pytest.raises(ValidationError, match="sets.none names no held-out prompts"):
+        EvalConfig(sets={"none": ()})

@@ -23,6 +23,7 @@ from miles_core.draft.build import engine_settings, load_draft, with_draft
 from miles_core.draft.served import Comparison, ServedFeed
 from miles_core.draft.trainer import DraftingTrainer
 from miles_core.eval.evaluate import Evaluation, Evaluator
+from miles_core.eval.held_out import load_held_out
 from miles_core.feed import Feed, ReplayFeed, RolloutFeed, SftFeed
 from miles_core.interrupt import StopRequest
 from miles_core.memory import prepare_heap
@@ -119,7 +120,7 @@ def _parts(
     prepare_heap(sum(weight.nbytes for weight in model.decoder.parameters()))
     text = Text(model.tokenizer, model.decoder.config)
     scorer = stack.enter_context(Scorer(config.reward)) if _needs_engine(config, request) else None
-    evaluator = None if scorer is None else _evaluator(config, text, scorer, say)
+    evaluator = None if scorer is None else _evaluator(config, text, scorer, stack, say)
     engine: Engine | None = None
     draft = load_draft(config, model.decoder)
     if scorer is not None:
@@ -197,7 +198,7 @@ def _cluster_parts(
     shape, tokenizer = load_shape(config.model, say)
     text = Text(tokenizer, shape)
     scorer = stack.enter_context(Scorer(config.reward)) if _needs_engine(config, request) else None
-    evaluator = None if scorer is None else _evaluator(config, text, scorer, say)
+    evaluator = None if scorer is None else _evaluator(config, text, scorer, stack, say)
     logs = run_dir.root.with_name(f".{run_dir.root.name}.logs-{os.getpid()}")
     stack.callback(_keep_logs, logs, run_dir.root)
     cluster = stack.enter_context(start(config, request.mode, logs, say, needs_engine=scorer is not None))
@@ -242,12 +243,12 @@ def _feed(
     data, seed = config.data, config.run.seed
     if request.mode == "sft":
         examples, report = load_sft(data.train, text.tokenizer, data)
-        _report(report.lines(), "train", say)
+        _report(report.lines(), say)
         count = config.sft.sequences_per_step
         return SftFeed(examples, sequences_per_step=count, seed=seed, shuffle=data.shuffle, max_epochs=data.max_epochs)
     assert engine is not None and scorer is not None
     prompts, report = load_prompts(data.train, text.tokenizer, data, max_tokens=prompt_room(text.shape, config))
-    _report(report.lines(), "train", say)
+    _report(report.lines(), say)
     scorer.check_prompts(prompts)
     source = PromptSource(prompts, seed=seed, shuffle=data.shuffle, max_epochs=data.max_epochs)
     sampling = config.sampling.params(seed=seed, n=config.rollout.group_size)
@@ -255,12 +256,12 @@ def _feed(
     return RolloutFeed(source, engine, scorer, sampling, config.rollout, config.algorithm, runner.run, producer)
 
 
-def _evaluator(config: RunConfig, text: Text, scorer: Scorer, say: Say) -> Evaluator | None:
+def _evaluator(config: RunConfig, text: Text, scorer: Scorer, stack: ExitStack, say: Say) -> Evaluator | None:
     if config.eval.every is None:
         return None
-    room = prompt_room(text.shape, config, held_out=True)
-    prompts, report = load_prompts(config.data.eval, text.tokenizer, config.data, max_tokens=room)
-    _report(report.lines(), "eval", say)
+    prompts = load_held_out(config, text.tokenizer, text.shape, say)
+    if config.eval.reward is not None:
+        scorer = stack.enter_context(Scorer(config.eval.reward))
     producer = load_producer(config.rollout, text.tokenizer)
     return Evaluator(prompts, scorer, config.eval, config.sampling, config.rollout, seed=config.run.seed, producer=producer)
 
@@ -283,9 +284,9 @@ def make_engine(
     return EmbeddedEngine(decoder, model.tokenizer, settings, model=model.name, weight_version=weight_version, draft=draft)
 
 
-def _report(lines: list[str], what: str, say: Say) -> None:
+def _report(lines: list[str], say: Say) -> None:
     for line in lines:
-        say(f"data.{what}: {line}")
+        say(f"data.train: {line}")
 
 
 def _resumable(config: RunConfig, run_dir: RunDir, say: Say) -> Checkpoint | None:
@@ -317,14 +318,16 @@ def _take_up(run: Run, checkpoint: Checkpoint | None) -> None:
 
 
 def evaluate_once(config: RunConfig, say: Say) -> Evaluation:
-    """Evaluate the configured model on the held-out prompts; writes nothing. Raises ValueError when data.eval is empty."""
+    """Evaluate the configured model on the held-out prompts; writes nothing. Raises ValueError when there are none."""
     use_threads(config.run.threads)
-    if not config.data.eval:
+    if not config.data.eval and not config.eval.sets:
         raise ValueError("data.eval names no held-out prompts; give some with --data.eval SOURCE")
     config = config.model_copy(update={"eval": config.eval.model_copy(update={"every": 1})})
     model = load_model(config, say)
-    with Scorer(config.reward) as scorer, asyncio.Runner() as runner:
-        evaluator = _evaluator(config, Text(model.tokenizer, model.decoder.config), scorer, say)
+    with ExitStack() as stack, asyncio.Runner() as runner:
+        scorer = stack.enter_context(Scorer(config.eval.reward or config.reward))
+        config = config.model_copy(update={"eval": config.eval.model_copy(update={"reward": None})})
+        evaluator = _evaluator(config, Text(model.tokenizer, model.decoder.config), scorer, stack, say)
         assert evaluator is not None
         engine = make_engine(config, model, model.decoder, weight_version=0)
         try:

@@ -10,6 +10,7 @@ from miles_core.algorithm.advantage import ADVANTAGES
 from miles_core.algorithm.loss import LOSSES
 from miles_core.config.schema import RunConfig
 from miles_core.data.load import load_prompts, load_sft
+from miles_core.eval.held_out import load_held_out
 from miles_core.memory.jobs import Mode, device_of_run, job_of_run
 from miles_core.memory.parameters import count_parameters
 from miles_core.memory.plan import make_plan
@@ -101,12 +102,15 @@ def _schedule(config: RunConfig) -> str:
 def _evaluation(config: RunConfig, shape: DecoderConfig, tokenizer: Tokenizer) -> list[str]:
     if config.eval.every is None:
         return ["evaluation: none (eval.every is unset)"]
-    room = prompt_room(shape, config, held_out=True)
-    prompts, _ = load_prompts(config.data.eval, tokenizer, config.data, max_tokens=room)
-    count = min(len(prompts), config.eval.max_prompts or len(prompts))
+    found = load_held_out(config, tokenizer, shape, lambda line: None)
+    counts = {name: min(len(prompts), config.eval.max_prompts or len(prompts)) for name, prompts in found.items()}
+    with Scorer(config.eval.reward or config.reward) as scorer:
+        scored = f", scored by {scorer.config.name}" if config.eval.reward is not None else ""
+    sets = ", ".join(f"{count} of {name}" for name, count in counts.items() if name)
+    count = f"{sum(counts.values())} held-out prompts" + (f" ({sets})" if sets else "")
     how = "greedy" if config.eval.temperature == 0 else f"temperature {config.eval.temperature:g}"
     return [
-        f"evaluation: {count} held-out prompts × {config.eval.num_samples} ({how}), "
+        f"evaluation: {count} × {config.eval.num_samples} ({how}{scored}), "
         f"before step 1, every {config.eval.every} steps and at the end"
     ]
 

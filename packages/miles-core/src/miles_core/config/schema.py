@@ -41,8 +41,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _rooms_agree(self) -> RunConfig:
-        if self.eval.every is not None and not self.data.eval:
-            raise ValueError("eval.every is set, but data.eval names no held-out prompts")
+        if self.eval.every is not None and not self.data.eval and not self.eval.sets:
+            raise ValueError("eval.every is set, but neither data.eval nor eval.sets names held-out prompts")
         if self.draft.model != "none":
             self._admit_draft()
         if self.engine.tensor_parallel > 1:

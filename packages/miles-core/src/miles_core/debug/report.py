@@ -80,6 +80,7 @@ def plots_of(rows: Sequence[Row]) -> list[Plot]:
             smooth=frozenset({"reward"}),
             y_range=_unit_range(rows),
         ),
+        Plot(title="Held-out accuracy by set", lines=_by_set(rows), points=frozenset(_by_set(rows))),
         Plot(title="Mismatch between engine and trainer", lines=lines(largest_difference="mismatch/max_abs"), unit="|Δ logprob|"),
         Plot(
             title="Tokens per second",
@@ -98,6 +99,12 @@ def plots_of(rows: Sequence[Row]) -> list[Plot]:
         *_draft_plots(rows),
     ]
     return [plot for plot in candidates if plot.lines]
+
+
+def _by_set(rows: Sequence[Row]) -> dict[str, Series]:
+    """Accuracy of every named evaluation set."""
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith("eval/") and name.endswith("/accuracy"))
+    return {name.split("/")[1]: series(rows, name) for name in names if name.count("/") == 2}
 
 
 def _memory_plots(rows: Sequence[Row]) -> list[Plot]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from miles_core.data.record import Prompt
@@ -28,12 +28,13 @@ class Evaluation:
 class Evaluator:
     """Evaluates an engine on fixed prompts; the same weights always give the same result.
 
+    `prompts` are those of each set by name; the set "" has no metrics of its own beside those of all prompts together.
     Raises ValueError when the reward needs labels and prompts have none.
     """
 
     def __init__(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Mapping[str, Sequence[Prompt]],
         scorer: Scorer,
         config: EvalConfig,
         sampling: SamplingConfig,
@@ -42,7 +43,9 @@ class Evaluator:
         seed: int,
         producer: Producer = single_turn,
     ) -> None:
-        self.prompts = prompts[: config.max_prompts]
+        chosen = {name: own[: config.max_prompts] for name, own in prompts.items()}
+        self.prompts = [prompt for own in chosen.values() for prompt in own]
+        self._sets = [name for name, own in chosen.items() for _ in own]
         scorer.check_prompts(self.prompts)
         self._scorer, self._config, self._rollout = scorer, config, rollout
         self._producer = producer
@@ -53,7 +56,12 @@ class Evaluator:
         asked = as_groups(self.prompts)
         groups = await produce(asked, engine, self._scorer, self._params, self._rollout, producer=self._producer)
         samples = tuple(sample for group in groups for sample in group.samples)
-        return Evaluation(metrics=eval_metrics(groups, self._config), samples=samples)
+        metrics = eval_metrics(groups, self._config)
+        for name in dict.fromkeys(filter(None, self._sets)):
+            own = [group for group, of in zip(groups, self._sets, strict=True) if of == name]
+            found = eval_metrics(own, self._config)
+            metrics |= {f"eval/{name}/{metric.removeprefix('eval/')}": value for metric, value in found.items()}
+        return Evaluation(metrics=metrics, samples=samples)
 
 
 def eval_params(config: EvalConfig, sampling: SamplingConfig, seed: int) -> SamplingParams:
