@@ -404,6 +404,7 @@ def trainer_asleep(bench: Bench) -> None:
         report["nccl"] = (torch.cuda.nccl.version(), hasattr(backend, "suspend"))
         report["communicators made"] = {name: peers.num_made for name, peers in trainer.model.peers.items()}
         report["left"] = what_is_left()
+        report["stack of a thread when awake, bytes"] = trainer.memory._stack._before
         report["torch allocated, reserved MiB"] = (torch.cuda.memory_allocated() >> 20, torch.cuda.memory_reserved() >> 20)
     seconds, moved = bench.timed(trainer.memory.wake)
     report["wake s"] = round(seconds, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from miles_core.memory import slabs
 from miles_core.memory.config import MemoryConfig
 from miles_core.memory.homes import PAD, StateHome
 from miles_core.memory.regions import Mover, Region
+from miles_core.memory.stack import ASLEEP_BYTES, KernelStack
 from miles_core.memory.trainer import TRAINER_TAGS
 from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
@@ -249,3 +251,35 @@ def test_home_streams_every_element_once() -> None:
         assert view.shape == (counts[i],) and bool((view == i + 1).all())
     assert float(home.columns[0].abs().sum()) == 0
     home.close()
+
+
+def test_the_stack_of_kernels_is_given_back_and_taken_again() -> None:
+    class Driver:
+        size, refuses = 2048, False
+
+        def cuCtxGetLimit(self, found: Any, kind: int) -> int:
+            assert kind == 0
+            found._obj.value = self.size
+            return 0
+
+        def cuCtxSetLimit(self, kind: int, size: Any) -> int:
+            if self.refuses:
+                return 1
+            self.size = size.value
+            return 0
+
+    driver = Driver()
+    stack = KernelStack(torch.device("cpu"), driver)
+    stack.restore()
+    for _ in range(2):
+        stack.shrink()
+        assert driver.size == ASLEEP_BYTES
+    stack.restore()
+    stack.restore()
+    assert driver.size == 2048
+    driver.refuses = True
+    stack.shrink()
+    driver.refuses = False
+    stack.restore()
+    assert driver.size == 2048
+    KernelStack(torch.device("cpu")).shrink()

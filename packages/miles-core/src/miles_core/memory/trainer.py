@@ -17,6 +17,7 @@ from miles_core.memory.homes import PAD, StateHome
 from miles_core.memory.ladder import Ladder, Rung
 from miles_core.memory.peers import Peers
 from miles_core.memory.regions import Moved, Mover, Region, Target
+from miles_core.memory.stack import KernelStack
 from miles_core.memory.together import Together
 
 TRAINER_TAGS = ("masters", "moments", "weights", "reference", "draft")
@@ -82,6 +83,7 @@ class TrainerMemory:
         """What a draft in training holds: weights, masters, moments. Set by whoever trains one."""
         self.facts = Refusal(device)
         self._peers = tuple(peers)
+        self._stack = KernelStack(device) if self._peers else None  # alone, an engine may be at work in this process
         self._together = None if place is None else Together(*place, on_cuda=device.type == "cuda", peers=self._peers)
         rungs = [
             Rung("free cached blocks", self._free),
@@ -122,6 +124,8 @@ class TrainerMemory:
 
     def onload(self, tags: Iterable[str]) -> list[Moved]:
         """Bring tags back, and with weights that were dropped their masters. Idempotent."""
+        if self._stack is not None:
+            self._stack.restore()
         wanted = set(tags)
         if "weights" in wanted and self.mover.away.get("weights") == "drop":
             wanted.add("masters")
@@ -133,6 +137,8 @@ class TrainerMemory:
         empty_device(self.device)
         for peers in self._peers:
             peers.release()
+        if self._stack is not None:
+            self._stack.shrink()
         return moved
 
     def wake(self) -> list[Moved]:
