@@ -286,8 +286,7 @@ def _whole_rows(
         elif options.kind == "kl":
             d_logits = q - p
         else:
-            _, by_kl, by_accept = (torch.as_tensor(s, dtype=heat.dtype, device=heat.device) for s in _slopes(accept, options))
-            by_kl, by_accept = by_kl.expand_as(heat)[:, None], by_accept.expand_as(heat)[:, None]
+            _, by_kl, by_accept = (s[:, None] if isinstance(s, Tensor) else s for s in _slopes(accept, options))
             d_logits = (q - p) * by_kl + q * ((q < p).to(q.dtype) - below[:, None]) * by_accept
         d_hidden = _product(d_logits, head, heat.dtype) / heat[:, None]
     return _Rows(ce, kl, _Sums(nothing, nothing, accept, below), d_hidden)
