@@ -51,6 +51,7 @@ class Mover:
             if checksum.available() and checksum.proven(self.device):
                 self._cuda = checksum.tables(self.sizes, self.offsets, self.device)
         self._sums = torch.zeros(len(self.sizes), dtype=torch.int64, device=self.device if self._cuda else "cpu")
+        self._offsets = self._cuda.offsets if self._cuda else torch.tensor(self.offsets, dtype=torch.int64)
 
     def places(self, addresses: Sequence[int] | Tensor) -> Places:
         """Where every stretch lies now; reusable for as long as that is so. Addresses of stretches not moved may be anything."""
@@ -60,7 +61,10 @@ class Mover:
 
     def places_in(self, base: int) -> Places:
         """Where they lie in a stream that begins at address `base`."""
-        return self.places(torch.tensor(self.offsets, dtype=torch.int64) + base)
+        if self._cuda is None:
+            return self.places(self._offsets + base)
+        assert base % 8 == 0, "a stream at a multiple of 8"
+        return Places(self._offsets + base, self._cuda.offsets_there + base)  # nothing travels
 
     def move(
         self, source: Places, target: Places | None = None, *, start: int = 0, stop: int | None = None, hashed: bool = True

@@ -75,6 +75,8 @@ class Tables:
         self._whole = ((owner << 32) + block).to(device)
         self._partial = ((partial << 32) + whole[partial]).to(device)
         self._sizes = size.to(device)
+        assert not bool((offset % 8).any()), "stretches at multiples of 8"
+        self.offsets, self.offsets_there = offset, offset.to(device)
 
     def launch(self, source: Tensor, target: Tensor | None, sums: Tensor | None, start: int, stop: int, align: int) -> None:
         """Copy and sum the blocks that begin in [start, stop) of the stream, on the current stream, without waiting.
