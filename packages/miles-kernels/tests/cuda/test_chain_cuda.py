@@ -36,7 +36,7 @@ def test_products_go_on(rows, m, n):
     grad, x = randn(rows, m), randn(rows, n)
     whole = summed(grad, x, [0, rows])
     wanted = grad.double().t() @ x.double()
-    assert float((whole - wanted).norm() / wanted.norm()) < 1e-5
+    assert float((whole - wanted).norm() / wanted.norm()) < 1e-4
     for cuts in (1, 5, 30):
         inner = sorted({16 * int(i) for i in torch.randint(1, rows // 16, (cuts,))})
         assert torch.equal(summed(grad, x, [0, *inner, rows]), whole)

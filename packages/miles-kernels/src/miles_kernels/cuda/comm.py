@@ -92,21 +92,39 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     return mm(a, b)
 
 
-def partial_sum(a: Tensor, b: Tensor, count: int) -> Tensor:
-    """a[M, K] b[N, K]^T over this rank's K, float32: `count` logical shards, folded. What the ranks exchange."""
+def partial_sum(a: Tensor, b: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """a[M, K] b[N, K]^T over this rank's K: `count` logical shards, folded; in float32 it is what the ranks exchange."""
+    if a.is_cuda:
+        from miles_kernels.cuda import folded
+
+        a = a if a.stride(-1) == 1 else a.contiguous()
+        if folded.serves(a, b, count, dtype):
+            return folded.product(a, b, count, dtype)
+    return composed_sum(a, b, count).to(dtype)
+
+
+def composed_sum(a: Tensor, b: Tensor, count: int) -> Tensor:
+    """The same in float32 from one product for each shard: what `partial_sum` is compared with."""
     return fold(torch.stack([_mm(x, y) for x, y in zip(a.chunk(count, 1), b.chunk(count, 1), strict=True)]))
 
 
 def _sum_of_shards(a: Tensor, b: Tensor, count: int, group: Group) -> Tensor:
-    """a[M, K] b[N, K]^T over all ranks' K, float32."""
-    return fold(all_gather(partial_sum(a, b, count), group))
+    """a[M, K] b[N, K]^T over all ranks' K, in a's dtype."""
+    if world(group) == 1:
+        return partial_sum(a, b, count, a.dtype)
+    parts = all_gather(partial_sum(a, b, count), group)
+    if parts.is_cuda:
+        from miles_kernels.cuda import folded
+
+        return folded.fold(parts, a.dtype)
+    return fold(parts).to(a.dtype)
 
 
 class _RowParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, group: Group, count: int) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _sum_of_shards(x, weight, count, group).to(x.dtype)
+        return _sum_of_shards(x, weight, count, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -131,7 +149,7 @@ class _ColumnParallel(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _sum_of_shards(grad, weight.t().contiguous(), ctx.count, ctx.group).to(x.dtype)
+            dx = _sum_of_shards(grad.to(x.dtype), weight.t().contiguous(), ctx.count, ctx.group)
         return dx, _wgrad(grad, x, weight) if ctx.needs_input_grad[1] else None, None, None
 
 
