@@ -44,6 +44,14 @@ def slots(start, lane, limit, table, kv_start, PAGE: tl.constexpr):
 
 
 @triton.jit
+def start_early(EARLY: tl.constexpr):
+    """With EARLY: let the next kernel be launched, and wait until what the one before it wrote can be seen."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
 def attend(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, part_ptr, part_top_ptr, part_total_ptr,
     table_ptr, cu_q_ptr, kv_len_ptr, kv_start_ptr, scale_log2, heads, chunks,
@@ -53,17 +61,13 @@ def attend(
     EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Rows of one tile of one (sequence, key/value head) against all their keys, or against one chunk when PARTIAL."""
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
+    start_early(EARLY)
     if PARTIAL:
-        tile = tl.program_id(0) // chunks
-        only = tl.program_id(0) % chunks
+        tile, only = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     else:
         tile = tl.num_programs(0) - 1 - tl.program_id(0)
         only = 0
-    kv_head = tl.program_id(1)
-    seq = tl.program_id(2)
+    kv_head, seq = tl.program_id(1), tl.program_id(2)
     q_start = tl.load(cu_q_ptr + seq)
     q_len = tl.load(cu_q_ptr + seq + 1) - q_start
     kv_len = tl.load(kv_len_ptr + seq)
