@@ -162,3 +162,29 @@ def test_sizes_ascend_and_hold_the_largest():
         assert sizes == sorted(set(sizes)) and sizes[-1] == most
         assert all(first_at_least(sizes, count) is not None for count in range(1, most + 1))
     assert first_at_least((4, 16), 17) is None
+
+
+def test_inputs_wait_in_their_buffer_until_they_are_copied():
+    class Slow:
+        """A copy that takes a while."""
+
+        def __init__(self) -> None:
+            self.left = 0
+
+        def record(self) -> None:
+            self.left = 3
+
+        def query(self) -> bool:
+            self.left -= 1
+            return self.left <= 0
+
+    core = EngineCore(random_decoder(SHAPE, 0), TOKENIZER, EmbeddedConfig(max_running=2), num_pages=8)
+    last = torch.zeros(3, dtype=torch.int64)
+    graphs = StepGraphs(core._decoder, core._kv, core._tables, last, 64, None)
+    graphs._copied = [Slow() for _ in graphs._staging]
+    for turn in range(3 * len(graphs._staging)):
+        array = graphs._buffer()
+        assert graphs._copied[graphs._turn].left <= 0, "what a step waits for is overwritten"
+        array[:4] = turn
+        graphs._upload(4)
+        assert graphs._inputs[:4].tolist() == [turn] * 4

@@ -187,3 +187,29 @@ def test_the_embedded_engine_conforms(tmp_path: Path) -> None:
         assert set(others) <= known and set(others.values()) <= {"unsupported"}, report.text()
 
     run(main)
+
+
+def test_a_server_whose_engine_has_failed_ends_with_an_error(models: tuple[Path, Path]) -> None:
+    """Nobody restarts a process that stays up and answers 500."""
+    code = (
+        "import sys, miles_rollout.cli as cli\n"
+        "from miles_rollout.engines.embedded.core import EngineCore\n"
+        "def step(self): raise RuntimeError('device-side assert')\n"
+        "EngineCore.step = step\n"
+        f"sys.argv = ['miles-rollout', 'serve', {str(models[0])!r}, '--port', '0', '--kv-memory-mib', '4', '--threads', '1']\n"
+        "cli.main()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            line = process.stderr.readline()
+            while "on http://" not in line:
+                assert line, "the server ended before it listened"
+                line = process.stderr.readline()
+            url = line.rsplit(" ", 1)[1].strip()
+            body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 4}}
+            assert httpx.post(f"{url}/generate", json=body, timeout=60).status_code == 500
+            said = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
+    assert process.returncode == 1 and "the engine has failed" in said and "device-side assert" in said, said

@@ -97,6 +97,16 @@ class ProfilableEngine(Protocol):
 
 
 @runtime_checkable
+class MortalEngine(Protocol):
+    """An engine that knows when it can only be started anew."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why it will never generate again; None while it may."""
+        ...
+
+
+@runtime_checkable
 class DiskUpdatableEngine(Protocol):
     """An engine that reads a directory of safetensors itself, in another process or on another device."""
 

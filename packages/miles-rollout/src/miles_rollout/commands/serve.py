@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,9 @@ from miles_rollout.commands.common import (
     user_errors,
 )
 
+LOG = logging.getLogger("miles_rollout.serve")
+WATCH_S = 0.5
+"""How often the engine is asked whether it has failed for good."""
 Roots = Annotated[
     list[str] | None,
     typer.Option(help="Directory that weight updates may be read from; may be repeated. [default: the one MODEL lies in]"),
@@ -160,4 +164,17 @@ async def _serve(model: str, settings: Any, server: Any, sock: Any, engine: str,
         from miles_rollout.weights.receiver import WeightReceiver
 
         accept_weights(app, WeightReceiver(serving))
-    await run(app, sock, log_level=log_level)
+    stop = asyncio.Event()
+    watch = asyncio.ensure_future(_failed(serving, app.state.service, stop))
+    await run(app, sock, stop=stop, log_level=log_level)
+    if watch.done():
+        raise typer.Exit(1)
+    watch.cancel()
+
+
+async def _failed(engine: Any, service: Any, stop: asyncio.Event) -> None:
+    """Return when the engine can only be started anew, and end the process: whoever supervises it starts another one."""
+    while service.draining or (why := engine.failure) is None:
+        await asyncio.sleep(WATCH_S)
+    LOG.critical("the engine has failed and this server ends: %s", why)
+    stop.set()

@@ -222,6 +222,12 @@ class EmbeddedEngine:
         for name, tensor in () if core is None else core.draft_state():
             yield DRAFT_PREFIX + name, tensor
 
+    @property
+    def failure(self) -> str | None:
+        """Why it will never generate again; None while it may."""
+        error = self._failure
+        return None if error is None else f"{type(error).__name__}: {error}"
+
     def info(self) -> EngineInfo:
         """Model, contract digest, weight version, limits."""
         return EngineInfo(

@@ -43,7 +43,7 @@ class Readback:
     def wait_packed(self) -> np.ndarray:
         """What `packed` held, int32 [.., S]. Raises TimeoutError when the device has not delivered after `DEADLINE_S` seconds."""
         if self._event is not None:
-            _wait_for(self._event)
+            wait_for(self._event)
         packed: np.ndarray = self._host.numpy()[:, : self._count]
         return packed
 
@@ -132,8 +132,8 @@ class Flight:
         return self._tokens if isinstance(self._tokens, Tokens) else self._tokens.wait()
 
 
-def _wait_for(event: Any) -> None:
-    """Until the device has reached `event`; other threads run meanwhile."""
+def wait_for(event: Any) -> None:
+    """Wait until the device has reached `event`; other threads run meanwhile. Raises TimeoutError after `DEADLINE_S`."""
     if event.query():
         return
     began = time.perf_counter()

@@ -20,7 +20,7 @@ from miles_kernels.nn.decoder import Decoder
 from miles_rollout.engines.embedded.config import MAX_DRAFT
 from miles_rollout.engines.embedded.experts import ExpertStore
 from miles_rollout.engines.embedded.features import FeatureStore
-from miles_rollout.engines.embedded.flight import Readback
+from miles_rollout.engines.embedded.flight import Readback, wait_for
 from miles_rollout.engines.embedded.kv import PagedKV
 from miles_rollout.engines.embedded.sampling import upload
 from miles_rollout.engines.embedded.scheduler import Batch
@@ -35,7 +35,8 @@ MIXED_QUERIES = (128, 512, 2048)
 MOST_MIXED = 64
 """Mixed graphs kept; the one unused for longest makes room."""
 _RING = 4
-"""Staging buffers: a step's inputs may still be waiting to be copied when those of the next two are written."""
+"""Staging buffers. One is written again only when it has been copied: steps that draw nothing are never waited for, and a prompt
+in many chunks is as many of them."""
 
 Key = tuple[int, ...]
 
@@ -83,6 +84,7 @@ class StepGraphs:
         self._inputs = torch.zeros(room, dtype=torch.int64, device=self._device)
         staging = torch.zeros((_RING, room), dtype=torch.int64, pin_memory=self._device.type == "cuda")
         self._staging = [(part, part.numpy()) for part in staging]
+        self._copied: list[Any] = [torch.cuda.Event() if self._device.type == "cuda" else None for _ in self._staging]
         self._turn = 0
         self._idle_row = rows
         self._captured: dict[Key, _Captured] = {}
@@ -153,15 +155,25 @@ class StepGraphs:
         captured.graph.replay()
         return captured.logits[:count], Readback(captured.packed, count)
 
-    def _buffer(self) -> tuple[Tensor, np.ndarray]:
+    def _buffer(self) -> np.ndarray:
+        """Where the inputs of the next step are written, int64."""
         self._turn = (self._turn + 1) % _RING
-        return self._staging[self._turn]
+        event = self._copied[self._turn]
+        if event is not None:
+            wait_for(event)
+        return self._staging[self._turn][1]
+
+    def _upload(self, used: int) -> None:
+        """Start the copy of the first `used` numbers of what `_buffer` gave."""
+        self._inputs[:used].copy_(self._staging[self._turn][0][:used], non_blocking=True)
+        event = self._copied[self._turn]
+        if event is not None:
+            event.record()
 
     def _stage_decode(self, rows: np.ndarray, position: np.ndarray, tokens: np.ndarray | None, size: int) -> None:
         """Write what the rows compute and start its copy to the device."""
         tables, count = self._tables, len(rows)
-        buffer, array = self._buffer()
-        lanes = array[: 7 * size].reshape(7, size)
+        lanes = self._buffer()[: 7 * size].reshape(7, size)
         lanes[0, :count] = rows
         lanes[1, :count] = -1 if tokens is None else tokens
         lanes[2, :count] = position
@@ -169,7 +181,7 @@ class StepGraphs:
         lanes[4:, :count] = self._keys_of(rows)
         lanes[:, count:] = 0
         lanes[0, count:] = self._idle_row
-        self._inputs[: 7 * size].copy_(buffer[: 7 * size], non_blocking=True)
+        self._upload(7 * size)
 
     def _stage_mixed(
         self, batch: Batch, position: np.ndarray, tokens: np.ndarray | None, num_tokens: int, num_sequences: int
@@ -177,7 +189,7 @@ class StepGraphs:
         """The same for decode rows, then finished chunks, then others, then one sequence of what pads the step."""
         tables, rows, count = self._tables, batch.rows, len(batch.rows)
         used = 3 * num_tokens + 9 * num_sequences
-        buffer, array = self._buffer()
+        array = self._buffer()
         array[:used] = 0
         each, lanes = array[: 3 * num_tokens].reshape(3, -1), array[3 * num_tokens : used].reshape(9, -1)
         lanes[:2], lanes[3] = self._idle_row, num_tokens
@@ -197,7 +209,7 @@ class StepGraphs:
             start, lane = stop, lane + 1
         each[1, start:] = np.arange(num_tokens - start)
         lanes[3:5, lane] = start, num_tokens - start
-        self._inputs[:used].copy_(buffer[:used], non_blocking=True)
+        self._upload(used)
 
     def _keys_of(self, rows: np.ndarray) -> np.ndarray:
         """Seed, sample id and the bits of the temperature [3, R]."""

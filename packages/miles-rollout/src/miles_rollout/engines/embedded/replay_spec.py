@@ -68,7 +68,7 @@ class SpecGraphs(StepGraphs):
         """Write what every row computes and start its copy to the device."""
         tables, count = self._tables, len(rows)
         used = (3 * width + _FIELDS) * size
-        buffer, array = self._buffer()
+        array = self._buffer()
         array[:used] = 0
         each = array[: 3 * width * size].reshape(3, size, width)
         lanes = array[3 * width * size : used].reshape(_FIELDS, size)
@@ -83,7 +83,7 @@ class SpecGraphs(StepGraphs):
         lanes[3] = np.arange(size) * width
         lanes[4, :count], lanes[4, count:] = position + 1 + drafts.counts, width
         lanes[6:, :count] = self._keys_of(rows)
-        self._inputs[:used].copy_(buffer[:used], non_blocking=True)
+        self._upload(used)
 
     def _verify(self, tokens: Tensor, lanes: Tensor, width: int, keys: int) -> tuple[Tensor, Tensor]:
         from miles_kernels.cuda.decode import begin_mixed
@@ -126,12 +126,11 @@ class SpecGraphs(StepGraphs):
         lanes = self._inputs[: fields * size].view(fields, size)
         captured = self._get((size, keys, *kind), lambda: self._idle(lanes), lambda: run(lanes, keys))
         self._refresh_pages(rows, -(-reach // self._tables.page_size))
-        buffer, array = self._buffer()
-        staged = array[: fields * size].reshape(fields, size)
+        staged = self._buffer()[: fields * size].reshape(fields, size)
         staged[0, :count], staged[0, count:] = rows, self._idle_row
         staged[1:-3, :count], staged[-3:, :count] = given, self._keys_of(rows)
         staged[1:, count:] = 0
-        self._inputs[: fields * size].copy_(buffer[: fields * size], non_blocking=True)
+        self._upload(fields * size)
         captured.graph.replay()
         return captured.packed
 
@@ -158,13 +157,12 @@ class SpecGraphs(StepGraphs):
         captured = self._get((size, most, keys, drafter.number, 0, 0), clear, run)
         self._refresh_pages(rows, -(-(position + lengths) // self._tables.page_size))
         count = len(rows)
-        buffer, array = self._buffer()
-        staged = array[: 7 * size].reshape(7, size)
+        staged = self._buffer()[: 7 * size].reshape(7, size)
         staged[:] = 0
         staged[0], staged[1] = self._idle_row, most + 1
         staged[0, :count], staged[1, :count], staged[2, :count] = rows, position, self._tables.last_token[rows]
         staged[3:6, :count], staged[6, :count] = self._keys_of(rows), lengths
-        self._inputs[: 7 * size].copy_(buffer[: 7 * size], non_blocking=True)
+        self._upload(7 * size)
         return self._tokens_of(captured)[:count]
 
     def _tokens_of(self, captured: Any) -> np.ndarray:

@@ -174,10 +174,8 @@ class SglangEngine:
             del self._live[request.request_id]
 
     def _check_alive(self) -> None:
-        if self._child is not None and not self._child.running:
-            raise SglangFailure(f"the SGLang process has ended with exit code {self._child.exit_code}")
-        if self._broken:
-            raise SglangFailure(self._broken)
+        if (why := self.failure) is not None:
+            raise SglangFailure(why)
         if self._released:
             raise SglangFailure(f"the memory of {', '.join(sorted(self._released))} is released; resume it first")
 
@@ -415,6 +413,13 @@ class SglangEngine:
         self._released -= chosen
 
     # ------------------------------------------------------------------ reports and the end
+
+    @property
+    def failure(self) -> str | None:
+        """Why it will never generate again; None while it may."""
+        if self._child is not None and not self._child.running:
+            return f"the SGLang process has ended with exit code {self._child.exit_code}"
+        return self._broken or None
 
     def info(self) -> EngineInfo:
         """Model, contract digest, weight version, limits."""
