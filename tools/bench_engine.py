@@ -228,7 +228,7 @@ class Bench:
         from miles_rollout.engines.embedded import flight
 
         waited = 0.0
-        original = flight._wait_for
+        original = flight.wait_for
 
         def wait(event: Any) -> None:
             nonlocal waited
@@ -236,13 +236,13 @@ class Bench:
             original(event)
             waited += time.perf_counter() - began
 
-        flight._wait_for = wait
+        flight.wait_for = wait
         try:
             before = self.core.metrics()
             self.run(64)
             after = self.core.metrics()
         finally:
-            flight._wait_for = original
+            flight.wait_for = original
         steps = after["num_steps"] - before["num_steps"]
         return max(0.0, after["busy_s"] - before["busy_s"] - waited) / steps
 
