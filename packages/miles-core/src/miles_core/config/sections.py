@@ -101,8 +101,8 @@ class SyncConfig(Section):
     "shared_memory": processes of one machine. "cuda_ipc": of one GPU, through slots of GPU memory. "lent": of one GPU, read
     straight from a trainer of one process. "broadcast": gloo or NCCL. "disk": full updates and deltas in `directory`. "auto":
     the first of these that fits where the parts run."""
-    bucket_bytes: int = Field(default=64 << 20, ge=4096)
-    """Bytes sent at once; two such buckets are held on the sending side."""
+    bucket_bytes: int | None = Field(default=None, ge=4096)
+    """Bytes sent at once; two such buckets are held on the sending side. None: 256 MiB on GPUs, 64 MiB in host memory."""
     deadline_s: float = Field(default=120.0, gt=0.0)
     """Longest wait for the other side at any point of an update."""
     directory: str | None = None

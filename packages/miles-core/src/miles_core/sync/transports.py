@@ -53,6 +53,11 @@ def make_transport(
     return DiskTransport(config.directory, full_every=config.full_every)
 
 
+def _bucket(wanted: int | None, device: torch.device | str) -> int:
+    """What `sync.bucket_bytes` says, or what the device likes: on a GPU a bucket has to outlast the launches of the next one."""
+    return wanted or (256 << 20 if torch.device(device).type == "cuda" else 64 << 20)
+
+
 def _own_gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
@@ -87,9 +92,9 @@ class SlotsTransport:
     """Shared memory, or with a CUDA `device` GPU memory by CUDA IPC: engines on this machine."""
 
     def __init__(
-        self, *, bucket_bytes: int = 64 << 20, num_slots: int = 2, deadline_s: float = 60.0, device: torch.device | str = "cpu"
+        self, *, bucket_bytes: int | None = None, num_slots: int = 2, deadline_s: float = 60.0, device: torch.device | str = "cpu"
     ) -> None:
-        self._settings = (bucket_bytes, num_slots, deadline_s, device)
+        self._settings = (_bucket(bucket_bytes, device), num_slots, deadline_s, device)
         self._writer: SlotWriter | None = None
         self._num_receivers = 0
 
@@ -164,12 +169,12 @@ class BroadcastTransport:
         self,
         *,
         host: str = "127.0.0.1",
-        bucket_bytes: int = 64 << 20,
+        bucket_bytes: int | None = None,
         deadline_s: float = 60.0,
         device: torch.device | str = "cpu",
     ) -> None:
         self._host, self._deadline_s, self._device = host, deadline_s, torch.device(device)
-        self._bucket_bytes = window_bytes(bucket_bytes)
+        self._bucket_bytes = window_bytes(_bucket(bucket_bytes, device))
         self._name = f"weights-{secrets.token_hex(4)}"
         self._links: list[Link] = []
         self._group: BroadcastGroup | None = None
