@@ -134,7 +134,7 @@ def gemm(
         BM=tile.rows,
         BN=tile.cols,
         BK=tile.depth,
-        GROUP_M=4,
+        GROUP_M=8 if tile.rows >= 128 else 4,
         B_T=transposed,
         GATED=gated,
         GATHER=gather is not None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from miles_kernels.cuda.gemm_kernels import tile_of
 
@@ -248,24 +247,17 @@ def combine_rows(
     K_SLOTS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
-    SORTED: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """out[t] = sum over slots s = 0, 1, .. of weights[t, s] * y[place[t, s]], float32 in slot order, one rounding.
 
-    Product and sum round separately (no fused multiply-add), as the plain torch ops do. Unless `SORTED`, y has the rows of the
-    pairs (t, s) in their own order. `EARLY`: launched before the kernel that makes y has ended.
+    Product and sum round separately (no fused multiply-add), as the plain torch ops do.
     """
-    if EARLY:
-        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     keep = cols < H
     acc = tl.zeros((BLOCK,), tl.float32)
     for slot in tl.static_range(K_SLOTS):
-        row = token * K_SLOTS + slot
-        if SORTED:
-            row = tl.load(place + row).to(tl.int64)
+        row = tl.load(place + token * K_SLOTS + slot).to(tl.int64)
         part = tl.load(y + row * H + cols, mask=keep, other=0.0).to(tl.float32)
         if WEIGHTED:
             part = rounded_product(part, tl.load(weights + token * K_SLOTS + slot).to(tl.float32))

@@ -264,7 +264,8 @@ def logit_gradient(
 ):
     """d loss / d logits of the vocabulary rows in `b` (which begin at `first` and number V), recomputed, as out[M, V].
 
-    With log p = ln2 (c z - normaliser):  dz = (g_lp (1[target] - p) - g_H p (log p + H)) / temperature.
+    With log p = ln2 (c z - normaliser):  dz = (g_lp (1[target] - p) - g_H p (log p + H)) / temperature,
+    written as p times a straight line in log2 p: the epilogue is what a short product waits for.
     """
     num_m = tl.cdiv(M, BM)
     num_n = tl.cdiv(V, BN)
@@ -284,19 +285,17 @@ def logit_gradient(
         inverse = tl.load(inverse_temperature + rows, mask=keep, other=1.0)
         norm = tl.load(normaliser + rows, mask=keep, other=0.0)
         glp = tl.load(g_logprob + rows, mask=keep, other=0.0)
-        target = tl.load(targets + rows, mask=keep, other=-1) - first
+        target = (tl.load(targets + rows, mask=keep, other=-1) - first).to(tl.int32)
         if HAS_BIAS:
             acc += tl.load(bias + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
         log2p = acc * (inverse * 1.4426950408889634)[:, None] - norm[:, None]
-        p = tl.exp2(log2p)
-        slope = tl.broadcast_to(glp[:, None], p.shape)
+        push = inverse * glp
+        line = tl.broadcast_to(-push[:, None], log2p.shape)
         if ENTROPY:
-            h = tl.load(entropy + rows, mask=keep, other=0.0)
-            gh = tl.load(g_entropy + rows, mask=keep, other=0.0)
-            slope += gh[:, None] * (tl.maximum(log2p * 0.6931471805599453, -200.0) + h[:, None])
-        dz = -p * slope
-        dz += tl.where(target[:, None] == cols[None, :], glp[:, None], 0.0)
-        dz *= inverse[:, None]
+            pull = inverse * tl.load(g_entropy + rows, mask=keep, other=0.0)
+            flat = -push - pull * tl.load(entropy + rows, mask=keep, other=0.0)
+            line = flat[:, None] - (pull * 0.6931471805599453)[:, None] * tl.maximum(log2p, -288.0)
+        dz = tl.exp2(log2p) * line + tl.where(target[:, None] == cols[None, :], push[:, None], 0.0)
         where = rows[:, None] * stride_out + cols[None, :]
         tl.store(out + where, dz.to(out.dtype.element_ty), mask=keep[:, None] & (cols < V)[None, :])
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from miles_kernels.cuda.gemm_triton import descriptor, descriptor3
+from miles_kernels.cuda.gemm_triton import descriptor3
 from miles_kernels.cuda.grouped import Groups, default_tile, expert_width, gemm, grouped_linear, weight_gradient
 from miles_kernels.cuda.launch import cdiv, starts_early
 
@@ -16,8 +16,8 @@ GATHER_MULTIPLE = 128
 """Without gradients the first product reads its rows in place where their length is a multiple of this."""
 GATHER_ROWS = 6
 """..and experts have at most this many rows each, where reading in place beats a copy in sorted order."""
-FEW_PAIRS = 32
-"""Up to this many (token, slot) pairs each is a tile of its own, without sorting: the experts hardly repeat."""
+FEW_PAIRS, FEW_SLOTS = 24, 8
+"""Up to this many (token, slot) pairs, and slots of a token, each pair is a tile of its own: experts hardly repeat."""
 SMALL_SORT = 256
 """Up to this many (token, slot) pairs one program plans everything."""
 
@@ -80,8 +80,8 @@ def combine(y: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
 def moe_mlp(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """SwiGLU experts `gate_up[E, 2 I, H]`, `down[E, H, I]` applied to `x[T, H]` along the routing, as [T, H]."""
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up, down, weights))
-    if not learns and 0 < ids.numel() <= FEW_PAIRS:
-        return _few(x.contiguous(), gate_up, down, ids.contiguous(), weights)
+    if not learns and 0 < ids.numel() <= FEW_PAIRS and ids.shape[1] <= FEW_SLOTS and x.shape[1] % 8 == down.shape[2] % 8 == 0:
+        return _few(x.contiguous(), gate_up, down.contiguous(), ids.contiguous(), weights.contiguous())
     dispatch = plan_dispatch(ids, gate_up.shape[0])
     if learns:
         inner = gated_linear(permute(x, dispatch), gate_up, dispatch.groups)
@@ -93,42 +93,22 @@ def moe_mlp(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tens
 
 
 def _few(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """The layer of a handful of tokens: three launches, each of which starts while the one before it ends."""
+    """The layer of a handful of tokens: two launches, each of which starts while the one before it ends."""
     from miles_kernels.cuda import moe_few_kernels
 
     experts, hidden, width = down.shape
-    pairs, early = ids.numel(), starts_early(x.device.index or 0)
-    inner, y = x.new_empty((pairs, width)), x.new_empty((pairs, hidden))
-    moe_few_kernels.few_up[(pairs * cdiv(width, 16),)](
-        x,
-        descriptor3(gate_up.view(2 * experts, width, hidden), 2, 16, 128),
-        ids,
-        inner,
-        ids.shape[1],
-        hidden,
-        width,
-        hidden,
-        BN=16,
-        BK=128,
-        EARLY=early,
-        num_warps=2,
-        num_stages=4,
-    )
-    moe_few_kernels.few_down[(pairs * cdiv(hidden, 64),)](
-        inner,
-        descriptor(down.view(experts * hidden, width), 64, 256),
-        ids,
-        y,
-        hidden,
-        width,
-        BN=64,
-        BK=256,
-        EARLY=early,
-        num_warps=4,
-        num_stages=3,
-        launch_pdl=early,
-    )
-    return _sum_slots(y, weights, ids, sort=False, early=early)
+    (tokens, slots), early = ids.shape, starts_early(x.device.index or 0)
+    inner, out = x.new_empty((tokens * slots, width)), torch.empty_like(x)
+    up = descriptor3(gate_up.view(2 * experts, width, hidden), 2, 16, 128)
+    moe_few_kernels.few_up[(tokens * slots * cdiv(width, 16),)](
+        x, up, ids, inner, slots, hidden, width, hidden,
+        BN=16, BK=128, EARLY=early, num_warps=2, num_stages=4, launch_pdl=early,
+    )  # fmt: skip
+    moe_few_kernels.few_down[(tokens * hidden // 8,)](
+        inner, down, ids, weights, out, hidden, width,
+        COUNT=slots, BN=8, STAGES=3, EARLY=early, num_warps=4, launch_pdl=early,
+    )  # fmt: skip
+    return out
 
 
 def _gather(x: Tensor, dispatch: Dispatch) -> Tensor:
@@ -145,32 +125,17 @@ def _gather(x: Tensor, dispatch: Dispatch) -> Tensor:
 
 
 def _combine(y: Tensor, weights: Tensor | None, dispatch: Dispatch) -> Tensor:
-    return _sum_slots(y, weights, dispatch.place)
-
-
-def _sum_slots(y: Tensor, weights: Tensor | None, place: Tensor, *, sort: bool = True, early: bool = False) -> Tensor:
-    """`combine_rows` of [T, k] places, or (not `sort`) of rows that lie in the order of the pairs."""
     from miles_kernels.cuda import grouped_kernels
 
-    tokens, slots = place.shape
+    tokens, slots = dispatch.place.shape
     hidden = y.shape[1]
     out = y.new_empty((tokens, hidden))
     if tokens:
         block = min(2048 if tokens >= 1024 else 1024, _width(hidden))
         grouped_kernels.combine_rows[(tokens, -(-hidden // block))](
-            y,
-            weights.contiguous() if weights is not None else y,
-            place,
-            out,
-            hidden,
-            K_SLOTS=slots,
-            WEIGHTED=weights is not None,
-            BLOCK=block,
-            SORTED=sort,
-            EARLY=early,
-            num_warps=4,
-            launch_pdl=early,
-        )
+            y, weights.contiguous() if weights is not None else y, dispatch.place, out, hidden,
+            K_SLOTS=slots, WEIGHTED=weights is not None, BLOCK=block, num_warps=4,
+        )  # fmt: skip
     return out
 
 
