@@ -191,6 +191,27 @@ def test_a_resumed_process_takes_the_same_next_step(tmp_path: Path) -> None:
         again.load(tmp_path / "checkpoint")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_leaves_between_steps_comes_back(dtype: torch.dtype) -> None:
+    case = replace(CASES["moe"], algorithm=CASES["moe"].algorithm | {"kl_coef": 0.1})
+    made = [megatron(random_decoder(case.decoder().config, 3, dtype=dtype), case, {}) for _ in range(2)]
+    stayed, moved = made
+    for step in range(3):
+        moved.offload()
+        moved.offload(["weights"])
+        left = moved.mover.regions["weights"].tensors()
+        assert not any(weight.untyped_storage().nbytes() for weight in left)
+        assert set(moved.mover.away) == {"masters", "moments", "weights", "gradients", "reference"}
+        if step:
+            assert torch.equal(moved.forward_logprobs(case.batch()), stayed.forward_logprobs(case.batch()))
+        assert moved.step(case.batch()) == stayed.step(case.batch())
+    moved.offload()
+    kept = dict(stayed.export_weights())
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in moved.export_weights())
+    with pytest.raises(ValueError, match="unknown memory tag 'optimizer'"):
+        moved.offload(["optimizer"])
+
+
 def test_a_step_that_is_not_finite_changes_nothing() -> None:
     case = CASES["dense"]
     decoder = case.decoder()

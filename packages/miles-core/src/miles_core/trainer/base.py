@@ -94,8 +94,8 @@ class TrainObserver(Protocol):
 class Trainer(Protocol):
     """Owns the weights being trained and their optimizer.
 
-    Moving state off the device between steps is not part of the protocol: the fsdp backend has `offload` and `onload` by tag
-    (`miles_core.memory.trainer`), megatron-core's has not.
+    Moving state off the device between steps is not part of the protocol: both backends have `offload` and `onload` by tag,
+    and `[memory]` works with the fsdp backend's (`miles_core.memory.trainer`).
     """
 
     @property

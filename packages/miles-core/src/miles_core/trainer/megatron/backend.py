@@ -21,6 +21,7 @@ from torch import Tensor
 
 from miles_core.algorithm.config import AlgorithmConfig
 from miles_core.algorithm.loss import LOSSES, LossInputs
+from miles_core.memory.trainer import empty_device
 from miles_core.trainer.base import StepStats
 from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
@@ -28,6 +29,7 @@ from miles_core.trainer.megatron import core
 from miles_core.trainer.megatron.config import Cut
 from miles_core.trainer.megatron.layout import make_groups
 from miles_core.trainer.megatron.logprob import spread
+from miles_core.trainer.megatron.memory import TAGS, make_mover, ordered
 from miles_core.trainer.megatron.model import MegatronModel
 from miles_core.trainer.megatron.optim import DistributedAdamW
 from miles_core.trainer.megatron.standins import on_device
@@ -77,6 +79,7 @@ class MegatronTrainer:
         self.reference = self._build(reference or decoder, False) if algorithm.kl_coef > 0 else None
         self.optimizer = DistributedAdamW(self.model, optimizer, total_updates)
         self._loss, self._sft_loss = LOSSES.get(algorithm.loss), LOSSES.get("sft")
+        self.mover = make_mover(self)
 
     def _build(self, decoder: Decoder, recompute: bool) -> MegatronModel:
         model = MegatronModel(decoder.config, self.cut, decoder.contract, self.device, recompute)
@@ -95,18 +98,33 @@ class MegatronTrainer:
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(HF name, whole tensor) of every weight, in every process. Collective: walk it to its end."""
+        self.onload(["weights"])
         return self.model.export_hf()
+
+    def offload(self, tags: Sequence[str] = TAGS) -> None:
+        """Move what `tags` name to the host, checked by hash when it returns; gradients are dropped. Whatever needs it brings it
+        back first. Idempotent."""
+        for tag in reversed(ordered(tags)):
+            self.mover.offload(tag, "drop" if tag == "gradients" else "host")
+        empty_device(self.device)
+
+    def onload(self, tags: Sequence[str] = TAGS) -> None:
+        """Bring it back."""
+        for tag in ordered(tags):
+            self.mover.onload(tag)
 
     # ---- one step
 
     def forward_logprobs(self, batch: TrainBatch) -> Tensor:
         """log p [N] fp32 of every trained token, in batch order, without gradient."""
         self._admit(batch)
+        self.onload(["weights"])
         return self._forward_all(self.model, batch)
 
     def step(self, batch: TrainBatch) -> StepStats:
         """Train on the batch, in one update or in `updates_per_step` of them; see `FsdpTrainer.step` for the contract."""
         self._admit(batch)
+        self.onload()
         policy = batch.kind == "policy"
         blocks = batch.split(self.config.updates_per_step if policy else 1)
         old_N = self._forward_all(self.model, batch) if len(blocks) > 1 else None
@@ -278,6 +296,7 @@ class MegatronTrainer:
         `model/`, and `trainer.json`."""
         from miles_core.trainer.megatron.checkpoint import save
 
+        self.onload()
         save(self, directory)
 
     def load(self, directory: Path) -> None:
@@ -287,6 +306,7 @@ class MegatronTrainer:
         """
         from miles_core.trainer.megatron.checkpoint import load
 
+        self.onload()
         load(self, directory)
 
 
