@@ -36,7 +36,10 @@ def test_products_go_on(rows, m, n):
     grad, x = randn(rows, m), randn(rows, n)
     whole = summed(grad, x, [0, rows])
     wanted = grad.double().t() @ x.double()
-    assert float((whole - wanted).norm() / wanted.norm()) < 1e-4
+    # tensor cores truncate when they add, so the distance grows with the number of additions (measured: 1.1e-9 a row); a unit of
+    # 16 rows left out would be a distance of sqrt(16 / rows), 3e-2
+    assert float((whole - wanted).norm() / wanted.norm()) < 3e-9 * rows
+    assert torch.equal(whole, product(grad, x, torch.empty_like(whole), a_t=True, b_t=True)), "whole, it is the aligned product"
     for cuts in (1, 5, 30):
         inner = sorted({16 * int(i) for i in torch.randint(1, rows // 16, (cuts,))})
         assert torch.equal(summed(grad, x, [0, *inner, rows]), whole)
