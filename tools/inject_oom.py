@@ -124,7 +124,7 @@ class TrainerTrials:
 
     def __init__(self, bench: Bench, directory: Path) -> None:
         self.bench, self.directory = bench, directory
-        self.shape = replace(bench.shape(), vocab_size=32768, num_hidden_layers=4) if bench.cuda else TINY
+        self.shape = replace(bench.shape(), vocab_size=8192, num_hidden_layers=2) if bench.cuda else TINY
         if bench.cuda:
             from bench_train import make_batch
 
@@ -214,7 +214,7 @@ class EngineTrials:
 
     def __init__(self, bench: Bench, directory: Path) -> None:
         self.bench, self.directory = bench, directory
-        self.shape = replace(bench.shape(), vocab_size=32768, num_hidden_layers=4) if bench.cuda else TINY
+        self.shape = replace(bench.shape(), vocab_size=8192, num_hidden_layers=2) if bench.cuda else TINY
         bench.options.prompts, bench.options.group, bench.options.context, bench.options.new = (
             (4, 2, 600, 24) if bench.cuda else (2, 2, 40, 8)
         )
