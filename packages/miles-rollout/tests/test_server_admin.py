@@ -213,6 +213,23 @@ def test_health_means_that_tokens_are_made() -> None:
     run(body)
 
 
+def test_a_live_server_may_have_reasons_not_to_generate_but_not_hang() -> None:
+    async def body(s: Setting) -> None:
+        assert (await s.http.get("/health_live")).status_code == 200
+        await s.http.post("/pause_generation", json={"mode": "abort"})
+        assert [(await s.http.get(path)).status_code for path in ("/health_live", "/health")] == [200, 503]
+        await s.http.post("/continue_generation", json={})
+        s.app.state.service.released = {"kv_cache"}
+        assert (await s.http.get("/health_live")).status_code == 200
+        s.app.state.service.released = set()
+        s.engine.hold()
+        assert (await s.http.get("/health_live")).status_code == 503, "it hangs"
+        s.app.state.service.draining = True
+        assert (await s.http.get("/health_live")).status_code == 200
+
+    run(body)
+
+
 def test_health_of_a_busy_engine_is_its_progress() -> None:
     async def body(s: Setting) -> None:
         s.engine.hold()

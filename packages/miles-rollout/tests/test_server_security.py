@@ -25,8 +25,8 @@ SECRET = "s3cret-Token-9"
 OPEN = {
     ("POST", "/generate"), ("PUT", "/generate"), ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"),
     *(("GET", path) for path in (
-        "/health", "/health_generate", "/model_info", "/get_model_info", "/server_info", "/get_server_info", "/metrics",
-        "/openapi.json", "/v1/models", "/v1/models/x",
+        "/health", "/health_generate", "/health_live", "/model_info", "/get_model_info", "/server_info", "/get_server_info",
+        "/metrics", "/openapi.json", "/v1/models", "/v1/models/x",
     )),
 }  # fmt: skip
 SERVER_CLOSED = {

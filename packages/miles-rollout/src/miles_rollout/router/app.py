@@ -44,6 +44,11 @@ async def health(router: Router, request: Request) -> Response:
     return Response(status_code=200 if serves else 503)
 
 
+async def live(router: Router, request: Request) -> Response:
+    """GET /health_live: 200, whatever the workers do: restarting a router brings no worker back."""
+    return Response(status_code=200)
+
+
 async def workers(router: Router, request: Request) -> Response:
     """GET /workers: every worker's state, version and load."""
     fleet = router.fleet
@@ -205,6 +210,7 @@ OPEN: dict[str, tuple[RouterHandler, list[str]]] = {
     "/generate": (forward, ["POST", "PUT"]),
     "/health": (health, ["GET"]),
     "/health_generate": (health, ["GET"]),
+    "/health_live": (live, ["GET"]),
     "/metrics": (metrics, ["GET"]),
     "/openapi.json": (openapi, ["GET"]),
     **dict.fromkeys(("/model_info", "/get_model_info", "/server_info", "/get_server_info"), (forward, ["GET"])),

@@ -34,6 +34,7 @@ OPEN: dict[str, tuple[ServiceHandler, list[str]]] = {
     "/generate": (native.generate, ["POST", "PUT"]),
     "/health": (info.health, ["GET"]),
     "/health_generate": (info.health, ["GET"]),
+    "/health_live": (info.live, ["GET"]),
     "/model_info": (info.model_info, ["GET"]),
     "/get_model_info": (info.model_info, ["GET"]),
     "/server_info": (info.server_info, ["GET"]),

@@ -49,6 +49,16 @@ async def health(service: Service, request: Request) -> Response:
     return Response(status_code=200)
 
 
+async def live(service: Service, request: Request) -> Response:
+    """GET /health_live: as /health, but 200 while there is a reason not to generate: paused, asleep, updating, shutting down."""
+    if service.draining or service.paused is not None or service.released or service.updating.locked():
+        return Response(status_code=200)
+    response = await health(service, request)
+    if service.draining or service.paused is not None or service.released or service.updating.locked():
+        return Response(status_code=200)  # the reason came meanwhile
+    return response
+
+
 def _progress(service: Service) -> list[float | None]:
     """Figures that grow whenever the engine works, and not when a request is merely queued."""
     figures = service.engine.metrics()

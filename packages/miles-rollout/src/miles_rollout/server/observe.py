@@ -14,7 +14,16 @@ from miles_rollout.server.logs import request_id
 from miles_rollout.server.tracing import current
 
 logger = logging.getLogger("miles_rollout.access")
-QUIET = ("/health", "/health_generate", "/metrics", "/get_model_info", "/model_info", "/get_server_info", "/server_info")
+QUIET = (
+    "/health",
+    "/health_generate",
+    "/health_live",
+    "/metrics",
+    "/get_model_info",
+    "/model_info",
+    "/get_server_info",
+    "/server_info",
+)
 """Polled; logged at debug level."""
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:/#-]{1,128}")
 
