@@ -169,8 +169,11 @@ class Service:
             try:
                 async with asyncio.timeout(self.config.request_s):
                     await self._go.wait()
-                    tasks += [asyncio.ensure_future(self.engine.generate(request)) for request in requests]
-                    results = list(await asyncio.gather(*tasks))
+                    if len(requests) == 1:  # by far the commonest: no task of its own
+                        results = [await self.engine.generate(requests[0])]
+                    else:
+                        tasks += [asyncio.ensure_future(self.engine.generate(request)) for request in requests]
+                        results = list(await asyncio.gather(*tasks))
             except TimeoutError:
                 raise self._too_late() from None
             finally:
