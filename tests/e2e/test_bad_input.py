@@ -117,6 +117,9 @@ def test_model_folders(micro: Any) -> None:
     (micro.folder / "folder.toml").write_text(toml[:start] + '[model]\npath = "nowhere"\n\n' + toml[stop:])
     said = refused(micro, "train", "folder.toml")
     assert "nowhere" in said and "config.json" in said
+    assert "comes first" not in said
+    warm = refused(micro, "train", "folder.toml", "--model.path", "runs/lean-toy-sft/checkpoints/step_000060/trainer/model")
+    assert "a checkpoint of the run lean-toy-sft, which comes first: miles sft lean-toy\n" in warm
     assert "recipe:quickstart" in refused(micro, "train", "folder.toml", "--model.path", "recipe:nothing")
     assert "exactly one of path, source and architecture" in refused(micro, "train", "micro.toml", "--model.path", "x")
 

@@ -89,3 +89,17 @@ def test_a_missing_file_is_named_with_the_help_to_read(tmp_path: Path, capsys: p
     assert main(["judge", str(there), str(tmp_path / "gone.lean")]) == 2
     said = capsys.readouterr().err
     assert f"{tmp_path / 'gone.lean'}: no such file" in said and "miles-lean judge --help" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--port", "99999"], "--port 99999: a port lies in 0 to 65535"),
+        (["--workers", "0"], "--workers 0: must be above 0"),
+        (["--queue", "-1", "--max-wait", "0"], "queue_size must not be negative; max_wait_s must be above 0"),
+    ],
+)
+def test_serve_refuses_what_would_never_answer(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("uvicorn", reason='the server needs "miles-lean[server]"')
+    assert main(["serve", *flags]) == 2
+    assert said in capsys.readouterr().err

@@ -11,7 +11,7 @@ import torch
 
 from miles_core.config.schema import RunConfig
 from miles_core.config.sections import ModelConfig
-from miles_core.recipes.catalog import MODEL_PREFIX, packaged_model
+from miles_core.recipes.catalog import MODEL_PREFIX, SFT_SUFFIX, packaged_model
 from miles_kernels.contract import Contract
 from miles_kernels.nn.checkpoint import load_config, load_decoder, random_decoder
 from miles_kernels.nn.config import DecoderConfig
@@ -57,7 +57,7 @@ def model_dir(config: ModelConfig, say: Callable[[str], None]) -> Path | None:
         if not (folder / "config.json").is_file():
             raise ValueError(
                 f"model.path = {config.path!r}: no model folder (no config.json in {folder.absolute()}); it needs config.json, "
-                "model.safetensors and tokenizer files, as save_pretrained or miles export write them"
+                f"model.safetensors and tokenizer files, as save_pretrained or miles export write them{_made_by(folder)}"
             )
         return folder
     if config.source is not None:
@@ -65,6 +65,16 @@ def model_dir(config: ModelConfig, say: Callable[[str], None]) -> Path | None:
 
         return fetch_model(config.source, say)
     return None
+
+
+def _made_by(folder: Path) -> str:
+    """The command that makes a checkpoint of a run, where the missing folder is one."""
+    names = [folder.parts[i - 1] for i, part in enumerate(folder.parts) if part == "checkpoints" and i > 0]
+    if not names:
+        return ""
+    recipe = names[0].removesuffix(SFT_SUFFIX)
+    command = "sft" if recipe != names[0] else "train"
+    return f". It is a checkpoint of the run {names[0]}, which comes first: miles {command} {recipe}"
 
 
 def load_shape(config: ModelConfig, say: Callable[[str], None]) -> tuple[DecoderConfig, Tokenizer]:

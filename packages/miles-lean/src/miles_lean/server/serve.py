@@ -13,7 +13,12 @@ from miles_lean.server.service import Service
 async def serve(
     service: Service, *, host: str, port: int, api_key: str | None = None, on_ready: asyncio.Event | None = None
 ) -> bool:
-    """Serve until told to stop; True when every check that was running could end by itself."""
+    """Serve until told to stop; True when every check that was running could end by itself.
+
+    Raises ValueError for a port that is none or a missing extra, OSError when something else listens there.
+    """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port {port}: a port lies in 0 to 65535, and 0 takes a free one")
     try:
         import uvicorn
     except ModuleNotFoundError as error:

@@ -30,7 +30,7 @@ class Gone(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Numbers an operator chooses."""
+    """Numbers an operator chooses. Raises ValueError naming those with which no check would ever run."""
 
     slots: int = 2
     """Checks at one time; about one for each core."""
@@ -43,6 +43,13 @@ class Limits:
     max_body_bytes: int = 16 << 20
     drain_s: float = 30.0
     """How long running checks may go on after SIGTERM."""
+
+    def __post_init__(self) -> None:
+        wrong = [f"{name} must be at least 1" for name in ("slots", "max_body_bytes") if getattr(self, name) < 1]
+        wrong += [f"{name} must not be negative" for name in ("queue_size", "drain_s") if getattr(self, name) < 0]
+        wrong += [f"{name} must be above 0" for name in ("max_wait_s", "max_timeout_s") if not getattr(self, name) > 0]
+        if wrong:
+            raise ValueError(f"limits of the server: {'; '.join(wrong)}")
 
 
 class Service:

@@ -40,6 +40,9 @@ def run(options: argparse.Namespace) -> int:
     from miles_lean.server.serve import serve
     from miles_lean.server.service import Service
 
+    for name in ("workers", "elaborate_s", "judge_s", "max_rss_mib"):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name):g}: must be above 0")
     limits = Limits(
         slots=options.workers,
         queue_size=options.queue,
