@@ -91,6 +91,8 @@ def test_a_setting_below_a_value_is_refused(tmp_path: Path) -> None:
 
 def test_rooms_must_agree(tmp_path: Path) -> None:
     assert any("data.eval" in p for p in problems(tmp_path / "m.toml", MODEL + "[eval]\nevery = 5\n"))
+    again = '[draft]\nmodel = "mtp"\ncompare = ["none"]\n[rollout]\nproducer = "mine.py:play"\n'
+    assert any("draft.compare makes every rollout again" in p for p in problems(tmp_path / "m.toml", MODEL + again))
     assert any("model: is required" in p and "exactly one of" in p for p in problems(tmp_path / "n.toml", ""))
     both = MODEL + 'source = "a==1"\n'
     assert any("path and source are set" in p for p in problems(tmp_path / "o.toml", both))

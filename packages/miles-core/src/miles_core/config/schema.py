@@ -66,6 +66,11 @@ class RunConfig(Section):
         clustered = self.cluster.kind == "ray" or self.cluster.num_trainers is not None or self.cluster.num_engines is not None
         if clustered and self.draft.compare:
             raise ValueError("draft.compare needs trainer and engines in one process: leave it out, or [cluster] as it is")
+        if self.draft.compare and self.rollout.producer != "single_turn":
+            raise ValueError(
+                "draft.compare makes every rollout again from its prompt alone, which a rollout.producer of your own does not: "
+                "leave one of the two out"
+            )
         if self.num_trainers > 1 and self.draft.model == "eagle3":
             raise ValueError('draft.model = "eagle3" reads layers that a trainer of several processes does not show; use "mtp"')
 
