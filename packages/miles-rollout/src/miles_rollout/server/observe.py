@@ -7,6 +7,7 @@ import re
 import time
 import uuid
 
+from h11 import LocalProtocolError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -70,6 +71,10 @@ class Observed:
 
         try:
             await self._app(scope, receive, tell)
+        except (
+            LocalProtocolError
+        ) as error:  # the caller broke HTTP in mid-request; no reply can be sent, and it is nobody's bug here
+            logger.debug("no reply to a broken request: %s", error)
         finally:
             level = logging.DEBUG if scope["path"] in QUIET else logging.INFO
             if logger.isEnabledFor(level):
