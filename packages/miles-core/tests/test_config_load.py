@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from miles_core.config.dump import config_toml, differences, read_config
 from miles_core.config.load import ConfigError, Override, literal, load_config, parse_overrides
+from miles_core.config.reference import reference, settings
 from miles_core.config.schema import RunConfig
 from miles_core.config.toml_lines import key_lines, line_of
 
@@ -162,3 +163,21 @@ def test_key_lines() -> None:
 def test_what_a_divided_engine_cannot_be_combined_with(tmp_path: Path, flags: list[str], message: str) -> None:
     found = problems(tmp_path / "my.toml", MODEL, "--engine.tensor_parallel", "2", *flags)
     assert any(message in problem for problem in found), found
+
+
+def test_every_setting_is_explained_and_can_be_set(tmp_path: Path) -> None:
+    found = settings()
+    assert len({one.name for one in found}) == len(found) > 150
+    assert [one.name for one in found if not one.text.strip()] == []
+    for one in found:  # what is said of a default is TOML, and setting it by its flag is accepted
+        if one.default and not one.name.startswith(("model.", "eval.reward.")):
+            value = tomllib.loads(f"x = {one.default}")["x"]
+            assert parse_overrides([f"--{one.name}", one.default])[0].value == value, one
+    sections = reference(None, 100)
+    assert all(f"[{name}]" in sections for name in RunConfig.model_fields) and max(map(len, sections.splitlines())) <= 100
+    assert reference("optimizer.lr") == "--optimizer.lr  number = 1e-06  (at least 0.0)\n    Peak learning rate."
+    assert '--algorithm.reduction  "token" | "sequence" | "constant" = "token"' in reference("[algorithm]")
+    assert "--trainer.megatron.tp" in reference("trainer") and "--optimizer" not in reference("trainer.megatron")
+    assert "--rollout.producer " in reference("environment")  # any word of an explanation
+    with pytest.raises(ValueError, match='no setting mentions "optimzer.lrr"; near it: optimizer'):
+        reference("optimzer.lrr")

@@ -20,7 +20,7 @@ _SETTING = re.compile(r"--[A-Za-z][\w-]*\.[\w.-]+(=.*)?", re.DOTALL)
 app = typer.Typer(
     name="miles",
     help="Post-train language models by reinforcement learning, with an engine and a trainer that compute the same numbers.",
-    epilog="Every setting of a recipe is a flag: --section.key VALUE, for example --optimizer.lr 1e-4. See --dry-run.",
+    epilog="Every setting is a flag: --section.key VALUE, for example --optimizer.lr 1e-4. `miles settings` explains them.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -158,6 +158,20 @@ def recipes(ctx: typer.Context) -> None:
 
     for recipe_name in recipe_names():
         typer.echo(f"miles {recipe_command(recipe_name):5} {recipe_name:16} {recipe_summary(recipe_name)}")
+
+
+@app.command()
+def settings(
+    ctx: typer.Context,
+    query: Annotated[
+        str | None, typer.Argument(metavar="[SECTION|KEY|WORD]", help="What to look up; all sections without.")
+    ] = None,
+) -> None:
+    """Explain the settings: type, default, bounds, meaning."""
+    _no_settings(ctx)
+    from miles_core.config.reference import reference
+
+    typer.echo(reference(query))
 
 
 @app.command()
