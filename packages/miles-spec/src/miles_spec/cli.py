@@ -82,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _controlled(options)
         return _recorded(options) if options.file else _synthetic(options)
     except (OSError, ValueError) as error:
-        print(f"miles-spec: {error}", file=sys.stderr)
+        words = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"miles-spec: {words}", file=sys.stderr)
         return 2
 
 
