@@ -92,7 +92,7 @@ def training_seconds(
     found = {}
     for arm, config in {
         "ours": DraftTrainConfig(max_rows=options.max_rows, lr=options.draft_lr, capture=capture),
-        "upstream": DraftTrainConfig(**UPSTREAM, lr=options.lr, capture=capture),
+        "upstream": DraftTrainConfig(**UPSTREAM, lr=options.lr),
     }.items():
         trainer = DraftTrainer(deepcopy(draft).requires_grad_(True), config, num_draft=options.num_draft)
         times = []

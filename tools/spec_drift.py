@@ -172,7 +172,7 @@ def arms_of(options: argparse.Namespace, decoder: Any, weights: dict[str, Any]) 
     arms = {
         "draft": arm(max_rows=options.max_rows, lr=options.draft_lr, capture=options.capture),
         "frozen": arm(train=False),
-        "upstream": arm(**UPSTREAM, lr=options.lr, capture=options.capture),
+        "upstream": arm(**UPSTREAM, lr=options.lr),
     }
     return arms | ({"whole": arm(lr=options.draft_lr, capture=options.capture)} if options.whole else {})
 
