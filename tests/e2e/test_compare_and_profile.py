@@ -7,11 +7,15 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from miles_core.debug.profile import profile_section
+from miles_core.profile import ops_of
 
 
 def edit(file: Path, line: int, change: Any) -> None:
@@ -50,6 +54,22 @@ def test_a_profiled_run_is_the_same_run_and_its_report_says_where_the_time_went(
     assert code == 2 and "run.profile_steps records this process" in said
     code, said = micro.miles("train", "micro.toml", "--name", "x", "--run.profile_steps", "[2, 7]")
     assert code == 2 and "profile_steps = [7]: not among the steps of this run, 1 to 6" in said
+
+
+def test_time_on_a_device_is_counted_once(tmp_path: Path) -> None:
+    def row(key: str, device: str, cpu: float, on_device: float, annotation: bool = False) -> Any:
+        times = {"self_cpu_time_total": cpu, "self_device_time_total": on_device}
+        return SimpleNamespace(key=key, count=3, device_type=SimpleNamespace(name=device), is_user_annotation=annotation, **times)
+
+    rows = [row("aten::mm", "CPU", 2e3, 9e3), row("gemm", "CUDA", 0, 9e3), row("train", "CUDA", 0, 9e3, annotation=True)]
+    ops = ops_of([*rows, *(row(f"k{i}", "CUDA", 0, 10) for i in range(20))])
+    assert sum(op["device_s"] for op in ops) == pytest.approx(9e-3 + 20e-5) and sum(op["cpu_s"] for op in ops) == 2e-3
+    (tmp_path / "profile").mkdir()
+    (tmp_path / "profile" / "step_000003_train.summary.json").write_text(json.dumps({"seconds": 0.02, "ops": ops}))
+    table = profile_section(tmp_path)
+    assert "step 3, train: 20.0 ms" in table and "device, ms" in table and "aten::mm" not in table
+    assert "<code>gemm</code></td><td>3</td><td>9.00" in table and "<code>9 others</code></td><td>27</td><td>0.09" in table
+    assert "<code>idle</code></td><td></td><td>10.80" in table
 
 
 @pytest.mark.parametrize("what", ["token", "logprob", "reward", "metric", "tensor"])

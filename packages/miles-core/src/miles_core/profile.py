@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from miles_core.metrics import StepClock
 
 SUMMARY = ".summary.json"
-_NUM_OPS = 40
 
 
 class ProfilingClock(StepClock):
@@ -51,7 +50,7 @@ def _profiled(path: Path) -> Iterator[None]:
         if on_device:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
-    ops = _ops(profiler)
+    ops = ops_of(profiler.key_averages())
     if not ops:
         return  # the part was not due in this step
     profiler.export_chrome_trace(f"{path}.json.gz")
@@ -59,16 +58,17 @@ def _profiled(path: Path) -> Iterator[None]:
     path.with_name(path.name + SUMMARY).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
-def _ops(profiler: Any) -> list[dict[str, Any]]:
-    """The most expensive ops by time of their own, in seconds. The rest of a part is Python, C kernels and waiting."""
-    rows = [
-        {
-            "name": row.key,
-            "calls": row.count,
-            "cpu_s": row.self_cpu_time_total / 1e6,
-            "device_s": getattr(row, "self_device_time_total", 0) / 1e6,
-        }
-        for row in profiler.key_averages()
-    ]
-    rows.sort(key=lambda row: -(row["cpu_s"] + row["device_s"]))
-    return rows[:_NUM_OPS]
+def ops_of(rows: Iterable[Any]) -> list[dict[str, Any]]:
+    """Name, calls and seconds of their own of every op and kernel, the most expensive first.
+
+    Time on a device is that of its kernels. An op that launched them is told the same time once more by torch, which is left out.
+    """
+    ops = []
+    for row in rows:
+        if getattr(row, "is_user_annotation", False):
+            continue
+        on_cpu = row.device_type.name == "CPU"
+        cpu_s = row.self_cpu_time_total / 1e6 if on_cpu else 0.0
+        device_s = 0.0 if on_cpu else row.self_device_time_total / 1e6
+        ops.append({"name": row.key, "calls": row.count, "cpu_s": cpu_s, "device_s": device_s})
+    return sorted(ops, key=lambda op: -(op["cpu_s"] + op["device_s"]))

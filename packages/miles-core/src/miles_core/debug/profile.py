@@ -35,10 +35,15 @@ def _part(step: int, part: str, file: Path) -> str:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not a profile's summary: {error!r}; remove it to do without") from None
     on_device = any(device for _, _, _, device in ops)
-    ops.sort(key=lambda op: -(op[3] if on_device else op[2]))
-    rows = [_row(name, f"{calls:,}", device if on_device else cpu, seconds) for name, calls, cpu, device in ops[:_NUM_OPS]]
-    rest = max(0.0, seconds - sum(device if on_device else cpu for _, _, cpu, device in ops))
-    rows.append(_row("idle, or in no kernel" if on_device else "in no torch op: Python, C kernels, waiting", "", rest, seconds))
+    costs = sorted(((device if on_device else cpu, name, calls) for name, calls, cpu, device in ops), reverse=True)
+    costs = [cost for cost in costs if cost[0] > 0]
+    rows = [_row(name, f"{calls:,}", cost, seconds) for cost, name, calls in costs[:_NUM_OPS]]
+    if len(costs) > _NUM_OPS:
+        others = costs[_NUM_OPS:]
+        what = f"{len(others)} others"
+        rows.append(_row(what, f"{sum(calls for _, _, calls in others):,}", sum(cost for cost, _, _ in others), seconds))
+    rest = max(0.0, seconds - sum(cost for cost, _, _ in costs))
+    rows.append(_row("idle" if on_device else "in no torch op: Python, C kernels, waiting", "", rest, seconds))
     where = "device" if on_device else "CPU"
     head = f"<tr><th>op</th><th>calls</th><th>{where}, ms</th><th></th></tr>"
     title = f"step {step}, {escape(part)}: {seconds * 1000:,.1f} ms"
