@@ -21,8 +21,8 @@ from miles_rollout.text import Tokenizer
 from miles_rollout.wire import Completion, GenerateRequest, RewardStatus, Sample, SamplingParams, WeightSpan
 
 RolloutFn = Callable[..., Awaitable[None]]
-"""`async def play(rollout: Rollout, **options) -> None`, named by `rollout.producer`. It shares its event loop with all others, so
-what blocks (a process, a file, a client that is not asynchronous) belongs into `await asyncio.to_thread(...)`."""
+"""`async def play(rollout: Rollout, **options) -> None`, named by `rollout.producer`. It shares its event loop with all others,
+so what blocks (a process, a file, a client that is not asynchronous) belongs into `await asyncio.to_thread(...)`."""
 _OPEN = ("max_new_tokens", "min_new_tokens", "stop", "stop_token_ids", "ignore_eos", "top_p", "top_k", "min_p")
 """Sampling settings that a turn may change; a sequence has one temperature, one seed and one continuation."""
 
