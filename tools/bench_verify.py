@@ -1,8 +1,8 @@
 """A step that verifies three draft tokens a row beside a plain one, on a GPU: `python tools/bench_verify.py [--layers 16]`.
 
 Prints, per number of rows: device time of the captured plain step, of the captured verification (perfect drafts), their ratio,
-device time of a step that drafts with an MTP layer and verifies, wall time of the engine's steps, and whether the tokens are those
-of plain decoding. Weights are random.
+device time of a step that drafts with an MTP layer and verifies, wall time of the engine's steps, and whether the tokens are
+those of plain decoding. Weights are random.
 """
 
 from __future__ import annotations
