@@ -1,7 +1,7 @@
 """The device's stack for kernels' threads: given back while a process sleeps.
 
-CUDA holds a stack for every thread that could run at once, 1 KiB each to begin with (0.26 GiB of an H200), as much as a kernel has
-needed since, and does not shrink it by itself. A kernel that needs more than there is gets it at its launch.
+CUDA holds a stack for every thread that could run at once, 1 KiB each to begin with (0.26 GiB of an H200), as much as a kernel
+has needed since, and does not shrink it by itself. A kernel that needs more than there is gets it at its launch.
 """
 
 from __future__ import annotations
