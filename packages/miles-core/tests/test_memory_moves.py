@@ -283,3 +283,29 @@ def test_the_stack_of_kernels_is_given_back_and_taken_again() -> None:
     stack.restore()
     assert driver.size == 2048
     KernelStack(torch.device("cpu")).shrink()
+
+
+def test_pages_are_unlocked_before_they_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when nobody closes: a page that is unmapped while CUDA has it registered breaks the next one at its address."""
+    locked: set[int] = set()
+    seen: list[bool] = []
+
+    class Runtime:
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+            locked.add(address)
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> int:
+            seen.append(address in locked)
+            locked.discard(address)
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    forgotten, closed = slabs.HostSlabs(pinned=True), slabs.HostSlabs(pinned=True)
+    parts = [each.take(1 << 16) for each in (forgotten, closed)]
+    assert len(locked) == 2
+    closed.close()
+    closed.close()
+    assert locked == {parts[0].data_ptr()}
+    del forgotten
+    assert not locked and seen == [True, True]

@@ -6,8 +6,10 @@ that of the host. Here the pages come from the operating system, are touched by 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,9 @@ class HostSlabs:
     def __init__(self, *, pinned: bool) -> None:
         self.pinned = pinned
         self._held: list[tuple[mmap.mmap, Tensor]] = []
+        self._locked: list[int] = []
+        # pages that go while they are registered leave a mark at their address, which ends the process when it is used again
+        weakref.finalize(self, _unlock, self._locked).atexit = False
 
     @property
     def num_bytes(self) -> int:
@@ -52,14 +57,13 @@ class HostSlabs:
         if self.pinned:
             _touch(tensor)
             _register(tensor)
+            self._locked.append(tensor.data_ptr())
         self._held.append((pages, tensor))
         return tensor
 
     def close(self) -> None:
         """Give everything back to the system; no tensor handed out may be used afterwards. Idempotent."""
-        for _, tensor in self._held:
-            if self.pinned:
-                torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+        _unlock(self._locked)
         self._held.clear()  # the mappings go when the last view of them does
 
 
@@ -124,8 +128,16 @@ def _touch(tensor: Tensor) -> None:
         list(pool.map(lambda part: part[::4096].zero_(), parts))
 
 
+def _unlock(addresses: list[int]) -> None:
+    """Give the pages at these addresses back to the system's care."""
+    while addresses:
+        torch.cuda.cudart().cudaHostUnregister(addresses.pop())
+
+
 def _register(tensor: Tensor) -> None:
     runtime: Any = torch.cuda.cudart()
     status = runtime.cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0)
     if int(status) != 0:
+        with contextlib.suppress(RuntimeError):  # CUDA reports a refused call once more at the next launch
+            torch.zeros(1, device="cuda")
         raise torch.OutOfMemoryError(f"host: {tensor.numel() / 2**30:.2f} GiB cannot be page-locked (CUDA error {int(status)})")
