@@ -141,8 +141,12 @@ def test_moe_of_a_handful_of_tokens(monkeypatch: pytest.MonkeyPatch, tokens: int
     from miles_kernels.bench.timing import capture
     from miles_kernels.cuda import moe
 
-    for experts, slots, hidden, width in ((64, 8, 512, 96), (4, 3, 72, 40), (5, 5, 2048, 768)):
+    assert not moe._are_few(torch.zeros((1, 3), dtype=torch.int64), torch.zeros((4, 80, 48)))
+    assert not moe._are_few(torch.zeros((1, 2), dtype=torch.int64), torch.zeros((4, 72, 40)))
+
+    for experts, slots, hidden, width in ((64, 8, 512, 96), (4, 2, 80, 48), (5, 4, 2048, 768)):
         x, gate_up, down, ids, weights = moe_inputs(tokens, experts, slots, hidden, width)
+        assert moe._are_few(ids, down)
         few = moe.moe_mlp(x, gate_up, down, ids, weights)
         with monkeypatch.context() as patch:
             patch.setattr(moe, "FEW_PAIRS", 0)

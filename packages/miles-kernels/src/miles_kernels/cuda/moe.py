@@ -16,8 +16,12 @@ GATHER_MULTIPLE = 128
 """Without gradients the first product reads its rows in place where their length is a multiple of this."""
 GATHER_ROWS = 6
 """..and experts have at most this many rows each, where reading in place beats a copy in sorted order."""
-FEW_PAIRS, FEW_SLOTS = 24, 8
-"""Up to this many (token, slot) pairs, and slots of a token, each pair is a tile of its own: experts hardly repeat."""
+FEW_PAIRS = 24
+"""Up to this many (token, slot) pairs each pair is a tile of its own: experts hardly repeat.."""
+FEW_SLOTS = (1, 2, 4, 8)
+"""..for these numbers of slots, which were compared with the sorted way on a GPU, .."""
+FEW_MULTIPLE = 16
+"""..and rows whose lengths are multiples of this, so that they are copied 16 bytes at a time."""
 SMALL_SORT = 256
 """Up to this many (token, slot) pairs one program plans everything."""
 
@@ -80,7 +84,7 @@ def combine(y: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
 def moe_mlp(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """SwiGLU experts `gate_up[E, 2 I, H]`, `down[E, H, I]` applied to `x[T, H]` along the routing, as [T, H]."""
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up, down, weights))
-    if not learns and 0 < ids.numel() <= FEW_PAIRS and ids.shape[1] <= FEW_SLOTS and x.shape[1] % 8 == down.shape[2] % 8 == 0:
+    if not learns and _are_few(ids, down):
         return _few(x.contiguous(), gate_up, down.contiguous(), ids.contiguous(), weights.contiguous())
     dispatch = plan_dispatch(ids, gate_up.shape[0])
     if learns:
@@ -90,6 +94,12 @@ def moe_mlp(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tens
     else:
         inner = gemm(permute(x, dispatch), gate_up, dispatch.groups, gated=True)
     return combine(grouped_linear(inner, down, dispatch.groups), weights, dispatch)
+
+
+def _are_few(ids: Tensor, down: Tensor) -> bool:
+    """Whether `_few` serves this routing of these experts."""
+    aligned = down.shape[1] % FEW_MULTIPLE == 0 and down.shape[2] % FEW_MULTIPLE == 0
+    return 0 < ids.numel() <= FEW_PAIRS and ids.shape[1] in FEW_SLOTS and aligned
 
 
 def _few(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
