@@ -334,8 +334,11 @@ def inject(
         try:
             outcome = trials.trial(site)
         except Exception as error:
-            traceback.print_exc()
+            traceback.print_exc(limit=-8)
             outcome = f"ABORTED: {type(error).__name__}"
+            if type(error).__name__ == "AcceleratorError":  # nothing works in this process any more
+                table[site][outcome] += 1
+                break
             if isinstance(trials, EngineTrials):
                 trials.start()
         table[site][outcome] += 1
