@@ -33,6 +33,7 @@ from miles_rollout.upstream import Upstream, UpstreamError
 
 TOKENIZER = CharTokenizer("0123456789+= abcdefghijklmnopqrstuvwxyz")
 TOKEN = "serve-check"
+KV_MIB = 256
 RESULTS: list[dict[str, Any]] = []
 
 
@@ -92,14 +93,17 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def gpu_mib() -> list[int] | None:
-    """Memory in use by GPU, MiB, everybody's; None without nvidia-smi."""
-    line = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+def gpu_mib(pid: int) -> int | None:
+    """GPU memory of a process and those it started, MiB; None where nvidia-smi tells no processes."""
+    line = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     try:
         found = subprocess.run(line, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return [int(each) for each in found.split()]
+    rows = [text.split(",") for text in found.splitlines() if text.count(",") == 1]
+    ours = {pid, *descendants(pid)}
+    mib = [int(used) for owner, used in rows if int(owner) in ours and used.strip().isdigit()]
+    return sum(mib) if mib else None
 
 
 class Served:
@@ -112,7 +116,7 @@ class Served:
         self.upstream = Upstream(self.url, token=TOKEN)
         line = [sys.executable, "-m", "miles_rollout.cli", "serve", models[0], "--port", str(self.port), "--admin-token", TOKEN]
         line += ["--weights-root", str(folder), "--profile-dir", str(folder / "traces"), "--drain-s", "30"]
-        line += ["--kv-memory-mib", "256", "--tensor-parallel", str(given.tensor_parallel)]
+        line += ["--kv-memory-mib", str(KV_MIB), "--tensor-parallel", str(given.tensor_parallel)]
         line += ["--device", given.device] if given.device else []
         self.log = (folder / "serve.log").open("w+")
         self.process = subprocess.Popen(line, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -172,10 +176,12 @@ class Served:
 
     async def memory(self) -> Any:
         """Asleep, awake again with the same weights, the same bits."""
-        before, full = await self.generate(), gpu_mib()
+        before, full = await self.generate(), gpu_mib(self.process.pid)
         began = time.perf_counter()
         await self.post("/release_memory_occupation", {})
-        asleep_s, asleep = time.perf_counter() - began, gpu_mib()
+        asleep_s, asleep = time.perf_counter() - began, gpu_mib(self.process.pid)
+        freed = None if full is None or asleep is None else full - asleep
+        demand(freed is None or freed >= KV_MIB, f"{full} MiB, asleep {asleep}: keys and values were not given back")
         status, _ = await self.upstream.request("GET", "/health", timeout_s=60)
         demand(status == 503, f"/health says {status} while asleep")
         began = time.perf_counter()

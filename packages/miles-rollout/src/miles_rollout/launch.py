@@ -52,6 +52,7 @@ def load_embedded(
         torch.set_num_threads(threads)
     place = _device(torch, device)
     dtype = dtype or ("float32" if place.type == "cpu" else "bfloat16")
+    LOG.info("the engine runs on %s in %s", torch.cuda.get_device_name(place) if place.type == "cuda" else "the CPU", dtype)
     if place.type == "cuda" and fill:
         config = msgspec.structs.replace(config, kv_memory_bytes=_left_on_gpu(torch, place, model, dtype))
     factory = require("miles_rollout.engines.embedded.factory", extra="embedded", purpose=purpose)

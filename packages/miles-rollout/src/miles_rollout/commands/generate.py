@@ -26,7 +26,7 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option(help="Go on after an end-of-sequence token.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Whole replies, one JSON object a line.")] = False,
     timeout_s: Annotated[float, typer.Option(help="Deadline of the whole command.")] = 600.0,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = None,
     threads: Threads = None,
 ) -> None:

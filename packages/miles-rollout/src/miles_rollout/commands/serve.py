@@ -44,7 +44,7 @@ def serve(
     host: Host = "127.0.0.1",
     port: Port = 30000,
     engine: Annotated[str, typer.Option(help="embedded, or sglang: options after -- go to SGLang as they are.")] = "embedded",
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = None,
     threads: Threads = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name under /v1. [default: the last part of MODEL]")] = None,

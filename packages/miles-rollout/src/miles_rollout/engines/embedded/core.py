@@ -178,6 +178,10 @@ class EngineCore:
         self._scheduler.most_tokens = max(1, self._scheduler.most_tokens // 2)
         if self._runner.graphs is not None:
             self._runner.graphs.forget()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """What torch keeps for its next allocations goes back to the GPU, where another process may take it."""
         if self._decoder.embed_tokens.is_cuda:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -268,6 +272,7 @@ class EngineCore:
                 parameter.untyped_storage().resize_(0)
         if self._runner.graphs is not None:
             self._runner.graphs.forget()  # they hold addresses of all of it
+        self._give_back()
 
     def restore(self, tags: Iterable[str]) -> None:
         """Take memory back; weights are undefined until the next update. Raises ValueError for a tag not released."""
