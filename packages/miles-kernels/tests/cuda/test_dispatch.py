@@ -215,3 +215,22 @@ def test_work_of_a_model_counts_its_products() -> None:
 
 def test_tile_names() -> None:
     assert dispatch.format_tile(Tile(64, 128, 64, 4, 5)) == "tma 64x128x64 w4 s5 p1"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "slots", "hidden", "width", "few"),
+    [
+        (1, 8, 2048, 768, True),
+        (3, 8, 2048, 768, True),
+        (4, 8, 2048, 768, False),  # more pairs than pay
+        (12, 2, 80, 48, True),
+        (0, 2, 80, 48, False),
+        (1, 3, 80, 48, False),  # slots that were never compared
+        (1, 2, 72, 48, False),  # rows that are not copied 16 bytes at a time
+        (1, 2, 80, 40, False),
+    ],
+)
+def test_unsorted_experts_serve_what_they_were_proved_for(tokens: int, slots: int, hidden: int, width: int, few: bool) -> None:
+    from miles_kernels.cuda.moe import _are_few
+
+    assert _are_few(torch.zeros((tokens, slots), dtype=torch.int64), torch.zeros((4, hidden, width))) is few

@@ -141,9 +141,6 @@ def test_moe_of_a_handful_of_tokens(monkeypatch: pytest.MonkeyPatch, tokens: int
     from miles_kernels.bench.timing import capture
     from miles_kernels.cuda import moe
 
-    assert not moe._are_few(torch.zeros((1, 3), dtype=torch.int64), torch.zeros((4, 80, 48)))
-    assert not moe._are_few(torch.zeros((1, 2), dtype=torch.int64), torch.zeros((4, 72, 40)))
-
     for experts, slots, hidden, width in ((64, 8, 512, 96), (4, 2, 80, 48), (5, 4, 2048, 768)):
         x, gate_up, down, ids, weights = moe_inputs(tokens, experts, slots, hidden, width)
         assert moe._are_few(ids, down)
