@@ -93,19 +93,6 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def gpu_mib(pid: int) -> int | None:
-    """GPU memory of a process and those it started, MiB; None where nvidia-smi tells no processes."""
-    line = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-    try:
-        found = subprocess.run(line, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    rows = [text.split(",") for text in found.splitlines() if text.count(",") == 1]
-    ours = {pid, *descendants(pid)}
-    mib = [int(used) for owner, used in rows if int(owner) in ours and used.strip().isdigit()]
-    return sum(mib) if mib else None
-
-
 class Served:
     """The command, running."""
 
@@ -176,12 +163,11 @@ class Served:
 
     async def memory(self) -> Any:
         """Asleep, awake again with the same weights, the same bits."""
-        before, full = await self.generate(), gpu_mib(self.process.pid)
+        before, full = await self.generate(), await self._reserved_mib()
         began = time.perf_counter()
         await self.post("/release_memory_occupation", {})
-        asleep_s, asleep = time.perf_counter() - began, gpu_mib(self.process.pid)
-        freed = None if full is None or asleep is None else full - asleep
-        demand(freed is None or freed >= KV_MIB, f"{full} MiB, asleep {asleep}: keys and values were not given back")
+        asleep_s, asleep = time.perf_counter() - began, await self._reserved_mib()
+        demand(full is None or full - (asleep or 0) >= KV_MIB, f"{full} MiB of the GPU, asleep {asleep}: not given back")
         status, _ = await self.upstream.request("GET", "/health", timeout_s=60)
         demand(status == 503, f"/health says {status} while asleep")
         began = time.perf_counter()
@@ -212,7 +198,7 @@ class Served:
         children = descendants(self.process.pid)
         # many, so that some are surely running, and none as long as the drain
         running = [asyncio.ensure_future(self.generate(new=512, count=4)) for _ in range(8)]
-        while not await self._busy():
+        while (await self._figures())["num_running"] < 8:
             await asyncio.sleep(0.005)
         began = time.perf_counter()
         os.kill(self.process.pid, signal.SIGTERM)
@@ -233,10 +219,16 @@ class Served:
         demand(not left, f"processes left behind: {left}")
         return {"s": round(took, 2), "new_request": refused, "children": len(children)}
 
-    async def _busy(self) -> bool:
+    async def _figures(self) -> dict[str, float]:
         status, reply = await self.upstream.request("GET", "/get_server_info", timeout_s=30)
         demand(status == 200, f"/get_server_info: HTTP {status}")
-        return bool(json.loads(reply)["metrics"]["num_running"] >= 8)
+        figures: dict[str, float] = json.loads(reply)["metrics"]
+        return figures
+
+    async def _reserved_mib(self) -> int | None:
+        """GPU memory that the server keeps from others, but for the context's; None on a CPU."""
+        held = (await self._figures()).get("device_reserved_bytes")
+        return None if held is None else int(held) >> 20
 
     def end(self) -> None:
         """Whatever still runs, ends."""

@@ -303,6 +303,7 @@ class EngineCore:
     def metrics(self) -> dict[str, float]:
         """Counters since start and gauges of now. May be read while another thread steps; figures are then a step apart."""
         scheduler = self._scheduler
+        where = self._decoder.embed_tokens.device
         return {
             "num_running": scheduler.num_running,
             "num_queued": len(scheduler.waiting),
@@ -318,6 +319,7 @@ class EngineCore:
             "busy_s": self._busy_s,
             "generated_tokens_per_s": self._num_generated / self._busy_s if self._busy_s else 0.0,
             **(self.speculator.metrics() if self.speculator is not None else {}),
+            **({"device_reserved_bytes": torch.cuda.memory_reserved(where)} if where.type == "cuda" else {}),
         }
 
     def _caches(self) -> list[PagedKV | FeatureStore]:
