@@ -57,7 +57,8 @@ def test_decoder_cases_see_a_cache_that_is_read_wrongly_and_gradients_that_drift
 
 def test_row_parallel_shards_see_another_order_of_sums(monkeypatch):
     assert extra_cases.row_shards("cpu", torch.float32, large=False).unequal == 0
-    monkeypatch.setattr(comm, "partial_sum", lambda a, b, count: (a @ b.t()).float())  # whole ranks instead of logical shards
+    # whole ranks instead of logical shards
+    monkeypatch.setattr(comm, "partial_sum", lambda a, b, count, dtype=torch.float32: (a @ b.t()).to(dtype))
     assert extra_cases.row_shards("cpu", torch.float32, large=False).unequal > 0
 
 
