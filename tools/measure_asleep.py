@@ -106,12 +106,12 @@ def trainer_asleep(bench: Bench) -> None:
         report["nccl"] = (torch.cuda.nccl.version(), hasattr(backend, "suspend"))
         report["communicators made"] = {name: peers.num_made for name, peers in trainer.model.peers.items()}
         report["left"] = what_is_left()
-        report["stack of a thread when awake, bytes"] = trainer.memory._stack._before
+        report["stack of a thread when awake, bytes"] = getattr(trainer.memory._stack, "_before", None)
         report["torch allocated, reserved MiB"] = (torch.cuda.memory_allocated() >> 20, torch.cuda.memory_reserved() >> 20)
     seconds, moved = bench.timed(trainer.memory.wake)
     report["wake s"] = round(seconds, 3)
     report["wake GB/s"] = [(m.tag, round(m.bytes_per_s / 1e9, 1)) for m in moved if m.num_bytes]
-    seconds, _ = bench.timed(lambda: all_gather(*map(torch.zeros_like, (both, one)), trainer.model.peers["shard"]))
+    seconds, _ = bench.timed(lambda: all_gather(both, one, trainer.model.peers["shard"]))
     report["communicators again s"] = round(seconds, 3)
     report["unchanged"] = combined_hash(trainer.export_weights()) == before
     bench.note(f"rank {rank}", report)
