@@ -30,15 +30,6 @@ def test_products_in_shards(n, k):
         assert torch.equal(plain.to(dtype), wanted) == (count == 1), "the control: without shards the bits are others"
 
 
-def test_rows_in_turns(monkeypatch):
-    from miles_kernels.cuda import folded
-
-    a, b = torch.randn((700, 256), device="cuda").bfloat16(), torch.randn((96, 256), device="cuda").bfloat16()
-    whole = folded.product(a, b, 8, torch.bfloat16)
-    monkeypatch.setattr(folded, "PARTS_BYTES", 1)
-    assert torch.equal(folded.product(a, b, 8, torch.bfloat16), whole)
-
-
 def test_folds_and_what_is_not_served():
     from miles_kernels.cuda import folded
 

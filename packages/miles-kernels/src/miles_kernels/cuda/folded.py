@@ -1,7 +1,8 @@
-"""Products whose K is cut into logical shards, in two launches; what `comm` composes of many has the same bits.
+"""Products whose K is cut into logical shards, in one or two launches; what `comm` composes of many has the same bits.
 
-All shards of all tiles are one grid, which fills the device for few rows too; then the shards' sums are folded. The first call of
-a kind on a device compares with the composed product; if a bit differs, this is not used there.
+Few rows: a program for every tile and shard, then the fold. Many: one program walks the shards of its tile and folds in
+registers. The first call of a kind on a device compares both with the composed product; if a bit differs, they are not used
+there.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import functools
 import torch
 from torch import Tensor
 
-from miles_kernels.cuda.gemm_triton import Tile, descriptor, strides_fit_tma
+from miles_kernels.cuda.gemm_triton import descriptor, num_sms, strides_fit_tma
 from miles_kernels.cuda.launch import cdiv
 
-PARTS_BYTES = 512 << 20
-"""Most memory of the shards' sums at once; more rows go in turns."""
+FEW_ROWS = 256
+"""Up to this many rows shards are programs of their own, because tiles alone would leave multiprocessors idle."""
 _MAX_SHARDS = 8
 
 
@@ -33,42 +34,36 @@ def serves(a: Tensor, b: Tensor, count: int, dtype: torch.dtype) -> bool:
 
 def product(a: Tensor, b: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """a[M, K] b[N, K]^T [M, N], summed in float32 over each of `count` shards (1, 2, 4, 8), folded, rounded once to `dtype`."""
-    out = torch.empty((a.shape[0], b.shape[0]), dtype=dtype, device=a.device)
-    most = max(128, PARTS_BYTES // (4 * count * b.shape[0]) // 128 * 128)
-    for start in range(0, a.shape[0], most):
-        fold(_sums(a[start : start + most], b, count), dtype, out[start : start + most])
-    return out
-
-
-def _sums(a: Tensor, b: Tensor, count: int) -> Tensor:
-    """The shards' sums [count, M, N] float32."""
     from miles_kernels.cuda import folded_kernels
 
     (m, k), n = a.shape, b.shape[0]
+    out = torch.empty((m, n), dtype=dtype, device=a.device)
+    if not m:
+        return out
     size = k // count
-    tile = _tile(m, n * count, min(64, size & -size))
-    parts = torch.empty((count, m, n), dtype=torch.float32, device=a.device)
-    folded_kernels.shard_products[(cdiv(m, tile.rows) * cdiv(n, tile.cols) * count,)](
-        descriptor(a, tile.rows, tile.depth), descriptor(b, tile.cols, tile.depth), parts, m, n, size,
-        BM=tile.rows, BN=tile.cols, BK=tile.depth, GROUP_M=8, num_warps=tile.warps, num_stages=tile.stages,
+    depth = min(64, size & -size)
+    if m > FEW_ROWS:
+        rows, cols = (64 if count == _MAX_SHARDS else 128), 128
+        programs = min(num_sms(a.device.index or 0), cdiv(m, rows) * cdiv(n, cols))
+        folded_kernels.folded_product[(programs,)](
+            descriptor(a, rows, depth), descriptor(b, cols, depth), out, m, n, size,
+            S=count, BM=rows, BN=cols, BK=depth, GROUP_M=8, num_warps=8, num_stages=4,
+        )  # fmt: skip
+        return out
+    rows, cols = (16 if m <= 16 else 32 if m <= 32 else 64), (64 if n * count >= 64 * 132 else 32)
+    parts = out if count == 1 and dtype is torch.float32 else torch.empty((count, m, n), dtype=torch.float32, device=a.device)
+    folded_kernels.shard_products[(cdiv(m, rows) * cdiv(n, cols) * count,)](
+        descriptor(a, rows, depth), descriptor(b, cols, depth), parts, m, n, size,
+        S=count, BM=rows, BN=cols, BK=depth, num_warps=4, num_stages=5,
     )  # fmt: skip
-    return parts
+    return parts if parts is out else fold(parts, dtype)
 
 
-def _tile(m: int, columns: int, depth: int) -> Tile:
-    """Narrow while the weights' bandwidth is the bound, large after; `columns` of all shards. No bit depends on it."""
-    if m <= 64:
-        return Tile(16 if m <= 16 else 32 if m <= 32 else 64, 64 if columns >= 64 * 132 else 32, depth, 4, 5)
-    if m <= 512:
-        return Tile(128, 128, depth, 8, 4)
-    return Tile(128, 256, depth, 8, 3)
-
-
-def fold(parts: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def fold(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """parts[S, ...] float32, contiguous, folded over S by a tree over neighbours in one launch, rounded once to `dtype`."""
     from miles_kernels.cuda import folded_kernels
 
-    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device) if out is None else out
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     if parts.shape[0] == 1:
         return out.copy_(parts[0])
     if out.numel():
