@@ -81,7 +81,9 @@ class Runner:
         self.graphs: SpecGraphs | None = None
         if self._device.type == "cuda":
             self._last = torch.zeros(len(tables.position) + 1, dtype=torch.int64, device=self._device)
-            if cuda_graphs:  # ranks of a tensor-parallel engine make the same steps, so they capture and launch the same graphs
+            # ranks of a tensor-parallel engine make the same steps, so they capture and launch the same graphs; with experts
+            # dealt over the ranks that has not run on a GPU yet
+            if cuda_graphs and all(getattr(layer, "spread_experts", None) is None for layer in decoder.layers):
                 self.graphs = SpecGraphs(decoder, kv, tables, self._last, max_context, experts)
 
     def is_plain(self, rows: np.ndarray) -> bool:
