@@ -69,20 +69,25 @@ def trainer_asleep(bench: Bench) -> None:
     import torch.distributed as dist
     from bench_train import make_batch
 
+    from miles_core.memory.config import MemoryConfig
+
     base = bench.used()  # the context of this process is part of it from here on, so it is read before by the caller
     dist.init_process_group("cpu:gloo,cuda:nccl" if bench.cuda else "gloo")
     shape = bench.shape()
     stages = {"context": bench.used() - bench.options.base}
     one = torch.zeros(8, device=bench.device)
     both = torch.zeros(8 * dist.get_world_size(), device=bench.device)
-    group = Peers(dist.group.WORLD, "world")
+    group = Peers(dist.group.WORLD, "world", own=True)
     all_gather(both, one, group)
     stages["one communicator"] = bench.used() - bench.options.base
     group.release()
     stages["communicator gone"] = bench.used() - bench.options.base
     if bench.cuda:
         torch.cuda.memory._record_memory_history(max_entries=200_000, stacks="python", context="all")
-    trainer = FsdpTrainer(bench.decoder(shape), AlgorithmConfig(), TrainerConfig(recompute=True), OptimizerConfig(lr=1e-6))
+    trainer = FsdpTrainer(
+        bench.decoder(shape), AlgorithmConfig(), TrainerConfig(recompute=True), OptimizerConfig(lr=1e-6),
+        memory=MemoryConfig(release_groups=True),
+    )  # fmt: skip
     if bench.cuda:
         batch, _, _ = make_batch("rl", 16384, shape.vocab_size)
         for _ in range(2):

@@ -20,6 +20,7 @@ WORKER = textwrap.dedent(
     import torch.distributed as dist
 
     from miles_core.algorithm.config import AlgorithmConfig
+    from miles_core.memory.config import MemoryConfig
     from miles_core.memory.ladder import OutOfRoom
     from miles_core.trainer.batch import TrainBatch
     from miles_core.trainer.config import OptimizerConfig, TrainerConfig
@@ -39,7 +40,8 @@ WORKER = textwrap.dedent(
         num_key_value_heads=2, head_dim=8,
     )
     trainer = FsdpTrainer(
-        random_decoder(shape, 0, dtype=torch.bfloat16), AlgorithmConfig(), TrainerConfig(), OptimizerConfig(lr=1e-3)
+        random_decoder(shape, 0, dtype=torch.bfloat16), AlgorithmConfig(), TrainerConfig(), OptimizerConfig(lr=1e-3),
+        memory=MemoryConfig(release_groups=True),
     )
     batch = TrainBatch.from_groups(random_samples(1), AlgorithmConfig())
     left = [1]

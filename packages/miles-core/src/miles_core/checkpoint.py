@@ -160,9 +160,7 @@ class CheckpointStore:
                 found.append(path)
         return found
 
-    def save(
-        self, step: int, parts: Mapping[str, Writer], *, config_digest: str = "", score: float | None = None
-    ) -> Path:
+    def save(self, step: int, parts: Mapping[str, Writer], *, config_digest: str = "", score: float | None = None) -> Path:
         """Write a checkpoint of `parts` (name to writer) and delete those that nothing keeps. The highest `score` is the best.
 
         Until it is whole under its final name all earlier ones stay. On any failure its temporary directory is removed

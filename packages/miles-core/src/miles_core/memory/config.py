@@ -24,9 +24,12 @@ class MemoryConfig(Section):
     """Folder for "disk": on a disk, not in memory."""
     verify: bool = True
     """Compare checksums of everything that leaves and returns."""
+    release_groups: bool = False
+    """A trainer of several processes talks over NCCL communicators of its own, gives them up when it sleeps and makes them again
+    at the next call. Off: over torch's groups, whose communicators keep their memory."""
     recover: bool = True
     """After an allocation failure make room, step by step, and do the work again with the same result; false: fail at once."""
-    reserve_bytes: int | Literal["measured"] = "measured"
+    reserve_bytes: int | Literal["measured"] = 0
     """Device memory that torch's allocator may not touch, for the CUDA context, communication and graphs. "measured": what
     is taken outside the allocator at start-up, by whomever, and 512 MiB. 0: no cap; it is still measured and reported."""
 

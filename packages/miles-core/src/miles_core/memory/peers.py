@@ -20,18 +20,21 @@ _NUMBER = itertools.count()
 class Peers:
     """The processes of a group of torch's, talking over communicators of their own, which are made at the first call.
 
-    Made by all members alike. `live` is a torch group, whose own methods are to be called: it is in none of torch's tables.
-    Tensors of the host, and everything without NCCL, go through the group of torch's, which costs no device memory; `transport`
-    makes another one out of (store, rank, size), for tests.
+    Made by all members alike. Unless `own`, this is torch's group and nothing else: `release` frees nothing. `live` is a
+    torch group, whose own methods are to be called: it is in none of torch's tables. Tensors of the host, and everything
+    without NCCL, go through the group of torch's, which costs no device memory; `transport` makes another one out of
+    (store, rank, size), for tests.
 
-    Example: peers = Peers(mesh.get_group(), "shard"); broadcast(x, 0, peers); peers.release()
+    Example: peers = Peers(mesh.get_group(), "shard", own=True); broadcast(x, 0, peers); peers.release()
     """
 
-    def __init__(self, group: Any, name: str, *, transport: Callable[[Any, int, int], Any] | None = None) -> None:
-        self.name = name
+    def __init__(
+        self, group: Any, name: str, *, own: bool = False, transport: Callable[[Any, int, int], Any] | None = None
+    ) -> None:
+        self.name, self.own = name, own
         self.rank, self.size = int(group.rank()), int(group.size())
         self._group = group
-        self._transport = transport or (_nccl if "nccl" in dist.get_backend_config() else None)
+        self._transport = transport or (_nccl if own and "nccl" in dist.get_backend_config() else None)
         self._place = f"miles/peers/{next(_NUMBER)}/{name}/{dist.get_process_group_ranks(group)[0]}"
         self._backend: Any = None
         self._live: Any = None

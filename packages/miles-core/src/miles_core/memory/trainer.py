@@ -83,7 +83,9 @@ class TrainerMemory:
         """What a draft in training holds: weights, masters, moments. Set by whoever trains one."""
         self.facts = Refusal(device)
         self._peers = tuple(peers)
-        self._stack = KernelStack(device) if self._peers else None  # alone, an engine may be at work in this process
+        self._stack = (
+            KernelStack(device) if any(each.own for each in self._peers) else None
+        )  # alone, an engine may be at work in this process
         self._together = None if place is None else Together(*place, on_cuda=device.type == "cuda", peers=self._peers)
         rungs = [
             Rung("free cached blocks", self._free),

@@ -70,9 +70,9 @@ class CopiedModel(WholeModel):
     Where they are chained, the cut into micro-batches changes no bit; the number of processes does.
     """
 
-    def __init__(self, decoder: Decoder, group: Any) -> None:
+    def __init__(self, decoder: Decoder, group: Any, *, own_groups: bool = False) -> None:
         super().__init__(decoder)
-        self.peers = {"replicate": Peers(group, "replicate")}
+        self.peers = {"replicate": Peers(group, "replicate", own=own_groups)}
 
     def reduce(self, gradients: Sequence[Tensor]) -> None:
         """Sum over the processes; each gets the same bits."""

@@ -84,10 +84,11 @@ class FsdpTrainer:
         if algorithm.kl_coef > 0:
             frozen = (reference if reference is not None else deepcopy(decoder)).requires_grad_(False)
         self._reference_hash = None if frozen is None else combined_hash(frozen.hf_state())
+        memory = memory or MemoryConfig()
+        self._own_groups = memory.release_groups
         self.model = self._cut(decoder)
         self.reference_model = None if frozen is None else self._cut(frozen)
         stochastic = config.master == "stochastic"
-        memory = memory or MemoryConfig()
         home = None if memory.optimizer == "device" else make_home(memory, self.model.device)
         self.optimizer = AdamW(self.model.optimized(), optimizer, total_updates, stochastic=stochastic, home=home)
         self.memory = TrainerMemory(
@@ -121,12 +122,18 @@ class FsdpTrainer:
         if self.layout.shard * self.layout.cp == 1:  # as chained gradients need it
             from miles_core.trainer.copied import CopiedModel
 
-            return CopiedModel(decoder, self.parallel.group or torch.distributed.group.WORLD)
+            return CopiedModel(decoder, self.parallel.group or torch.distributed.group.WORLD, own_groups=self._own_groups)
         from miles_core.trainer.sharded import ShardedModel
 
         keep = decoder.contract.torch_dtype if self.config.master == "stochastic" else torch.float32
         beside = getattr(self, "model", None)
-        return ShardedModel(decoder, self.layout, keep=keep, beside=beside if isinstance(beside, ShardedModel) else None)
+        return ShardedModel(
+            decoder,
+            self.layout,
+            keep=keep,
+            beside=beside if isinstance(beside, ShardedModel) else None,
+            own_groups=self._own_groups,
+        )
 
     @property
     def decoder(self) -> Decoder:

@@ -95,18 +95,30 @@ class ShardedDecoder(Decoder):
 class ShardedModel(WholeModel):
     """A decoder cut over the processes of a layout. Built collectively from a decoder that every process holds whole.
 
-    `keep` is the dtype weights are kept in between steps; `beside` is a model whose process groups to use.
+    `keep` is the dtype weights are kept in between steps; `beside` is a model whose process groups to use; with `own_groups` it
+    talks over communicators that can be given up (`Peers`).
     Sums over replicas happen once per update, after accumulation.
     """
 
     in_step = True
 
-    def __init__(self, decoder: Decoder, layout: ProcessLayout, *, keep: torch.dtype, beside: ShardedModel | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        layout: ProcessLayout,
+        *,
+        keep: torch.dtype,
+        beside: ShardedModel | None = None,
+        own_groups: bool = False,
+    ) -> None:
         super().__init__(decoder)
         self.layout, self.keep = layout, keep
         self.groups: dict[str, Any] = _groups_of(layout, self.device.type) if beside is None else beside.groups
         groups = self.groups
-        made = {name: Peers(mesh.get_group(), name) for name, mesh in groups.items()} if beside is None else beside.peers
+        if beside is None:
+            made = {name: Peers(mesh.get_group(), name, own=own_groups) for name, mesh in groups.items()}
+        else:
+            made = beside.peers
         self.peers = made
         self.replica: Group = made["shard"]
         self.copies: Group = made["replicate"]
@@ -156,7 +168,8 @@ class ShardedModel(WholeModel):
                 unit = self.peers["experts" if isinstance(module, Experts) else "shard"]
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-                module.set_custom_all_gather(UnitGather(unit))
+                if unit.own:
+                    module.set_custom_all_gather(UnitGather(unit))
                 module.set_custom_reduce_scatter(OrderedReduceScatter(unit))
 
     # ---- what lies where
