@@ -211,6 +211,15 @@ class DraftModel(nn.Module, ABC):
         """Scores fp32 [T, V], or [T, Vd] over the draft's own vocabulary."""
         return linear(hidden, self.head(policy_head), mode=self.mode, out_dtype=torch.float32)
 
+    def policy_logits(self, hidden: Tensor, policy_head: Tensor) -> Tensor:
+        """`logits` over the policy's vocabulary [T, V]; -inf where the draft has no token."""
+        return self.widen(self.logits(hidden, policy_head), len(policy_head))
+
+    def widen(self, logits: Tensor, vocab: int) -> Tensor:
+        """Scores [T, Vd] over the draft's vocabulary as [T, vocab] over the policy's; -inf where the draft has no token."""
+        ids = self.draft_ids
+        return logits if ids is None else logits.new_full((len(logits), vocab), -torch.inf).index_copy_(1, ids, logits)
+
     def _join(self, index: int, token_ids: Tensor, embed: Tensor, state: Tensor) -> Tensor:
         """[T, 2 H]: normed embeddings, then normed states."""
         (first, second), eps = self._norms(index), self.config.block.rms_norm_eps

@@ -221,9 +221,7 @@ def _draw(
     size = max(1, _MOST_SCORES // vocab)
     for begin in range(0, len(rows), size):
         part = slice(begin, begin + size)
-        logits = draft.logits(states.index_select(0, rows[part]), own_head)
-        if draft.draft_ids is not None:
-            logits = torch.full((len(logits), vocab), -torch.inf, device=logits.device).index_copy_(1, draft.draft_ids, logits)
+        logits = draft.widen(draft.logits(states.index_select(0, rows[part]), own_head), vocab)
         out.append(sample(logits, seed=seed, sample_id=sample_id[part], position=position[part], temperature=heat[part]).token)
     return torch.cat(out)
 

@@ -206,7 +206,7 @@ class GraphDrafter:
         hidden, carried = (part.view(count, entries, -1)[:, -1].contiguous() for part in made)
         tokens: list[Tensor] = []
         for depth in range(1, most + 1):
-            drawn = self._draw(self._logits(hidden), seed, sample_id, last + depth, temperature)
+            drawn = self._draw(self._model.policy_logits(hidden, self._head), seed, sample_id, last + depth, temperature)
             tokens.append(drawn)
             if depth == most:
                 break
@@ -215,13 +215,6 @@ class GraphDrafter:
             self._kv.begin(self._batch(table, last + depth, 1, keys), slot)
             hidden, carried = self._model.step(carried, drawn, place, self._kv, embed=self._embed, depth=depth + 1)
         return torch.stack(tokens, 1)
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self._model.logits(hidden, self._head)
-        ids = self._model.draft_ids
-        if ids is None:
-            return logits
-        return logits.new_full((len(logits), len(self._head)), -torch.inf).index_copy_(1, ids, logits)
 
     def _batch(self, table: Tensor, keys_of: Tensor, queries: int, keys: int) -> Any:
         """How rows read their last `queries` of `keys_of` [S] keys."""

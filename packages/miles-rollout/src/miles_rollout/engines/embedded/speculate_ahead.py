@@ -89,7 +89,7 @@ class AheadSteps:
                 hidden, carried = self._model.step(
                     carried, drawn[-1], places[depth], self._kv, embed=self._embed, depth=depth + 1, rope=(cos[part], sin[part])
                 )
-            logits = self._logits(hidden)
+            logits = self._model.policy_logits(hidden, self._head)
             heat = inputs.heat
             drawn.append(draw(logits, seed=lanes[4], sample_id=lanes[5], position=stands[depth], temperature=heat).token)
         return torch.stack(drawn)
@@ -119,10 +119,3 @@ class AheadSteps:
         if key not in self._constants:
             self._constants[key] = make()
         return self._constants[key]
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self._model.logits(hidden, self._head)
-        ids = self._model.draft_ids
-        if ids is None:
-            return logits
-        return logits.new_full((len(logits), len(self._head)), -torch.inf).index_copy_(1, ids, logits)

@@ -420,11 +420,7 @@ class ModelProposer:
 
     def _pick(self, hidden: Tensor, keys: _Keys, positions: np.ndarray, width: int) -> tuple[Tensor, Tensor | None]:
         """The `width` best tokens of every state, [states x width], and with width 1 what they were drawn from, if wanted."""
-        logits = self.model.logits(hidden, self._decoder.head)
-        ids = self.model.draft_ids
-        if ids is not None:
-            whole = logits.new_full((len(logits), self._decoder.config.vocab_size), -torch.inf)
-            logits = whole.index_copy_(1, ids, logits)
+        logits = self.model.policy_logits(hidden, self._decoder.head)
         place = upload(positions, self._device)
         if width == 1:
             probs = target_probs(logits, keys.temperature) if self._wants_probs else None
