@@ -1,7 +1,7 @@
 # Needs git, make and Python 3.11 to 3.13; everything else is fetched into .venv.
 #   make quickstart   set up, then train the quickstart recipe (again: ARGS='--name second')
 #   make test         set up, then every check and every test that runs without a GPU
-.PHONY: quickstart test setup lint lock-check wheels clean
+.PHONY: quickstart test setup lint wheels chaos clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -37,6 +37,10 @@ test: lint
 #   make wheels       build the five wheels and install each alone in a bare environment
 wheels: setup
 	$(BIN)/python tools/leak.py
+
+#   make chaos        two minutes of a rollout service under load, its processes killed, stopped and slowed; every token recomputed
+chaos: setup
+	$(BIN)/python packages/miles-rollout/tools/chaos.py --seconds 120
 
 clean:
 	rm -rf dist .coverage .coverage.* .mypy_cache .ruff_cache
