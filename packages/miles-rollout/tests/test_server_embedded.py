@@ -119,6 +119,14 @@ def test_weights_from_disk_change_the_tokens_and_bad_ones_do_not(models: tuple[P
     run(main)
 
 
+def url_of(process: subprocess.Popen[str]) -> str:
+    """Where a server says that it listens."""
+    assert process.stderr is not None
+    while "on http://" not in (line := process.stderr.readline()):
+        assert line, "the server ended before it listened"
+    return line.rsplit(" ", 1)[1].strip()
+
+
 @pytest.mark.slow
 def test_the_command_serves_and_stops(models: tuple[Path, Path]) -> None:
     command = [
@@ -136,12 +144,7 @@ def test_the_command_serves_and_stops(models: tuple[Path, Path]) -> None:
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
-            assert process.stderr is not None
-            line = process.stderr.readline()
-            while "on http://" not in line:
-                assert line, "the server ended before it listened"
-                line = process.stderr.readline()
-            url = line.rsplit(" ", 1)[1].strip()
+            url = url_of(process)
             body = {"model": models[0].name, "messages": [{"role": "user", "content": "1+1="}], "max_tokens": 4, "seed": 1}
             reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
             assert reply["usage"]["completion_tokens"] <= 4 and reply["metadata"]["weight_version"] == "0"
@@ -201,12 +204,7 @@ def test_a_server_whose_engine_has_failed_ends_with_an_error(models: tuple[Path,
     )
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
         try:
-            assert process.stderr is not None
-            line = process.stderr.readline()
-            while "on http://" not in line:
-                assert line, "the server ended before it listened"
-                line = process.stderr.readline()
-            url = line.rsplit(" ", 1)[1].strip()
+            url = url_of(process)
             body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 4}}
             assert httpx.post(f"{url}/generate", json=body, timeout=60).status_code == 500
             said = process.communicate(timeout=60)[1]

@@ -20,11 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from checks import RESULTS, check, demand, finish
 
 from miles_rollout.child import free_port
 from miles_rollout.conformance import Options, run_suite
@@ -34,7 +34,6 @@ from miles_rollout.upstream import Upstream, UpstreamError
 TOKENIZER = CharTokenizer("0123456789+= abcdefghijklmnopqrstuvwxyz")
 TOKEN = "serve-check"
 KV_MIB = 256
-RESULTS: list[dict[str, Any]] = []
 
 
 def make_models(folder: Path, moe: bool, layers: int) -> list[str]:
@@ -55,25 +54,6 @@ def make_models(folder: Path, moe: bool, layers: int) -> list[str]:
         TOKENIZER.save(path)
         found.append(str(path))
     return found
-
-
-async def check(name: str, call: Callable[[], Awaitable[Any]]) -> None:
-    """Run one check; what it returns is reported with it."""
-    began = time.perf_counter()
-    status, detail = "pass", None
-    try:
-        async with asyncio.timeout(120):
-            detail = await call()
-    except Exception as error:  # one failure must not hide the others
-        status, detail = "FAIL", f"{type(error).__name__}: {error}"
-    RESULTS.append({"name": name, "status": status, "s": round(time.perf_counter() - began, 3), "detail": detail})
-    print(f"{status:5} {RESULTS[-1]['s']:8.3f} s  {name}  {json.dumps(detail) if detail is not None else ''}", flush=True)
-
-
-def demand(condition: bool, message: Any) -> None:
-    """Raise AssertionError with the message unless the condition holds."""
-    if not condition:
-        raise AssertionError(message)
 
 
 def descendants(pid: int) -> list[int]:
@@ -267,8 +247,4 @@ if __name__ == "__main__":
     parser.add_argument("--json", default="")
     namespace = parser.parse_args()
     asyncio.run(main(namespace))
-    if namespace.json:
-        Path(namespace.json).write_text(json.dumps(RESULTS, indent=1))
-    failed = [row["name"] for row in RESULTS if row["status"] != "pass"]
-    print(f"{len(RESULTS) - len(failed)} of {len(RESULTS)} checks passed" + (f"; failed: {', '.join(failed)}" if failed else ""))
-    raise SystemExit(bool(failed) or not RESULTS)
+    finish(namespace.json)

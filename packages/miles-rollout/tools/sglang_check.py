@@ -12,14 +12,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from checks import check, demand, finish
 
 from miles_rollout.conformance import Options, run_suite
 from miles_rollout.engine import EngineRefusal
@@ -32,32 +32,12 @@ from miles_rollout.upstream import Upstream
 from miles_rollout.wire import GenerateRequest, SamplingParams
 
 IDS = (268, 300, 280, 310, 265, 290, 305)
-RESULTS: list[dict[str, Any]] = []
 
 
 def ask(rid: str, ids: tuple[int, ...] = IDS, **sampling: Any) -> GenerateRequest:
     options = {"max_new_tokens": 24, "ignore_eos": True, "seed": 11} | sampling
     fields = {name: options.pop(name) for name in ("sample_ids", "return_routed_experts") if name in options}
     return GenerateRequest(request_id=rid, input_ids=ids, sampling=SamplingParams(**options), **fields)
-
-
-async def check(name: str, call: Callable[[], Awaitable[Any]]) -> None:
-    """Run one check; a dict it returns is reported with it."""
-    started = time.perf_counter()
-    status, detail = "pass", None
-    try:
-        async with asyncio.timeout(90):
-            detail = await call()
-    except Exception as error:  # one failure must not hide the others
-        status, detail = "FAIL", f"{type(error).__name__}: {error}"
-    row = {"name": name, "status": status, "s": round(time.perf_counter() - started, 3), "detail": detail}
-    RESULTS.append(row)
-    print(f"{status:5} {row['s']:8.3f} s  {name}  {json.dumps(detail) if detail is not None else ''}", flush=True)
-
-
-def demand(condition: bool, message: Any) -> None:
-    if not condition:
-        raise AssertionError(message)
 
 
 @contextlib.asynccontextmanager
@@ -295,8 +275,4 @@ if __name__ == "__main__":
     namespace = parser.parse_args(words[:cut])
     namespace.args = words[cut + 1 :]
     asyncio.run(main(namespace))
-    if namespace.out:
-        Path(namespace.out).write_text(json.dumps(RESULTS, indent=1))
-    failed = [row["name"] for row in RESULTS if row["status"] != "pass"]
-    print(f"{len(RESULTS) - len(failed)} of {len(RESULTS)} checks passed" + (f"; failed: {', '.join(failed)}" if failed else ""))
-    raise SystemExit(bool(failed) or not RESULTS)
+    finish(namespace.out)

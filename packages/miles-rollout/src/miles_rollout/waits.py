@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, TypeVar
 
 logger = logging.getLogger("miles_rollout.waits")
+Result = TypeVar("Result")
 _SPIN_S = 0.0005
 _LONGEST_NAP_S = 0.005
 
@@ -55,3 +58,14 @@ def thread_stacks() -> str:
     for ident, frame in sys._current_frames().items():
         parts.append(f"-- thread {names.get(ident, '?')} ({ident})\n{''.join(traceback.format_stack(frame))}")
     return "\n".join(parts)
+
+
+async def gather_all(calls: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """All results, in order; the first failure, and cancelling the call, cancel the others and wait for their end."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -18,6 +18,7 @@ from miles_core.data.record import Prompt, PromptGroup
 from miles_core.imports import load_callable
 from miles_rollout.engine import Engine, EngineRefusal
 from miles_rollout.text import Tokenizer
+from miles_rollout.waits import gather_all
 from miles_rollout.wire import Completion, GenerateRequest, RewardStatus, Sample, SamplingParams, WeightSpan
 
 RolloutFn = Callable[..., Awaitable[None]]
@@ -192,13 +193,7 @@ class TurnProducer:
         """`sampling.n` samples of one prompt, in order of their ids."""
         first = group.group_id * sampling.n
         ids = range(first, first + sampling.n)
-        tasks = [asyncio.ensure_future(self._one(group, engine, sampling, sample_id)) for sample_id in ids]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        return await gather_all(self._one(group, engine, sampling, sample_id) for sample_id in ids)
 
     async def _one(self, group: PromptGroup, engine: Engine, sampling: SamplingParams, sample_id: int) -> Sample:
         rollout = Rollout(group.prompt, sample_id, group.group_id, sampling, engine, self._tokenizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+import threading
 from contextlib import suppress
 
 from miles_lean.server.service import Service
@@ -27,8 +28,8 @@ async def serve(
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with suppress(NotImplementedError, RuntimeError):
+    if threading.current_thread() is threading.main_thread():  # no other may; its caller cancels
+        for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
     config = uvicorn.Config(
         make_app(service, api_key=api_key), host=host, port=port, log_level="warning", lifespan="off", access_log=False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from miles_rollout.engines.sglang.model import model_shape
 from miles_rollout.engines.sglang.process import start
 from miles_rollout.engines.sglang.replies import Reply, ServerInfo, SglangFailure, decoded, events, message_of, refusal
 from miles_rollout.upstream import Upstream, UpstreamError
+from miles_rollout.waits import gather_all
 from miles_rollout.wire import (
     MAX_TOP_LOGPROBS,
     Completion,
@@ -107,7 +108,7 @@ class SglangEngine:
                     completions=tuple(joined(parts[index]) for index in sorted(parts)),
                     contract_digest=self._digest,
                 )
-            found = await _all(self._ask(request, i, rid) for i, rid in enumerate(rids))
+            found = await gather_all(self._ask(request, i, rid) for i, rid in enumerate(rids))
         first = found[0].meta_info
         prompt = tuple(0.0 if each[0] is None else each[0] for each in first.input_token_logprobs)
         return GenerateResult(
@@ -462,14 +463,3 @@ def _tags(tags: Sequence[str]) -> set[str]:
     if unknown:
         raise ValueError(f"unknown memory tag {unknown[0]!r}; known are {', '.join(MEMORY_TAGS)}")
     return set(tags) or set(MEMORY_TAGS)
-
-
-async def _all(calls: Iterable[Coroutine[Any, Any, Reply]]) -> list[Reply]:
-    """All results; the first failure, and cancelling the call, cancel the others."""
-    tasks = [asyncio.ensure_future(call) for call in calls]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
