@@ -54,6 +54,9 @@ def main(directory: Path) -> None:
         for entry in plan["todo"]:
             case = msgspec.convert(entry["case"], Case)
             _one(build, case, msgspec.convert(entry["layout"], Layout), directory, entry["number"], rank)
+        dist.barrier()  # nobody leaves while another still talks
+        sys.stdout.flush()
+        os._exit(0)  # the results are written; gloo's threads have been seen to abort a process that was only ending
     finally:
         dist.destroy_process_group()
 
