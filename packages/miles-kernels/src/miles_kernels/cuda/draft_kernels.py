@@ -52,7 +52,8 @@ def begin_drafts(
     tl.store(places_ptr + each * lanes + lane, place, mask=each < K)
     tl.store(places_ptr + (K + each) * lanes + lane, tl.where(reached, slot, 0), mask=each < K)
     tl.store(places_ptr + (2 * K + each) * lanes + lane, position + each + 1, mask=each < K)
-    keys = tl.where(each == K, position + 1 + count, position + each)
+    # a row near its limit goes through passes it does not need: keys beyond what it may touch would be read behind the table
+    keys = tl.where(each == K, position + 1 + count, position + tl.minimum(each, tl.maximum(count - 1, 0)))
     tl.store(keys_ptr + each * lanes + lane, keys.to(tl.int32), mask=each <= K)
 
 
