@@ -80,7 +80,7 @@ async def score(text, label):
 
 @pytest.fixture
 def no_new_children(pooled: Scorer) -> Iterator[None]:
-    """Nothing lives after the test but what lived before and what `pooled` starts: it replaces its killed workers when it likes."""
+    """After the test only what lived before lives, and what `pooled` starts: it replaces its killed workers when it likes."""
 
     def children() -> set[Any]:
         assert isinstance(pooled._runner, runners.PoolRunner)
