@@ -241,6 +241,50 @@ def test_a_ladder_that_ends_gives_one_report_and_changes_no_weight(tmp_path: Pat
     assert same(everything(other), everything(trainer))  # it can go on once there is room
 
 
+def test_a_half_done_update_is_never_taken_for_a_step(tmp_path: Path) -> None:
+    """An update that stops in the middle is neither stepped on nor saved; loading forgets it."""
+    trainer, other = build(MemoryConfig(optimizer="host")), build()
+    trainer.optimizer.home.piece = 1024  # type: ignore[union-attr]
+    trainer.save(tmp_path / "start")
+    prepare, calls = trainer.optimizer._prepare, iter(range(1000))
+
+    def fails(*args: object) -> Callable[[], None]:
+        if next(calls) >= 2:
+            raise torch.OutOfMemoryError("no room")
+        return prepare(*args)  # type: ignore[arg-type]
+
+    trainer.optimizer._prepare = fails  # type: ignore[method-assign, assignment]
+    with pytest.raises(OutOfRoom, match="The update is half done"):
+        trainer.step(drawn(1))
+    trainer.optimizer._prepare = prepare  # type: ignore[method-assign]
+    for work in (lambda: trainer.step(drawn(1)), lambda: trainer.save(tmp_path / "half")):
+        with pytest.raises(RuntimeError, match="update 1 ran out of memory half done"):
+            work()
+    assert not (tmp_path / "half").exists()
+    trainer.load(tmp_path / "start")
+    for seed in (1, 2):
+        trainer.step(drawn(seed))
+        other.step(drawn(seed))
+    assert same(everything(other), everything(trainer))
+
+
+def test_memory_that_runs_out_between_the_phases_is_one_report_too() -> None:
+    """Where nothing can be done again, as in what an observer does, the caller still gets no bare error."""
+    trainer = build()
+
+    class Observer:
+        def forward(self, *_: object) -> None: ...
+
+        def before_update(self) -> None:
+            raise torch.OutOfMemoryError("the draft has no room")
+
+        def forget(self) -> None: ...
+
+    trainer.observe(Observer())
+    with pytest.raises(OutOfRoom, match="(?s)out of memory in step: the draft has no room.*--resume"):
+        trainer.step(drawn(1))
+
+
 def test_without_recovery_it_is_refused_at_once() -> None:
     trainer = build(MemoryConfig(recover=False))
     with FakeDevice(fails=in_a_row(50, 1)), pytest.raises(OutOfRoom, match="tried: nothing"):

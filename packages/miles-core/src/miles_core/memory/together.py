@@ -1,8 +1,9 @@
 """One outcome for all processes when one of them has run out of memory in the middle of what they do together.
 
 Half-done collectives cannot be taken back, so nobody goes on: the process at fault says so in the group's store and raises; the
-others learn of it when their collective breaks, and raise the same. On NCCL, whose collectives do not break by themselves, a
-watching thread aborts them. What needs no other process is recovered by each alone, see `ladder`.
+others learn of it when their collective breaks, or before they leave, and raise the same. On NCCL, whose collectives do not break
+by themselves, a watching thread aborts them; gloo's break when the process at fault ends. What needs no other process is
+recovered by each alone, see `ladder`; where that ends, it is told in the same way.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
 from miles_core.memory.ladder import OutOfRoom, is_out_of_memory
 from miles_core.memory.peers import Peers
 
-T = TypeVar("T")
 _KEY = "miles/out_of_room"
 _TOLD_S = 5.0
 """Longest wait for the reason once a collective has broken."""
@@ -26,45 +27,50 @@ _LOOK_S = 0.5
 
 
 class Together:
-    """Wraps collective work of process `rank` of `size` so that all processes end it alike.
+    """Makes process `rank` of `size` end what all do together as the others do.
 
-    Example: Together(rank, size, on_cuda=False).run("forward and backward", work, report)
+    Example: with together.alike("forward and backward", report): ...
     """
 
     def __init__(self, rank: int, size: int, *, on_cuda: bool, peers: Sequence[Peers] = ()) -> None:
         import torch.distributed as dist
 
-        self.rank, self.size, self._on_cuda, self._peers = rank, size, on_cuda, tuple(peers)
+        self.rank, self.size = rank, size
         self._store: Any = dist.distributed_c10d._get_default_store()
-        self._watch: threading.Thread | None = None
-        self._reason: str | None = None
+        self._watch = _Watch(self._store, rank, on_cuda=on_cuda, peers=tuple(peers))
+        weakref.finalize(self, self._watch.end)
 
-    def run(self, phase: str, work: Callable[[], T], report: Callable[[str, str, list[str]], str]) -> T:
-        """The result of `work`. Raises OutOfRoom in every process when one of them runs out of memory."""
-        if self._watch is None:
-            self._watch = threading.Thread(target=self._look, name="memory-watch", daemon=True)
-            self._watch.start()
+    @contextlib.contextmanager
+    def alike(self, phase: str, report: Callable[[str, str, list[str]], str]) -> Iterator[None]:
+        """Around work that may be collective. Raises OutOfRoom in every process when one of them has run out of memory."""
+        self._watch.begin()
         try:
-            return work()
-        except OutOfRoom:
+            yield
+        except OutOfRoom as error:
+            self._tell(f"process {self.rank} ran {str(error).splitlines()[0]}")
             raise
         except Exception as error:
             if is_out_of_memory(error):
                 reason = f"process {self.rank} ran out of memory in {phase}: {str(error).splitlines()[0]}"
                 self._tell(reason)
                 raise OutOfRoom(report(phase, reason, [])) from None
-            told = self._told(_TOLD_S) if isinstance(error, RuntimeError) else None
+            told = self._told(_TOLD_S if isinstance(error, RuntimeError) else 0.0)
             if told is None:
                 raise
             raise OutOfRoom(report(phase, told, [])) from error
+        if self._watch.reason is not None:  # an aborted collective ends quietly, with anything in its tensors
+            raise OutOfRoom(report(phase, self._watch.reason, []))
 
     def _tell(self, reason: str) -> None:
-        """Say why, and wait until the others know: the store may end with this process."""
-        self._reason = reason
+        """Say why, unless somebody has, and wait until the others know: the store may end with this process."""
+        if self._watch.reason is not None:
+            return
+        self._watch.reason = reason
         with contextlib.suppress(RuntimeError):  # the store's process has ended, and with it all collectives
             if not self._store.check([_KEY]):
                 self._store.set(_KEY, reason)
-            heard = [f"{_KEY}/{rank}" for rank in range(self.size) if rank != self.rank]
+            self._store.set(f"{_KEY}/{self.rank}", "heard")
+            heard = [f"{_KEY}/{rank}" for rank in range(self.size)]
             over = time.monotonic() + _TOLD_S
             while not self._store.check(heard) and time.monotonic() < over:
                 time.sleep(0.05)
@@ -72,24 +78,44 @@ class Together:
     def _told(self, wait_s: float) -> str | None:
         """What another process said, if one did."""
         over = time.monotonic() + wait_s
-        while self._reason is None and time.monotonic() < over:
+        while self._watch.reason is None and time.monotonic() < over:
             time.sleep(0.05)
-        return self._reason
+        return self._watch.reason
 
-    def _look(self) -> None:
-        """Hear of the failure of another process; abort NCCL's collectives, which would wait for good."""
+
+class _Watch:
+    """A thread that hears of the failure of another process, over a connection of its own: the main one may be kept waiting."""
+
+    def __init__(self, store: Any, rank: int, *, on_cuda: bool, peers: tuple[Peers, ...]) -> None:
+        self.reason: str | None = None
+        self._store, self._rank, self._on_cuda, self._peers = store, rank, on_cuda, peers
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Start listening. Idempotent."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._look, args=(self._store.clone(),), name="memory-watch", daemon=True)
+            self._thread.start()
+
+    def end(self) -> None:
+        """Stop, also before the interpreter does: a thread that comes back from torch into an ended one ends the process."""
+        self._stop.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=5.0)
+
+    def _look(self, store: Any) -> None:
         import torch.distributed as dist
 
-        while self._reason is None:
+        while self.reason is None:
             try:
-                if self._store.check([_KEY]):
-                    self._reason = self._store.get(_KEY).decode()
-                    self._store.set(f"{_KEY}/{self.rank}", "heard")
+                if store.check([_KEY]):
+                    self.reason = store.get(_KEY).decode()
+                    store.set(f"{_KEY}/{self._rank}", "heard")
                     break
             except RuntimeError:
                 return
-            time.sleep(_LOOK_S)
-            if not dist.is_initialized():
+            if self._stop.wait(_LOOK_S) or not dist.is_initialized():
                 return
         if self._on_cuda and torch.cuda.is_available():
             for peers in self._peers:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from miles_core.memory.config import MemoryConfig
 from miles_core.memory.evidence import Refusal, refusal
 from miles_core.memory.homes import PAD, StateHome
-from miles_core.memory.ladder import Ladder, Rung
+from miles_core.memory.ladder import Ladder, OutOfRoom, Rung, is_out_of_memory
 from miles_core.memory.peers import Peers
 from miles_core.memory.regions import Moved, Mover, Region, Target
 from miles_core.memory.stack import KernelStack
@@ -159,7 +159,25 @@ class TrainerMemory:
         """
         if self._together is None or alone:
             return self.ladder.run(phase, work, undo=undo)
-        return self._together.run(phase, work, self._report)
+        with self._together.alike(phase, self._report):
+            return work()
+
+    @contextmanager
+    def alike(self, phase: str) -> Iterator[None]:
+        """Around all that a caller asked for: whatever runs out of memory in it, in any process, is one OutOfRoom in every one.
+
+        Of work inside that may be done again (`run`), this is told when its ladder has ended.
+        """
+        if self._together is not None:
+            with self._together.alike(phase, self._report):
+                yield
+            return
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, OutOfRoom) or not is_out_of_memory(error):
+                raise
+            raise OutOfRoom(self._report(phase, str(error).splitlines()[0], [])) from None
 
     def keeping(self) -> AbstractContextManager[object]:
         """Around a forward pass: where its activations wait."""

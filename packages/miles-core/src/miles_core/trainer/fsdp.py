@@ -160,8 +160,13 @@ class FsdpTrainer:
 
         With several processes each of them has to walk to the end: a tensor is put together when its turn comes.
         """
-        self.memory.run("wake", lambda: self.memory.onload(["weights"]), alone=True)
-        return self.model.export()
+        with self.memory.alike("export"):
+            self.memory.run("wake", lambda: self.memory.onload(["weights"]), alone=True)
+        return self._exported()
+
+    def _exported(self) -> Iterator[tuple[str, Tensor]]:
+        with self.memory.alike("export"):
+            yield from self.model.export()
 
     def offload(self, tags: Sequence[str] = TRAINER_TAGS) -> None:
         """Move what `tags` name off the device; see `TrainerMemory`. Whatever needs it brings it back first. Idempotent."""
@@ -175,9 +180,10 @@ class FsdpTrainer:
 
     def forward_logprobs(self, batch: TrainBatch) -> Tensor:
         """log p [N] fp32 of every trained token, in batch order, without gradient."""
-        self._admit(batch)
-        self.memory.run("wake", lambda: self.memory.onload(["weights"]), alone=True)
-        return self.memory.run("forward", lambda: self._forward_all(self.model, batch))
+        with self.memory.alike("forward"):
+            self._admit(batch)
+            self.memory.run("wake", lambda: self.memory.onload(["weights"]), alone=True)
+            return self.memory.run("forward", lambda: self._forward_all(self.model, batch))
 
     def step(self, batch: TrainBatch) -> StepStats:
         """Train on the batch, in one update or in `updates_per_step` of them.
@@ -186,6 +192,11 @@ class FsdpTrainer:
         one update (the ratio is then exactly 1), else from a forward pass before the first. They are what the engine's
         record is compared with. Raises NonFiniteStep if so configured; the refused update has changed nothing.
         """
+        self._require_whole("step")
+        with self.memory.alike("step"):
+            return self._step(batch)
+
+    def _step(self, batch: TrainBatch) -> StepStats:
         self._admit(batch)
         self.memory.run("wake", self.memory.wake, alone=True)
         policy = batch.kind == "policy"
@@ -354,11 +365,13 @@ class FsdpTrainer:
 
         Collective: the first process writes, the others send their parts, a tensor at a time.
         """
-        self.memory.run("wake", self.memory.wake, alone=True)
+        self._require_whole("save")
         facts = self._facts() | {"num_updates": self.num_updates}
         writer = self.parallel.rank == 0
-        self.memory.run("save", lambda: write_state(directory, self.model, self.optimizer, facts, writer=writer))
-        self.parallel.barrier("the checkpoint is written")
+        with self.memory.alike("save"):
+            self.memory.run("wake", self.memory.wake, alone=True)
+            self.memory.run("save", lambda: write_state(directory, self.model, self.optimizer, facts, writer=writer))
+            self.parallel.barrier("the checkpoint is written")
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote, by any layout, bit for bit; the next step is the one an uninterrupted run would have taken.
@@ -382,9 +395,19 @@ class FsdpTrainer:
                 "the run goes on, but not with the bits it would have had there",
                 stacklevel=2,
             )
-        self.memory.run("wake", self.memory.wake, alone=True)
-        self.memory.run("load", lambda: read_state(directory, self.model, self.optimizer), alone=True)
+        with self.memory.alike("load"):
+            self.memory.run("wake", self.memory.wake, alone=True)
+            self.memory.run("load", lambda: read_state(directory, self.model, self.optimizer), alone=True)
+        self.optimizer.abandon()
         self.optimizer.num_updates = int(stated["num_updates"])
+
+    def _require_whole(self, what: str) -> None:
+        """Refuse what would take a half-done update for a finished one."""
+        if not self.optimizer.is_between_updates:
+            raise RuntimeError(
+                f"{what}: update {self.num_updates + 1} ran out of memory half done, and its weights belong to no step; "
+                "load a checkpoint first"
+            )
 
     def _facts(self) -> dict[str, Any]:
         return {

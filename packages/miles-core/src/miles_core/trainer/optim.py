@@ -199,6 +199,12 @@ class AdamW:
         for param in self.params:
             param.grad = None
 
+    def abandon(self) -> None:
+        """Forget an update that is half done, and all gradients: other weights and moments have been put in place."""
+        self._done = 0
+        self._wide.clear()
+        self.clear()
+
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> float:
         """Apply one update and return the learning rate it used."""
