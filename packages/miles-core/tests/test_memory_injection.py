@@ -232,6 +232,10 @@ def test_a_ladder_that_ends_gives_one_report_and_changes_no_weight(tmp_path: Pat
     ):
         assert words in text, text
     assert (tmp_path / "memory_forward_and_backward.json").read_text(encoding="utf-8").startswith("{")
+    assert " on cpu of " in text
+    trainer.memory.facts.directory = tmp_path / "memory_forward_and_backward.json" / "no folder"
+    with FakeDevice(budget=1000), pytest.raises(OutOfRoom, match="(?s)snapshot: none, .* cannot be written .*--resume"):
+        trainer.step(batch)
     assert same(before, everything(trainer))
     assert all(p.grad is None for p in trainer.decoder.parameters())
     other = build()

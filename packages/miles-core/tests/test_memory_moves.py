@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,9 +87,13 @@ def test_where_the_optimizer_lives_changes_no_bit(
 
 def test_rehousing_in_the_middle_changes_no_bit() -> None:
     plain, moved = build(), build()
+    moved.memory.sleep()
+    moved.memory.wake()
     for number, batch in enumerate(batches(3, 5)):
         if number == 1:
+            assert {"masters", "moments"} <= moved.memory.mover._slabs.keys()
             moved.memory.rehouse()
+            assert not {"masters", "moments"} & moved.memory.mover._slabs.keys(), "the host holds the state twice"
         plain.step(batch)
         moved.step(batch)
     assert same(everything(plain), everything(moved))
@@ -106,7 +113,7 @@ def test_a_trainer_that_sleeps_takes_the_same_steps(to: str, optimizer: str, tmp
         assert plain.step(batch).loss == sleeper.step(batch).loss
     sleeper.memory.sleep()
     assert same(everything(plain), everything(sleeper))
-    assert not list(tmp_path.glob("*.region"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_subset_may_leave_and_export_brings_back_what_it_needs() -> None:
@@ -159,7 +166,6 @@ def test_shared_storages_of_any_dtype_return_as_they_were(target: str, tmp_path:
         assert moves.offload("a", target).num_bytes == 0
         assert moves.onload("a").target == "device"
         assert same(copies, tensors)
-    moves.close()
 
 
 def test_damage_on_the_host_is_noticed() -> None:
@@ -174,18 +180,67 @@ def test_damage_on_the_host_is_noticed() -> None:
 def test_damage_on_disk_is_noticed(tmp_path: Path) -> None:
     moves = mover(drawn(), tmp_path)
     moves.offload("a", "disk")
-    (file,) = tmp_path.glob("*.region")
-    data = bytearray(file.read_bytes())
-    data[77] ^= 4
-    file.write_bytes(data)
+    assert not list(tmp_path.iterdir()), "a file with a name would stay when the process is killed"
+    handle = moves._away["a"].file
+    assert handle is not None
+    handle.seek(77)
+    handle.write(b"no")
     with pytest.raises(RuntimeError, match="another checksum"):
         moves.onload("a")
+    assert handle.closed
     moves = mover(drawn(), tmp_path)
     moves.offload("a", "disk")
-    for file in tmp_path.glob("*.region"):
-        file.write_bytes(b"short")
-    with pytest.raises(RuntimeError, match="shorter"):
+    handle = moves._away["a"].file
+    assert handle is not None
+    handle.truncate(5)
+    with pytest.raises(RuntimeError, match="bytes before what was written"):
         moves.onload("a")
+    assert moves.away == {"a": "disk"}
+
+
+def test_a_full_disk_is_an_allocation_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noticed when the file is made: a mapped page that finds no room would end the process."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    tensors = drawn()
+    copies, moves = [t.clone() for t in tensors], mover(tensors, tmp_path)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(torch.OutOfMemoryError, match=r"no 0\.00 GiB for the optimizer's state \(No space left"):
+        StateHome([5], columns=3, device=CPU, directory=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("miles_core.memory.regions.tempfile.TemporaryFile", lambda dir: Full())
+        with pytest.raises(torch.OutOfMemoryError, match="cannot take the region 'a'"):
+            moves.offload("a", "disk")
+    assert same(copies, tensors) and not moves.away and not list(tmp_path.iterdir())
+
+
+class Full(io.BytesIO):
+    """A file on a full disk."""
+
+    def write(self, data: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_move_that_is_interrupted_has_happened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the copy and the last storage given back, as by a second Ctrl-C."""
+    tensors = drawn()
+    copies, moves = [t.clone() for t in tensors], mover(tensors)
+    plain, calls = torch.UntypedStorage.resize_, iter(range(9))
+
+    def resize(storage: torch.UntypedStorage, size: int) -> Any:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return plain(storage, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.UntypedStorage, "resize_", resize)
+        with pytest.raises(KeyboardInterrupt):
+            moves.offload("a")
+    assert tensors[0].untyped_storage().nbytes() == 0
+    moves.onload("a")
+    assert same(copies, tensors) and not moves.away
 
 
 def test_a_folder_in_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +305,44 @@ def test_home_streams_every_element_once() -> None:
     for i, view in enumerate(home.views(1)):
         assert view.shape == (counts[i],) and bool((view == i + 1).all())
     assert float(home.columns[0].abs().sum()) == 0
-    home.close()
+
+
+@pytest.mark.parametrize("fails_at", [None, 0, 3])
+def test_pieces_of_a_file_pass_through_buffers_that_are_given_back(
+    fails_at: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of a GPU, with a pretended event: what was updated before a failure is in the file, and goes on from there."""
+
+    class Event:
+        def record(self, *_: object) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    home = StateHome([5 * PAD + 7, 3], columns=2, device=CPU, directory=tmp_path, piece_bytes=4 * PAD)
+    home._bounce = slabs.HostSlabs(pinned=False)
+    first = 0
+
+    def update(columns: list[Tensor], start: int, stop: int) -> None:
+        nonlocal first
+        if fails_at is not None and start == fails_at * PAD:
+            raise torch.OutOfMemoryError("no room")
+        for number, column in enumerate(columns):
+            column += start + 1 + number
+        first = stop
+
+    spans = [(start, min(start + PAD, home.offsets[-1])) for start in range(0, home.offsets[-1], PAD)]
+    if fails_at is not None:
+        with pytest.raises(torch.OutOfMemoryError):
+            home._stream_bounced(update, home.columns, spans, True)
+        assert home._bounce.num_bytes == 0 and first == fails_at * PAD
+        fails_at = None
+    home._stream_bounced(update, home.columns, spans[first // PAD :], True)
+    home._stream_bounced(update, home.columns, [], True)
+    assert home._bounce.num_bytes == 0 and not list(tmp_path.iterdir())
+    for number, column in enumerate(home.columns):
+        expected = torch.arange(0, home.offsets[-1], PAD).repeat_interleave(PAD)[: home.offsets[-1]] + 1.0 + number
+        assert torch.equal(column, expected)
 
 
 def test_the_stack_of_kernels_is_given_back_and_taken_again() -> None:
@@ -285,27 +377,67 @@ def test_the_stack_of_kernels_is_given_back_and_taken_again() -> None:
     KernelStack(torch.device("cpu")).shrink()
 
 
+class Runtime:
+    """A pretended CUDA: which addresses are locked, and all that happens, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.locked: set[int] = set()
+        self.seen: list[str] = []
+        self.refuses = False
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: self.seen.append("wait"))
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.seen.append("launch"))
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        self.seen.append("lock")
+        if not self.refuses:
+            self.locked.add(address)
+        return 208 * self.refuses
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.seen.append("unlock")
+        known = address in self.locked
+        self.locked.discard(address)
+        return 0 if known else 713
+
+
 def test_pages_are_unlocked_before_they_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when nobody closes: a page that is unmapped while CUDA has it registered breaks the next one at its address."""
-    locked: set[int] = set()
-    seen: list[bool] = []
+    """Also when nobody closes: a page that is unmapped while CUDA has it registered breaks the next one at its address.
 
-    class Runtime:
-        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
-            locked.add(address)
-            return 0
-
-        def cudaHostUnregister(self, address: int) -> int:
-            seen.append(address in locked)
-            locked.discard(address)
-            return 0
-
-    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    And no copy is under way then.
+    """
+    runtime = Runtime(monkeypatch)
     forgotten, closed = slabs.HostSlabs(pinned=True), slabs.HostSlabs(pinned=True)
     parts = [each.take(1 << 16) for each in (forgotten, closed)]
-    assert len(locked) == 2
+    assert len(runtime.locked) == 2
     closed.close()
     closed.close()
-    assert locked == {parts[0].data_ptr()}
+    assert runtime.locked == {parts[0].data_ptr()}
     del forgotten
-    assert not locked and seen == [True, True]
+    assert not runtime.locked and runtime.seen == ["lock", "lock", "wait", "unlock", "wait", "unlock"]
+
+
+def test_a_lock_that_is_refused_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither an error for the next launch, nor pages; what makes CUDA forget must not need memory itself."""
+    runtime = Runtime(monkeypatch)
+    runtime.refuses = True
+    held = slabs.HostSlabs(pinned=True)
+    monkeypatch.setattr(torch, "zeros", None)
+    with pytest.raises(torch.OutOfMemoryError, match=r"cannot be page-locked \(CUDA error 208\)"):
+        held.take(1 << 16)
+    assert runtime.seen == ["lock", "launch"] and held.num_bytes == 0
+    held._locked.append(4096)
+    held.close()
+    assert runtime.seen[2:] == ["wait", "unlock", "launch"]
+
+
+def test_room_that_others_take_meanwhile_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of one machine ask at the same time, and each is told of all that is free."""
+    Runtime(monkeypatch)
+    monkeypatch.setattr(slabs, "_TOUCH_BYTES", 1 << 16)
+    room = iter([1 << 20, *[1 << 17] * 2, *[1 << 10] * 99])
+    monkeypatch.setattr(slabs, "available_host_bytes", lambda: next(room))
+    held = slabs.HostSlabs(pinned=True)
+    with pytest.raises(torch.OutOfMemoryError, match="others have taken the room meanwhile"):
+        held.take(1 << 19)
+    assert held.num_bytes == 0

@@ -30,7 +30,10 @@ def refusal(phase: str, error: str, tried: list[str], tags: dict[str, int], away
         lines.append("planned, GiB: " + ", ".join(f"{p.name} {_in_gib(p.num_bytes)}" for p in facts.plan.phases))
     lines.append("largest tensors: " + ", ".join(f"{count} x {shape}" for shape, count in largest_tensors()))
     if facts.directory is not None:
-        lines.append(f"snapshot: {write_snapshot(facts.directory, phase)}")
+        try:
+            lines.append(f"snapshot: {write_snapshot(facts.directory, phase)}")
+        except OSError as problem:  # such as a full disk, which must not take the place of this report
+            lines.append(f"snapshot: none, {facts.directory} cannot be written ({problem})")
     lines.append("Go on with --resume from the last checkpoint, after one of the changes that miles plan names")
     return "\n".join(lines)
 
@@ -59,18 +62,18 @@ def device_bytes(device: torch.device) -> dict[str, int]:
 
 
 def largest_tensors(count: int = 6) -> list[tuple[str, int]]:
-    """The kinds of live tensors that take most, as ("dtype [shape] GiB", number)."""
-    kinds: Counter[tuple[str, tuple[int, ...], int]] = Counter()
+    """The kinds of live tensors that take most, as ("dtype [shape] on its device of GiB", number)."""
+    kinds: Counter[tuple[str, tuple[int, ...], str, int]] = Counter()
     seen: set[int] = set()
     for found in gc.get_objects():
-        if not (type(found) is torch.Tensor or type(found) is torch.nn.Parameter):
+        if not (type(found) is torch.Tensor or type(found) is torch.nn.Parameter) or found.layout is not torch.strided:
             continue
         storage = found.untyped_storage()
-        if storage.nbytes() and storage.data_ptr() not in seen:
+        if storage.device.type != "meta" and storage.nbytes() and storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
-            kinds[(str(found.dtype).removeprefix("torch."), tuple(found.shape), storage.nbytes())] += 1
-    top = sorted(kinds.items(), key=lambda item: -item[0][2] * item[1])[:count]
-    return [(f"{dtype} {list(shape)} of {_in_gib(size)}", number) for (dtype, shape, size), number in top]
+            kinds[(str(found.dtype).removeprefix("torch."), tuple(found.shape), str(found.device), storage.nbytes())] += 1
+    top = sorted(kinds.items(), key=lambda item: -item[0][-1] * item[1])[:count]
+    return [(f"{dtype} {list(shape)} on {where} of {_in_gib(size)}", number) for (dtype, shape, where, size), number in top]
 
 
 def write_snapshot(directory: Path, phase: str) -> Path:

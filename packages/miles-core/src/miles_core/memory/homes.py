@@ -9,6 +9,8 @@ The update works element by element, so how it is cut changes no bit.
 from __future__ import annotations
 
 import mmap
+import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -53,7 +55,6 @@ class StateHome:
         self.device = device
         self.piece = max(PAD, piece_bytes // 4 // PAD * PAD)
         self.last = Streamed(0, 0.0)
-        self._file: Path | None = None
         self._slabs = HostSlabs(pinned=device.type == "cuda" and directory is None)
         self._bounce: HostSlabs | None = None
         total = self.offsets[-1]
@@ -61,8 +62,7 @@ class StateHome:
             self.columns = [self._slabs.take(4 * total).view(torch.float32) for _ in range(columns)]
         else:
             require_disk(directory)
-            self._file = directory / f"optimizer-{id(self):x}.state"
-            self.columns = _mapped(self._file, columns, total)
+            self.columns = _mapped(directory, columns, total)
             if device.type == "cuda":
                 self._bounce = HostSlabs(pinned=True)
 
@@ -111,15 +111,6 @@ class StateHome:
             self._stream_bounced(update, held, spans, write)
         self.last = Streamed(4 * (total - first) * len(held), time.perf_counter() - begun)
 
-    def close(self) -> None:
-        """Give the memory back and remove the file. Idempotent."""
-        self.columns = []
-        self._slabs.close()
-        if self._bounce is not None:
-            self._bounce.close()
-        if self._file is not None:
-            self._file.unlink(missing_ok=True)
-
     def _stream_pinned(self, update: Callable[..., None], held: list[Tensor], spans: list[tuple[int, int]], write: bool) -> None:
         now = torch.cuda.current_stream(self.device)
         inward, outward = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
@@ -154,12 +145,25 @@ class StateHome:
 
     def _stream_bounced(self, update: Callable[..., None], held: list[Tensor], spans: list[tuple[int, int]], write: bool) -> None:
         """From a file: through page-locked buffers, the next stretch being read while one is updated and one written."""
-        from concurrent.futures import Future, ThreadPoolExecutor
-
         assert self._bounce is not None
-        width = len(held) * self.piece
-        buffers = [self._bounce.take(4 * width).view(torch.float32).view(-1, self.piece) for _ in range(_SLOTS)]
-        slots = torch.empty(_SLOTS, len(held), self.piece, dtype=torch.float32, device=self.device)
+        try:
+            width = len(held) * self.piece
+            buffers = [self._bounce.take(4 * width).view(torch.float32).view(-1, self.piece) for _ in range(_SLOTS)]
+            slots = torch.empty(_SLOTS, len(held), self.piece, dtype=torch.float32, device=self.device)
+            self._bounce_pieces(update, held, spans, buffers, slots, write)
+        finally:
+            self._bounce.close()  # waits for the copies of a pass that has failed
+
+    def _bounce_pieces(
+        self,
+        update: Callable[..., None],
+        held: list[Tensor],
+        spans: list[tuple[int, int]],
+        buffers: list[Tensor],
+        slots: Tensor,
+        write: bool,
+    ) -> None:
+        from concurrent.futures import Future, ThreadPoolExecutor
 
         def read(number: int) -> None:
             start, stop = spans[number]
@@ -174,8 +178,9 @@ class StateHome:
 
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
             writes: list[Future[None]] = []
-            coming = reader.submit(read, 0)
+            coming = reader.submit(read, 0) if spans else None
             for number, (start, stop) in enumerate(spans):
+                assert coming is not None
                 coming.result()
                 if number + 1 < len(spans):
                     ready = writes[number + 1 - _SLOTS] if number + 1 >= _SLOTS else None
@@ -192,7 +197,6 @@ class StateHome:
                 writes.append(writer.submit(back, number, done) if write else writer.submit(done.synchronize))
             for each in writes:
                 each.result()
-        self._bounce.close()
 
 
 def _after(ready: object, work: Callable[[int], None], number: int) -> Callable[[], None]:
@@ -204,13 +208,22 @@ def _after(ready: object, work: Callable[[int], None], number: int) -> Callable[
     return run
 
 
-def _mapped(file: Path, columns: int, total: int) -> list[Tensor]:
-    """Columns in a new file, as mapped memory: pages the system may write out and drop."""
+def _mapped(directory: Path, columns: int, total: int) -> list[Tensor]:
+    """Columns in a new file, as mapped memory: pages the system may write out and drop.
+
+    The file has no name, so it goes with the process, however that ends. Its room is taken now: a mapped page that finds the
+    disk full ends the process without a word.
+    """
     size = 4 * total * columns
-    with file.open("wb+") as handle:
-        handle.truncate(size)
-        if size == 0:
-            return [torch.empty(0) for _ in range(columns)]
+    if size == 0:
+        return [torch.empty(0) for _ in range(columns)]
+    with tempfile.TemporaryFile(dir=directory) as handle:
+        try:
+            os.posix_fallocate(handle.fileno(), 0, size) if hasattr(os, "posix_fallocate") else handle.truncate(size)
+        except OSError as error:
+            raise torch.OutOfMemoryError(
+                f"disk: {directory} has no {size / 2**30:.2f} GiB for the optimizer's state ({error.strerror})"
+            ) from None
         pages = mmap.mmap(handle.fileno(), size, flags=mmap.MAP_SHARED)
     whole = torch.frombuffer(pages, dtype=torch.float32)
     return list(whole.view(columns, total))

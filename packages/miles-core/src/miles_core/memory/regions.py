@@ -5,12 +5,14 @@ Moving empties a storage and fills it again: parameters, optimizers and FSDP uni
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +60,7 @@ class _Away:
     def __init__(self, target: Target, storages: list[torch.UntypedStorage], sizes: list[int], hashes: list[str]) -> None:
         self.target, self.storages, self.sizes, self.hashes = target, storages, sizes, hashes
         self.host: list[Tensor] = []
-        self.file: Path | None = None
+        self.file: IO[bytes] | None = None
 
 
 class Mover:
@@ -116,9 +118,9 @@ class Mover:
         elif target == "disk":
             away.file = self._write(tag, storages)
         self._wait()
+        self._away[tag] = away  # from here on it comes back from there, also when the next lines are interrupted
         for storage in storages:
             storage.resize_(0)
-        self._away[tag] = away
         moved = Moved(tag, target, 0 if target == "drop" else sum(sizes), time.perf_counter() - hashed, hashed - begun)
         self.moves.append(moved)
         return moved
@@ -153,32 +155,24 @@ class Mover:
                 storage.resize_(0)
             raise
         del self._away[tag]
+        if away.file is not None:
+            away.file.close()
         if found != away.hashes:
             wrong = sum(a != b for a, b in zip(found, away.hashes, strict=True))
             raise RuntimeError(
                 f'memory tag "{tag}": {wrong} of {len(found)} stretches came back from {away.target} with another checksum; '
                 "the run's state is damaged, resume from the last checkpoint"
             )
-        if away.file is not None:
-            away.file.unlink(missing_ok=True)
         moved = Moved(tag, "device", sum(away.sizes), copied - begun, time.perf_counter() - copied)
         self.moves.append(moved)
         return moved
 
-    def forget_host(self) -> None:
-        """Give back the host memory of regions that are on the device."""
-        for tag in [tag for tag in self._slabs if tag not in self._away]:
-            slabs, _ = self._slabs.pop(tag)
-            slabs.close()
-
-    def close(self) -> None:
-        """Give back all host memory and files; regions that are away are lost. Idempotent."""
-        for away in self._away.values():
-            away.host = []
-            if away.file is not None:
-                away.file.unlink(missing_ok=True)
-        self._away.clear()
-        self.forget_host()
+    def forget_host(self, tags: Iterable[str]) -> None:
+        """Give back the host memory of those of these regions that are on the device; their next move makes it anew."""
+        for tag in tags:
+            if tag in self._slabs and tag not in self._away:
+                slabs, _ = self._slabs.pop(tag)
+                slabs.close()
 
     # ------------------------------------------------------------------ parts
 
@@ -210,13 +204,14 @@ class Mover:
             start += -(-size // 256) * 256
         return parts
 
-    def _write(self, tag: str, storages: Sequence[torch.UntypedStorage]) -> Path:
-        """To a file, through two buckets: one is filled from the device while the other is written."""
-        file = self._disk() / f"{tag}-{id(self):x}.region"
+    def _write(self, tag: str, storages: Sequence[torch.UntypedStorage]) -> IO[bytes]:
+        """To a nameless file, which goes with the process, through two buckets: one is filled while the other is written."""
+        directory = self._disk()
         slabs, buckets = self._buckets()
         writes: list[Future[int]] = []
+        handle = tempfile.TemporaryFile(dir=directory)
         try:
-            with file.open("wb") as handle, ThreadPoolExecutor(1) as pool:
+            with ThreadPoolExecutor(1) as pool:
                 for number, part in enumerate(_pieces(storages)):
                     if number >= 2:
                         writes[number - 2].result()
@@ -226,28 +221,29 @@ class Mover:
                     writes.append(pool.submit(handle.write, memoryview(bucket.numpy())))
                 for write in writes:
                     write.result()
+            handle.flush()
         except BaseException as error:
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                handle.close()
             if isinstance(error, OSError):
-                raise torch.OutOfMemoryError(f"disk: {file.parent} cannot take the region {tag!r} ({error})") from error
+                raise torch.OutOfMemoryError(f"disk: {directory} cannot take the region {tag!r} ({error})") from error
             raise
         finally:
             slabs.close()
-        return file
+        return handle
 
-    def _read(self, file: Path, storages: Sequence[torch.UntypedStorage]) -> None:
+    def _read(self, handle: IO[bytes], storages: Sequence[torch.UntypedStorage]) -> None:
         slabs, buckets = self._buckets()
+        handle.seek(0)
         try:
-            with file.open("rb", buffering=0) as handle, ThreadPoolExecutor(1) as pool:
+            with ThreadPoolExecutor(1) as pool:
                 parts = list(_pieces(storages))
 
                 def read(number: int) -> None:
                     view = memoryview(buckets[number % 2][: parts[number].numel()].numpy())
-                    while len(view):
-                        count = handle.readinto(view)
-                        if not count:
-                            raise RuntimeError(f"{file}: shorter than what was written")
-                        view = view[count:]
+                    count = handle.readinto(view)  # type: ignore[attr-defined]
+                    if count != len(view):
+                        raise RuntimeError(f"a region's file ends {len(view) - count} bytes before what was written to it")
 
                 coming = pool.submit(read, 0) if parts else None
                 for number, part in enumerate(parts):

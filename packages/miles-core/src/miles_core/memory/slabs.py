@@ -62,7 +62,7 @@ class HostSlabs:
         return tensor
 
     def close(self) -> None:
-        """Give everything back to the system; no tensor handed out may be used afterwards. Idempotent."""
+        """Give everything back to the system, once no copy uses it; no tensor handed out may be used afterwards. Idempotent."""
         _unlock(self._locked)
         self._held.clear()  # the mappings go when the last view of them does
 
@@ -122,22 +122,49 @@ def _stat(file: str, name: str) -> int:
 
 
 def _touch(tensor: Tensor) -> None:
-    """Have every page made now, by several cores: registering would make them one after the other."""
-    parts = tensor.split(_TOUCH_BYTES)
+    """Have every page made now, by several cores: registering would make them one after the other.
+
+    The processes of a machine that do this at once have all been told of the same room, so it is asked for again on the way: a
+    page too many would end one of them without a word.
+    """
+
+    def touch(part: Tensor) -> None:
+        room = available_host_bytes()
+        if room is not None and part.numel() > room:
+            raise torch.OutOfMemoryError(
+                f"host: {tensor.numel() / 2**30:.2f} GiB wanted, and others have taken the room meanwhile; "
+                f"{room / 2**30:.2f} GiB are left"
+            )
+        part[::4096].zero_()
+
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda part: part[::4096].zero_(), parts))
+        list(pool.map(touch, tensor.split(_TOUCH_BYTES)))
 
 
 def _unlock(addresses: list[int]) -> None:
-    """Give the pages at these addresses back to the system's care."""
+    """Give the pages at these addresses back to the system's care, once no copy uses them."""
+    if addresses:
+        _settle()
     while addresses:
-        torch.cuda.cudart().cudaHostUnregister(addresses.pop())
+        if int(torch.cuda.cudart().cudaHostUnregister(addresses.pop())) != 0:
+            _forget_error()
 
 
 def _register(tensor: Tensor) -> None:
     runtime: Any = torch.cuda.cudart()
     status = runtime.cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0)
     if int(status) != 0:
-        with contextlib.suppress(RuntimeError):  # CUDA reports a refused call once more at the next launch
-            torch.zeros(1, device="cuda")
+        _forget_error()
         raise torch.OutOfMemoryError(f"host: {tensor.numel() / 2**30:.2f} GiB cannot be page-locked (CUDA error {int(status)})")
+
+
+def _settle() -> None:
+    """Wait for all that is under way; what is wrong on the device is reported by whoever uses it next."""
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.synchronize()
+
+
+def _forget_error() -> None:
+    """CUDA reports a refused call once more at the next launch: this is one, and it allocates nothing, which might fail."""
+    with contextlib.suppress(RuntimeError):
+        torch.cuda._sleep(1)

@@ -150,6 +150,7 @@ class TrainerMemory:
     def rehouse(self) -> None:
         """Move masters and moments into host memory for good; updates stream from then on."""
         self.onload(("masters", "moments"))
+        self.mover.forget_host(("masters", "moments"))  # where they waited while the trainer slept; they will not again
         self.optimizer.rehouse(make_home(MemoryConfig(optimizer="host"), self.device))
 
     def run(self, phase: str, work: Callable[[], T], *, undo: Callable[[], None] | None = None, alone: bool = False) -> T:
