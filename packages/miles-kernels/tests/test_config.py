@@ -27,6 +27,36 @@ LLAMA = {
 }
 
 
+GLM = {  # zai-org/GLM-4.5-Air, without its special tokens
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "vocab_size": 151552,
+    "hidden_size": 4096,
+    "intermediate_size": 10944,
+    "num_hidden_layers": 46,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "attention_bias": True,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 1000000,
+    "rope_scaling": None,
+    "rms_norm_eps": 1e-5,
+    "moe_intermediate_size": 1408,
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "use_qk_norm": False,
+    "num_nextn_predict_layers": 1,
+    "tie_word_embeddings": False,
+}
+
+
 def hf(family="llama", **changes):
     return {**LLAMA, "model_type": family, "architectures": None, **changes}
 
@@ -48,6 +78,8 @@ def test_reads_what_a_llama_checkpoint_states():
             hf("qwen3_moe", num_experts=4, num_experts_per_tok=2, use_sliding_window=True, sliding_window=32, mlp_only_layers=[1])
         ),
         DecoderConfig.from_hf(hf(rope_scaling={"type": "linear", "factor": 2.0})),
+        DecoderConfig.from_hf(GLM),
+        DecoderConfig.from_hf(GLM | {"n_group": 8, "topk_group": 4, "n_shared_experts": 2, "partial_rotary_factor": 0.25}),
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -105,6 +137,10 @@ def test_windows_and_expert_layers():
         (hf("qwen3", layer_types=["sliding_attention"]), ["layer_types has 1 entries"]),
         (hf("qwen3", layer_types=["sliding_attention"] * 30), ["sliding_window=None"]),
         (hf("qwen3_moe", num_experts=2, num_experts_per_tok=3), ["num_experts_per_tok=3 exceeds"]),
+        (GLM | {"n_group": 5}, ["num_experts=128 is no multiple of n_group=5"]),
+        (GLM | {"partial_rotary_factor": 0.03}, ["partial_rotary_factor=0.03 of head_dim=128"]),
+        (GLM | {"rope_parameters": {"partial_rotary_factor": 0.25}}, ["is 0.5, but rope_parameters.partial_rotary_factor 0.25"]),
+        (GLM | {"n_routed_experts": 4}, ["num_experts_per_tok=8 exceeds num_experts=4"]),
         ([], ["JSON object"]),
     ],
 )
@@ -125,3 +161,24 @@ def test_several_wrong_fields_are_all_named():
         dataclasses.replace(config, family="qwen2")
     with pytest.raises(ValueError, match="family='gpt'"):
         dataclasses.replace(config, family="gpt")
+
+
+def test_a_glm_config_is_read_as_transformers_reads_it():
+    config = DecoderConfig.from_hf(GLM)
+    assert (config.rotary_dim, config.head_dim, config.rope.rope_theta) == (64, 128, 1e6)
+    assert config.attention_bias and not config.output_bias and not config.qk_norm
+    assert [config.is_moe_layer(i) for i in (0, 1, 45)] == [False, True, True]
+    assert (config.num_experts, config.shared_intermediate_size) == (128, 1408)
+    new = {key: value for key, value in GLM.items() if key not in ("partial_rotary_factor", "rope_theta", "rope_scaling")}
+    assert DecoderConfig.from_hf(new | {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}) == config
+    assert DecoderConfig.from_hf(new | {"rope_theta": 1e6}) == config, "half of a head where config.json does not say"
+    assert config.rules.keys() == {"rope", "router", "shared_expert"}
+    assert not DecoderConfig.from_hf(LLAMA).rules
+
+
+def test_what_only_a_glm_has_is_refused_elsewhere():
+    config = DecoderConfig.from_hf(hf("qwen3_moe", num_experts=4, num_experts_per_tok=2))
+    with pytest.raises(ValueError, match=r"shared_intermediate_size=64 exists only for glm4_moe.*n_group=2 exists only"):
+        dataclasses.replace(config, shared_intermediate_size=64, n_group=2)
+    with pytest.raises(ValueError, match="no multiple of moe_intermediate_size=1408: config.json cannot state it"):
+        dataclasses.replace(DecoderConfig.from_hf(GLM), shared_intermediate_size=1000).to_hf()

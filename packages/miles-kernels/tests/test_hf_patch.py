@@ -32,6 +32,10 @@ CASES = {
         {"use_sliding_window": True, "sliding_window": 7, "layer_types": ["full_attention", "sliding_attention"]},
     ),
     "qwen3_moe": ("Qwen3MoeConfig", MOE),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {"n_routed_experts": 6, "n_group": 3, "topk_group": 2, "use_qk_norm": True, "attention_bias": True} | MOE,
+    ),
 }
 
 
@@ -39,7 +43,11 @@ CASES = {
 def model(request):
     name, extra = CASES[request.param]
     config = getattr(transformers, name)(**SHAPE | extra)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    made = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, buffer in made.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(0, 0.2)
+    return made
 
 
 def logits(model, ids, mask=None):

@@ -7,7 +7,8 @@ from torch import Tensor
 from miles_kernels.ops.grouped import grouped_linear
 from miles_kernels.ops.linear import linear
 from miles_kernels.ops.moe import combine, moe_mlp, permute, plan_dispatch
-from miles_kernels.ops.router import route, router
+from miles_kernels.ops.router import route, route_sigmoid, router
+from miles_kernels.routing import SigmoidRule
 from miles_kernels.testing import across_threads, assert_bitwise_equal, sweep_rows
 
 EXPERTS, TOP_K, HIDDEN, INNER = 11, 3, 48, 32
@@ -125,3 +126,90 @@ def test_errors() -> None:
         route(torch.randn(2, EXPERTS), 12)
     with pytest.raises(ValueError, match="expert id 11"):
         plan_dispatch(torch.tensor([[11]]), EXPERTS)
+
+
+RULES = {
+    "plain": SigmoidRule(),
+    "scaled": SigmoidRule(scale=2.5),
+    "groups": SigmoidRule(num_groups=4, kept_groups=2, scale=1.5),
+    "one group of three": SigmoidRule(num_groups=3, kept_groups=1),
+}
+
+
+def sigmoid_oracle(logits: Tensor, k: int, rule: SigmoidRule, correction: Tensor, normalize: bool) -> tuple[list[int], Tensor]:
+    """One token: the choice in plain Python, the weights differentiable."""
+    scores = torch.sigmoid(logits)
+    judged = (scores + correction).tolist()
+    size = len(judged) // rule.num_groups
+    groups = [range(g * size, (g + 1) * size) for g in range(rule.num_groups)]
+    best = sorted(groups, key=lambda g: (-sum(sorted((judged[e] for e in g), reverse=True)[:2]), g[0]))[: rule.kept_groups]
+    chosen = sorted((e for g in best for e in g), key=lambda e: (-judged[e], e))[:k]
+    weights = scores[chosen]
+    return chosen, rule.scale * (weights / (weights.sum() + 1e-20) if normalize else weights)
+
+
+def clear_rows(correction: Tensor, rule: SigmoidRule, rows: int = 60) -> Tensor:
+    """Logits whose scores, and sums over groups, lie far enough apart that float32 and float64 choose alike."""
+    logits = torch.randn(4 * rows, len(correction)) * 2
+    judged = torch.sigmoid(logits.double()) + correction.double()
+    sums = judged.view(len(logits), rule.num_groups, -1).topk(2).values.sum(-1)
+    gaps = [x.sort().values.diff().min(1).values for x in (judged, sums) if x.shape[1] > 1]
+    return logits[torch.stack(gaps).min(0).values > 1e-5][:rows]
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_the_sigmoid_rule_against_float64(rule: SigmoidRule, normalize: bool) -> None:
+    correction, grad = torch.randn(12) * 0.4, torch.randn(60, 3)
+    logits = clear_rows(correction, rule)
+    ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    ids, weights = route_sigmoid(ours, 3, rule, correction, normalize=normalize)
+    told = [sigmoid_oracle(row, 3, rule, correction.double(), normalize) for row in theirs]
+    assert ids.tolist() == [chosen for chosen, _ in told]
+    expected = torch.stack([w for _, w in told])
+    assert (weights - expected).abs().max() <= 1e-6 * rule.scale
+    weights.backward(grad)
+    expected.backward(grad.double())
+    assert ours.grad is not None and theirs.grad is not None
+    assert (ours.grad - theirs.grad).abs().max() <= 2e-6 * rule.scale
+    replayed = route_sigmoid(logits, 3, rule, torch.zeros(12), normalize=normalize, ids=ids)
+    assert_bitwise_equal(replayed.weights, weights.detach(), "weights do not know the correction")
+    # negative control: what the correction and the groups decide is seen by the comparison above
+    assert not torch.equal(route_sigmoid(logits, 3, rule, torch.zeros(12)).ids, ids)
+    if rule.num_groups > 1:
+        assert not torch.equal(route_sigmoid(logits, 3, SigmoidRule(), correction).ids, ids)
+
+
+def test_sigmoid_ties_go_to_the_lower_expert_and_the_lower_group() -> None:
+    logits = torch.zeros(1, 12)
+    assert route_sigmoid(logits, 4, SigmoidRule(), torch.zeros(12)).ids.tolist() == [[0, 1, 2, 3]]
+    raised = torch.zeros(12).index_fill_(0, torch.tensor([7, 10]), 0.5)
+    rule = SigmoidRule(num_groups=4, kept_groups=2)
+    assert route_sigmoid(logits, 4, rule, raised).ids.tolist() == [[7, 10, 6, 8]]
+    assert route_sigmoid(logits, 4, rule, torch.zeros(12)).ids.tolist() == [[0, 1, 2, 3]]
+
+
+def test_a_token_chooses_by_sigmoid_alone_as_in_any_batch() -> None:
+    x, gate, correction = torch.randn(64, HIDDEN), torch.randn(12, HIDDEN), torch.randn(12)
+    rule = RULES["groups"]
+
+    def choose(x: Tensor) -> Tensor:
+        ids, weights = router(x, gate, TOP_K, rule=rule, correction=correction)
+        return torch.cat((ids.float(), weights), 1)
+
+    sweep_rows(choose, x, name="sigmoid router", sizes=(1, 2, 7, 8, 9, 16, 33, 64)).check()
+    across_threads(lambda: choose(x), name="sigmoid router")
+
+
+def test_what_a_sigmoid_router_cannot_do_is_refused_by_name() -> None:
+    logits = torch.zeros(2, 12)
+    with pytest.raises(ValueError, match="num_experts=12 is no multiple of n_group=5"):
+        route_sigmoid(logits, 2, SigmoidRule(num_groups=5), torch.zeros(12))
+    with pytest.raises(ValueError, match=r"topk_group=3 must lie in 1\.\.n_group=2"):
+        route_sigmoid(logits, 2, SigmoidRule(num_groups=2, kept_groups=3), torch.zeros(12))
+    with pytest.raises(ValueError, match="num_experts_per_tok=7 exceeds the experts of topk_group=1"):
+        route_sigmoid(logits, 7, SigmoidRule(num_groups=2), torch.zeros(12))
+    with pytest.raises(ValueError, match=r"correction torch.bfloat16 \[12\] must be float32"):
+        route_sigmoid(logits, 2, SigmoidRule(), torch.zeros(12, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="needs the experts' correction"):
+        router(torch.zeros(2, HIDDEN), torch.zeros(12, HIDDEN), 2, rule=SigmoidRule())

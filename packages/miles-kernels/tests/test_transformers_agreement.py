@@ -1,5 +1,6 @@
 """Logits and gradients against transformers on tiny random models; checkpoints cross both ways."""
 
+import json
 import os
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import torch
 
 from miles_kernels.nn.checkpoint import load_config, load_decoder, random_decoder, save_decoder
 from miles_kernels.nn.config import DecoderConfig, RopeConfig
-from miles_kernels.nn.decoder import Decoder, PackedKV
+from miles_kernels.nn.decoder import CORRECTION, Decoder, PackedKV
 from miles_kernels.ops.attention import packed_plan
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,6 +31,17 @@ MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 LLAMA3 = RopeConfig(
     rope_theta=5e5, rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
 )
+GLM = {
+    "family": "glm4_moe",
+    "attention_bias": True,
+    "rms_norm_eps": 1e-5,
+    "rope": RopeConfig(rope_theta=1e6, partial_rotary_factor=0.5),
+    "first_k_dense_replace": 1,
+    "shared_intermediate_size": 40,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.7,
+    **MOE,
+}
 MODELS = {
     "llama": {"family": "llama"},
     "llama-tied": {"family": "llama", "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
@@ -51,6 +63,12 @@ MODELS = {
         "norm_topk_prob": True,
         **MOE,
     },
+    "glm4_moe": GLM,
+    "glm4_moe-qk-norm-groups": GLM | {"use_qk_norm": True, "n_group": 3, "topk_group": 2, "first_k_dense_replace": 2},
+    "glm4_moe-tied-two-shared": GLM
+    | {"tie_word_embeddings": True, "shared_intermediate_size": 80, "attention_bias": False, "first_k_dense_replace": 0},
+    "glm4_moe-raw-scores": GLM | {"norm_topk_prob": False, "use_qk_norm": True, "routed_scaling_factor": 1.0},
+    "glm4_moe-quarter-rotation": GLM | {"rope": RopeConfig(partial_rotary_factor=0.25), "n_group": 2, "topk_group": 1},
 }
 
 
@@ -99,6 +117,9 @@ def test_gradients_agree(pair):
     theirs = hf_gradients(pair.model, pair.config)
 
     for name, grad in our_gradients(pair.decoder):
+        if name.endswith(CORRECTION):  # only the choice reads it
+            assert name not in theirs and not grad.any()
+            continue
         scale = theirs[name].abs().max()
         assert scale > 0 or ".experts." in name, name  # an expert nobody was sent to has a gradient of exactly 0
         assert (grad - theirs[name]).abs().max() <= 2e-5 * scale, name
@@ -148,3 +169,39 @@ def test_bf16_logits_are_as_close_to_fp32_as_transformers_are(tmp_path):
         ours = (narrow.logits(run(narrow, tokens)) - exact).abs().mean()
         theirs = (model(tokens[0][None]).logits[0].float() - exact).abs().mean()
     assert ours <= 1.2 * theirs
+
+
+def test_a_bf16_glm_checkpoint_comes_back_bit_for_bit_with_its_draft_left_out(tmp_path):
+    """The router's correction stays float32; layers that only predict further tokens are a draft's, not the policy's."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    fields = DecoderConfig(**SHAPE | MODELS["glm4_moe-qk-norm-groups"]).to_hf(dtype="bfloat16")
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**fields), dtype=torch.bfloat16)
+    for name, buffer in model.named_buffers():
+        if name.endswith(CORRECTION):
+            buffer.normal_(0, 0.2)
+    model.save_pretrained(tmp_path / "theirs")
+    theirs = safetensors.load_file(tmp_path / "theirs" / "model.safetensors")
+    kept = [name for name, tensor in theirs.items() if tensor.dtype is torch.float32]
+    assert kept and all(name.endswith(CORRECTION) for name in kept)
+
+    draft = {"model.layers.3.eh_proj.weight": torch.zeros(2), "model.layers.3.mlp.gate.weight": torch.zeros(2)}
+    safetensors.save_file(theirs | draft, tmp_path / "theirs" / "model.safetensors", metadata={"format": "pt"})
+    stated = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(stated | {"num_nextn_predict_layers": 1}))
+    save_decoder(load_decoder(tmp_path / "theirs", dtype=torch.bfloat16), tmp_path / "ours")
+    ours = safetensors.load_file(tmp_path / "ours" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype is tensor.dtype and torch.equal(ours[name], tensor), name
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(stated | {"num_nextn_predict_layers": 0}))
+    with pytest.raises(ValueError, match="unexpected model.layers.3.eh_proj.weight"):
+        load_decoder(tmp_path / "theirs")
+
+
+def test_the_contract_names_what_a_glm_computes_otherwise():
+    plain, glm = (Decoder(DecoderConfig(**SHAPE | MODELS[name])).contract for name in ("qwen3_moe", "glm4_moe"))
+    assert plain.difference(glm) == ["ops.rope", "ops.router", "ops.shared_expert"]
+    assert plain.digest == plain.with_rules({}).digest and plain.digest != glm.digest
+    assert type(glm).from_json(glm.to_json()) == glm

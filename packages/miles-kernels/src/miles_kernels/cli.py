@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from miles_kernels.nn.config import Family
     from miles_kernels.parity import ParityRow
 
-FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe", "glm4_moe")
 DTYPES = ("float32", "bfloat16")
 _HEADER = f"  {'schedule':<32} {'threads':>7} {'tokens':>7} {'unequal logprob':>16} {'unequal hidden':>15} {'max abs':>10}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -184,6 +185,16 @@ class Contract:
         plain = _cuda_ops() if self.kernels == CUDA_KERNELS else _reference_ops()
         restored = self.ops | {name: plain[name] for name in ("linear", "grouped_linear")}
         return replace(self, ops=_fp8(restored) if precision == "fp8" else restored)
+
+    def with_rules(self, rules: Mapping[str, str]) -> Contract:
+        """The same contract, ops that are keys computed by another rule, in words: what `DecoderConfig.rules` says of a model.
+
+        A decoder adds its own. Without rules the contract, and so its digest, stays as it is.
+        """
+        base = self.ops["router"]
+        changed = {name: replace(self.ops.get(name, base), order=rule) for name, rule in rules.items()}
+        ops = self.ops | changed
+        return self if ops == self.ops else replace(self, ops=ops)
 
     def difference(self, other: Contract) -> list[str]:
         """Names of the fields and ops in which two contracts differ, for error messages."""

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from miles_kernels.nn.config import DecoderConfig, Family
+from miles_kernels.nn.config import MOE_FAMILIES, DecoderConfig, Family, RopeConfig
 from miles_kernels.nn.decoder import KVStore, PackedKV
 from miles_kernels.ops.attention import AttentionPlan, Segment, decode_plan, packed_plan, plan_attention, table_plan
 from miles_kernels.ops.logprob import LogprobOutput, logprob_from_logits
@@ -47,6 +47,8 @@ class Model(Protocol):
 def tiny_config(family: Family, *, tie_word_embeddings: bool = False) -> DecoderConfig:
     """A two-layer model whose vocabulary is longer than one log-probability chunk."""
     moe: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    glm: dict[str, Any] = {"first_k_dense_replace": 1, "shared_intermediate_size": 64, "n_group": 4, "topk_group": 2}
+    glm |= {"use_qk_norm": True, "routed_scaling_factor": 1.5, "rope": RopeConfig(partial_rotary_factor=0.5)}
     return DecoderConfig(
         family=family,
         vocab_size=4500,
@@ -58,8 +60,9 @@ def tiny_config(family: Family, *, tie_word_embeddings: bool = False) -> Decoder
         head_dim=32,
         initializer_range=0.1,
         tie_word_embeddings=tie_word_embeddings,
-        attention_bias=family == "qwen2",
-        **(moe if family == "qwen3_moe" else {}),
+        attention_bias=family in ("qwen2", "glm4_moe"),
+        **(moe if family in MOE_FAMILIES else {}),
+        **(glm if family == "glm4_moe" else {}),
     )
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_kernels.cuda.launch import cdiv, direct, eager, early_for
+from miles_kernels.cuda.launch import at_home, cdiv, direct, eager, early_for
 
 BLOCK = 1024
 
 
+@at_home
 def swiglu(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` as [..., I] for gate_up[..., 2 I]; float32 arithmetic, one rounding."""
     if gate_up.shape[-1] % 2:

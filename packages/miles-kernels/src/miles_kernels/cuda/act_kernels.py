@@ -47,13 +47,16 @@ def route(logits_ptr, ids_ptr, weights_ptr, prob_ptr, rows, experts, stride,
     inside = expert < experts
     z = tl.load(logits_ptr + row * stride + expert, mask=inside, other=float("-inf"))
     odds = tl.exp(z - tl.max(z, 0))
-    prob = tl.fdiv(odds, tl.sum(odds, 0))
+    mass = tl.sum(odds, 0)
+    prob = tl.fdiv(odds, mass)
+    broken = mass != mass  # a logit that is no number: the first experts, of weights that are none either
     tl.store(prob_ptr + row * experts + expert, prob, mask=inside)
     left = tl.where(inside, prob, -1.0)
     total = 0.0
     for slot in tl.static_range(K):
         best = tl.max(left, 0)
-        choice = tl.min(tl.where(left == best, expert, E_PAD), 0)
+        choice = tl.where(broken, slot, tl.min(tl.where(left == best, expert, E_PAD), 0))
+        best = tl.where(broken, float("nan"), best)
         tl.store(ids_ptr + row * K + slot, choice.to(tl.int64))
         tl.store(weights_ptr + row * K + slot, best)
         total += best

@@ -81,6 +81,8 @@ def attend(
     valid = row < q_len * G
     token = row // G
     head = kv_head * G + row % G
+    k_head = k_ptr + kv_head.to(tl.int64) * stride_kh  # heads of a large pool lie further apart than an int32 counts
+    v_head = v_ptr + kv_head.to(tl.int64) * stride_vh
     position = kv_len - q_len + token
     dim = tl.arange(0, D_PAD)
     dim_v = tl.arange(0, DV_PAD)
@@ -118,11 +120,11 @@ def attend(
             k_mask = inside[:, None]
             if D != D_PAD:
                 k_mask = k_mask & (dim < D)[None, :]
-            k = tl.load(k_ptr + kv_head * stride_kh + slot[:, None] * stride_kn + dim[None, :], mask=k_mask, other=0.0)
+            k = tl.load(k_head + slot[:, None] * stride_kn + dim[None, :], mask=k_mask, other=0.0)
             v_mask = inside[:, None]
             if DV != DV_PAD:
                 v_mask = v_mask & (dim_v < DV)[None, :]
-            v = tl.load(v_ptr + kv_head * stride_vh + slot[:, None] * stride_vn + dim_v[None, :], mask=v_mask, other=0.0)
+            v = tl.load(v_head + slot[:, None] * stride_vn + dim_v[None, :], mask=v_mask, other=0.0)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
             key = start + lane
             seen = key[None, :] <= position[:, None]

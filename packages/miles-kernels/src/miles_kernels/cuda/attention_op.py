@@ -10,12 +10,13 @@ from torch import Tensor
 from miles_kernels.cuda import attention as base
 from miles_kernels.cuda import attention_ws
 from miles_kernels.cuda.attention import KVBatch
-from miles_kernels.cuda.launch import direct
+from miles_kernels.cuda.launch import at_home, direct
 
 WS_ROWS = 128
 """Packed query rows from which the warp-specialised kernel is used."""
 
 
+@at_home
 def attention(q: Tensor, k: Tensor, v: Tensor, batch: KVBatch, *, scale: float, window: int | None = None) -> Tensor:
     """Causal attention of q[T, H, D] over pools k[N, Hkv, D], v[N, Hkv, DV], as [T, H, DV].
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from miles_kernels.cuda.launch import at_home
 from miles_kernels.ops.chain import add_product, main_of
 
 SHARDS = 8
@@ -54,6 +55,7 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
     return fold(all_gather(x.float(), group)).to(x.dtype)
 
 
+@at_home
 def row_parallel_linear(x: Tensor, weight: Tensor, group: Group = None, *, shards: int = SHARDS) -> Tensor:
     """`x[T, K] weight[N, K]^T` where each rank holds a contiguous part of K (`x[T, K / ranks]`, `weight[N, K / ranks]`).
 
@@ -63,6 +65,7 @@ def row_parallel_linear(x: Tensor, weight: Tensor, group: Group = None, *, shard
     return _RowParallel.apply(x, weight, group, _local_shards(x.shape[1], group, shards, "K"))
 
 
+@at_home
 def column_parallel_linear(x: Tensor, weight: Tensor, group: Group = None, *, shards: int = SHARDS) -> Tensor:
     """`x[T, K] weight[N, K]^T` where each rank holds rows `weight[N / ranks, K]`; returns this rank's columns [T, N / ranks].
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from miles_kernels.cuda import gemm_deep, gemm_lt, gemm_triton
 from miles_kernels.cuda.gemm_table import TABLE
 from miles_kernels.cuda.gemm_triton import Tile
+from miles_kernels.cuda.launch import aligned, at_home
 
 BACKENDS = ("triton", "cublaslt", "deepgemm")
 VARIABLE = "MILES_KERNELS_GEMM"
@@ -150,6 +151,7 @@ def forget() -> None:
     gemm_lt.forget()
 
 
+@at_home
 def product(
     a: Tensor,
     b: Tensor,
@@ -163,7 +165,7 @@ def product(
     """out[M, N] = a[M, K] b[N, K]^T + bias (+ out when `accumulate`), float32 sums, one rounding to out's dtype.
 
     `a_t`: a is stored [K, M]; `b_t`: b is stored [K, N]. The bits of a row depend on that row and on b only. float32 operands
-    go through Triton in full precision.
+    go through Triton in full precision. Raises ValueError for shapes or dtypes that do not fit.
     """
     key = (
         a.shape,
@@ -172,20 +174,25 @@ def product(
         b.stride(),
         out.stride(0),
         a.dtype,
+        b.dtype,
         out.dtype,
         a_t,
         b_t,
         accumulate,
-        bias is None,
+        None if bias is None else (bias.dtype, bias.shape, bias.stride()),
         a.device,
     )
     plan = _quick.get(key)
-    if plan is not None and not (a.data_ptr() | b.data_ptr() | out.data_ptr()) & 15:
+    where = a.data_ptr() | b.data_ptr() | out.data_ptr() | (0 if bias is None else bias.data_ptr())
+    if plan is not None and not where & 15:
         return plan.run(a, b, out, bias)
-    m, k = (a.shape[1], a.shape[0]) if a_t else (a.shape[0], a.shape[1])
-    n = b.shape[1] if b_t else b.shape[0]
+    m, n, k = _sizes(a, b, out, bias, a_t, b_t)
+    if bias is not None:
+        bias = aligned(bias.contiguous())
     if m == 0 or n == 0:
         return out
+    if k == 0:
+        return _empty_sum(out, bias, accumulate)
     device = a.device.index or 0
     usable = _usable(device)
     plain = not (a_t or b_t or accumulate)
@@ -205,8 +212,30 @@ def product(
         problem = gemm_lt.problem_of(a, b, out, a_t=a_t, b_t=b_t, bias=bias is not None, accumulate=accumulate)
         if len(_quick) >= gemm_lt.MOST_PLANS:
             _quick.clear()
-        plan = _quick[key] = gemm_lt.plan_of(problem, choice[3:])
-        return plan.run(a, b, out, bias)
-    tile = parse_tile(choice) if " " in choice else None
+        plan = gemm_lt.plan_of(problem, choice[3:])
+        if plan is not None:
+            _quick[key] = plan
+            return plan.run(a, b, out, bias)
+    tile = parse_tile(choice) if " " in choice and not accumulate else None
     addend = (out if out.dtype is torch.float32 else out.float()) if accumulate else None
     return gemm_triton.gemm(a, b, out, bias, a_t=a_t, b_t=b_t, addend=addend, tile=tile)
+
+
+def _sizes(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, a_t: bool, b_t: bool) -> tuple[int, int, int]:
+    """(M, N, K) of a product; a kernel would read on behind the end of what is too short."""
+    m, k = (a.shape[1], a.shape[0]) if a_t else (a.shape[0], a.shape[1])
+    n, depth = (b.shape[1], b.shape[0]) if b_t else (b.shape[0], b.shape[1])
+    if depth != k or out.shape != (m, n) or a.dtype is not b.dtype or (bias is not None and bias.shape != (n,)):
+        raise ValueError(
+            f"product: operands {a.dtype} {'[K, M]' if a_t else '[M, K]'} {tuple(a.shape)} and {b.dtype} "
+            f"{'[K, N]' if b_t else '[N, K]'} {tuple(b.shape)}, result {tuple(out.shape)}, "
+            f"bias {None if bias is None else tuple(bias.shape)} do not fit together"
+        )
+    return m, n, k
+
+
+def _empty_sum(out: Tensor, bias: Tensor | None, accumulate: bool) -> Tensor:
+    """A product without anything to sum, as the weight gradient of no rows."""
+    if not accumulate:
+        out.zero_()
+    return out if bias is None else out.add_(bias)

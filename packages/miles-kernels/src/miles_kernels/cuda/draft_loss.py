@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from miles_kernels.cuda.launch import at_home
+
 BLOCK = 2048
 
 
@@ -28,8 +30,9 @@ class Compared(NamedTuple):
     """[m, V]: of kl by the draft's logits"""
 
 
+@at_home
 def compare_rows(q: Tensor, p: Tensor, labels: Tensor, heat: Tensor, *, gradient: torch.dtype | None) -> Compared:
-    """Compare logits `q` and `p` fp32 [m, V] at temperatures `heat` fp32 [m]; `labels` int64 [m] lie in 0 .. V - 1.
+    """Compare logits `q` and `p` fp32 [m, V] at temperatures `heat` fp32 [m]; `labels` int64 [m] lie in 0 .. V - 1 (another gives NaN).
 
     Every row is summed by itself in one order. Raises ValueError for shapes or dtypes that do not fit.
     """

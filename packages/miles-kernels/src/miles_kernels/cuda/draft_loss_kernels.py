@@ -54,7 +54,8 @@ def compare_rows(
             place = grad_ptr + row.to(tl.int64) * VOCAB + at
             tl.store(place, ((q - p) * cool).to(grad_ptr.dtype.element_ty), mask=inside)
     label = tl.load(labels_ptr + row)
-    tl.store(out_ptr + row, q_lse - tl.load(q_row + label) * cool)
+    known = (label >= 0) & (label < VOCAB)
+    tl.store(out_ptr + row, q_lse - tl.load(q_row + label, mask=known, other=float("nan")) * cool)
     tl.store(out_ptr + rows + row, tl.sum(kl, 0))
     tl.store(out_ptr + 2 * rows + row, tl.sum(accept, 0))
     tl.store(out_ptr + 3 * rows + row, tl.sum(below, 0))

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_kernels.cuda.launch import cdiv, direct, eager
+from miles_kernels.cuda.launch import at_home, cdiv, direct, eager
 
 BLOCK = 1024
 
 
+@at_home
 def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
     """Rows token_ids[T] of weight[V, H] as [T, H]. Backward sums in float32, in token order."""
     if direct(token_ids, weight):

@@ -7,9 +7,11 @@ setting is changed. The library is the one torch has loaded.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import re
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +34,10 @@ MOST_PLANS = 4096
 
 class LtError(RuntimeError):
     """cuBLASLt returned a status other than success."""
+
+
+class NoAlgorithm(LtError):
+    """cuBLASLt takes a problem with split-K only, or not at all."""
 
 
 class _Heuristic(ctypes.Structure):
@@ -129,6 +135,16 @@ class Plan:
         self.algorithms = self._ask(candidates)
         self.pointers = [ctypes.addressof(found.algo) for found in self.algorithms]
         self.best = 0
+        self._busy = threading.Lock()
+
+    def __del__(self) -> None:
+        """Give the descriptors back: a training run meets a new number of rows with every batch."""
+        lib = getattr(self, "lib", None)
+        if lib is not None:
+            with contextlib.suppress(Exception):  # at the end of the process the library may be gone
+                for layout in (self.a_layout, self.b_layout, self.out_layout):
+                    lib.cublasLtMatrixLayoutDestroy(layout)
+                lib.cublasLtMatmulDescDestroy(self.desc)
 
     def _ask(self, count: int) -> list[_Heuristic]:
         lib = library()
@@ -156,8 +172,11 @@ class Plan:
         finally:
             lib.cublasLtMatmulPreferenceDestroy(preference)
         if status or not found.value:
-            raise LtError(f"cublaslt: no algorithm without split-K for {self.problem} (status {status})")
-        return [r for r in results[: found.value] if r.state == 0 and self._setting(r, ALGO_SPLITK) <= 1]
+            raise NoAlgorithm(f"cublaslt: no algorithm without split-K for {self.problem} (status {status})")
+        allowed = [r for r in results[: found.value] if r.state == 0 and self._setting(r, ALGO_SPLITK) <= 1]
+        if not allowed:
+            raise NoAlgorithm(f"cublaslt: {found.value} algorithms for {self.problem}, all of them with split-K")
+        return allowed
 
     def _setting(self, result: _Heuristic, attribute: int) -> int:
         value, written = ctypes.c_uint32(), ctypes.c_size_t()
@@ -180,8 +199,13 @@ class Plan:
 
     def run(self, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, index: int | None = None) -> Tensor:
         """Launch on the current stream; tensors must match the problem this plan was made for."""
-        if bias is not None:
+        if bias is None:
+            return self._run(a, b, out, index)
+        with self._busy:  # the descriptor holds the address, and ctypes lets other threads in
             _set(self.lib.cublasLtMatmulDescSetAttribute, self.desc, DESC_BIAS_POINTER, ctypes.c_void_p(bias.data_ptr()))
+            return self._run(a, b, out, index)
+
+    def _run(self, a: Tensor, b: Tensor, out: Tensor, index: int | None) -> Tensor:
         pointer = out.data_ptr()
         status = self.lib.cublasLtMatmul(
             self.handle,
@@ -213,11 +237,13 @@ def fits(*tensors: Tensor) -> bool:
         and x.stride(-1) == 1
         and x.data_ptr() % ALIGNMENT == 0
         and x.stride(0) * x.element_size() % ALIGNMENT == 0
+        and x.stride(0) >= x.shape[1]
         for x in tensors
     )
 
 
-_plans: dict[Problem, Plan] = {}
+_plans: dict[Problem, Plan | None] = {}
+"""None for a problem that no allowed algorithm takes."""
 
 
 def forget() -> None:
@@ -236,16 +262,23 @@ def problem_of(
     )
 
 
-def plan_of(problem: Problem, prefer: str = "") -> Plan:
-    """The cached plan of a problem; a new one takes the algorithm named `prefer` if the heuristic offers it."""
-    plan = _plans.get(problem)
-    if plan is None:
+def plan_of(problem: Problem, prefer: str = "") -> Plan | None:
+    """The cached plan of a problem; a new one takes the algorithm named `prefer` if the heuristic offers it.
+
+    None where cuBLASLt has no algorithm without split-K.
+    """
+    if problem not in _plans:
         if len(_plans) >= MOST_PLANS:
-            _plans.pop(next(iter(_plans)))
-        plan = _plans[problem] = Plan(problem)
+            _plans.pop(next(iter(_plans)), None)
+        try:
+            plan = Plan(problem)
+        except NoAlgorithm:
+            _plans[problem] = None
+            return None
         if prefer:
             plan.select(prefer)
-    return plan
+        _plans[problem] = plan
+    return _plans[problem]
 
 
 def gemm(
@@ -261,4 +294,7 @@ def gemm(
 ) -> Tensor:
     """out = a b (+ bias) (+ out when `accumulate`); rows contiguous in their last dimension."""
     problem = problem_of(a, b, out, a_t=a_t, b_t=b_t, bias=bias is not None, accumulate=accumulate)
-    return plan_of(problem, prefer).run(a, b, out, bias)
+    plan = plan_of(problem, prefer)
+    if plan is None:
+        raise NoAlgorithm(f"cublaslt: no algorithm without split-K for {problem}")
+    return plan.run(a, b, out, bias)

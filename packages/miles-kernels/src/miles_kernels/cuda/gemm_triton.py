@@ -36,6 +36,10 @@ def num_sms(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+WITH_ADDEND = Tile(128, 128, 64, 8, 3)
+"""Of the largest tile the float32 addend would not fit into shared memory beside the operands."""
+
+
 def default_tile(m: int, n: int, k: int) -> Tile:
     """A sound tile without measurements: narrow tiles while the weights' bandwidth is the bound, large ones after."""
     if m <= 32:
@@ -49,8 +53,9 @@ def default_tile(m: int, n: int, k: int) -> Tile:
 
 
 def strides_fit_tma(x: Tensor) -> bool:
-    """Bulk copies need rows that start at multiples of 16 bytes and are contiguous."""
-    return x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    """Bulk copies need rows that start at multiples of 16 bytes, are contiguous and do not overlap."""
+    pitch = x.stride(0)
+    return x.stride(1) == 1 and pitch * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 and pitch >= x.shape[1] > 0
 
 
 def descriptor(x: Tensor, rows: int, cols: int) -> Any:
@@ -87,9 +92,10 @@ def gemm(
 
     m, k = (a.shape[1], a.shape[0]) if a_t else (a.shape[0], a.shape[1])
     n = b.shape[1] if b_t else b.shape[0]
-    tile = tile or default_tile(m, n, k)
+    tile = tile or (WITH_ADDEND if addend is not None else default_tile(m, n, k))
     if m == 0 or n == 0:
         return out
+    assert addend is None or addend.stride() == out.stride(), "the addend is read where the result is written"
     half = a.dtype in (torch.bfloat16, torch.float16)
     tma = half and tile.kind == "tma" and strides_fit_tma(a) and strides_fit_tma(b)
     if tma:

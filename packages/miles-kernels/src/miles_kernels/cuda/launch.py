@@ -3,9 +3,42 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MOST_PROGRAMS = 65535
+"""Programs along the second and third axis of a launch."""
+
+
+def at_home(op: Callable[P, R]) -> Callable[P, R]:
+    """An op that runs with the device of its first tensor as the current one, which is where kernels are launched."""
+
+    @functools.wraps(op)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0] if args else None
+        if torch.compiler.is_compiling() or not isinstance(first, Tensor) or not first.is_cuda:
+            return op(*args, **kwargs)
+        if first.device.index == torch.cuda.current_device():
+            return op(*args, **kwargs)
+        with torch.cuda.device(first.device):
+            return op(*args, **kwargs)
+
+    return run
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x`, or a copy where it does not begin at a multiple of 16 bytes.
+
+    How wide a kernel loads follows from that, and with it the layout in which it sums a row: a view must not have other bits.
+    """
+    return x.clone() if x.data_ptr() & 15 else x
 
 
 def cdiv(a: int, b: int) -> int:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from miles_kernels.cuda.dispatch import product
+from miles_kernels.cuda.launch import at_home
 from miles_kernels.ops.chain import add_product, main_of
 
 
+@at_home
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None) -> Tensor:
     """`x[T, K] @ weight[N, K]^T + bias[N]` as [T, N] in `out_dtype` (default: the dtype of x).
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from miles_kernels.cuda.gemm_triton import descriptor3
 from miles_kernels.cuda.grouped import Groups, default_tile, expert_width, gemm, grouped_linear, weight_gradient
-from miles_kernels.cuda.launch import cdiv, starts_early
+from miles_kernels.cuda.launch import at_home, cdiv, starts_early
 
 SORT_BLOCK = 128
 GATHER_MULTIPLE = 128
@@ -81,11 +81,17 @@ def combine(y: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
     return _combine(y, weights, dispatch)
 
 
+@at_home
 def moe_mlp(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """SwiGLU experts `gate_up[E, 2 I, H]`, `down[E, H, I]` applied to `x[T, H]` along the routing, as [T, H]."""
+    """SwiGLU experts `gate_up[E, 2 I, H]`, `down[E, H, I]` applied to `x[T, H]` along the routing, as [T, H].
+
+    `ids` lie in 0 .. E - 1: they are on the device, where nobody looks. Raises ValueError for shapes that do not fit.
+    """
+    _check(x, gate_up, down, ids, weights)
+    x = x.contiguous()
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up, down, weights))
     if not learns and _are_few(ids, down):
-        return _few(x.contiguous(), gate_up, down.contiguous(), ids.contiguous(), weights.contiguous())
+        return _few(x, gate_up, down.contiguous(), ids.contiguous(), weights.contiguous())
     dispatch = plan_dispatch(ids, gate_up.shape[0])
     if learns:
         inner = gated_linear(permute(x, dispatch), gate_up, dispatch.groups)
@@ -94,6 +100,18 @@ def moe_mlp(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tens
     else:
         inner = gemm(permute(x, dispatch), gate_up, dispatch.groups, gated=True)
     return combine(grouped_linear(inner, down, dispatch.groups), weights, dispatch)
+
+
+def _check(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> None:
+    experts, hidden, width = down.shape
+    fits = gate_up.shape == (experts, 2 * width, hidden) and x.shape == (ids.shape[0], hidden) and ids.shape == weights.shape
+    half = x.dtype is gate_up.dtype is down.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    if not fits or not half or hidden % 8 or width % 8:
+        raise ValueError(
+            "moe_mlp on a GPU needs bfloat16 x [T, H], gate_up [E, 2 I, H] and down [E, H, I], H and I multiples of 8, ids and weights "
+            f"[T, k]; got {x.dtype} {tuple(x.shape)}, {gate_up.dtype} {tuple(gate_up.shape)}, {down.dtype} {tuple(down.shape)}, "
+            f"{tuple(ids.shape)}, {tuple(weights.shape)}"
+        )
 
 
 def _are_few(ids: Tensor, down: Tensor) -> bool:

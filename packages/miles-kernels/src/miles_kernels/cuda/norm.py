@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_kernels.cuda.launch import cdiv, direct, eager, early_for, next_power_of_2
+from miles_kernels.cuda.launch import aligned, at_home, cdiv, direct, eager, early_for, next_power_of_2
 from miles_kernels.ops.chain import UNIT, main_of
 
 TILE = 4096
@@ -19,6 +19,7 @@ SHARE = 32768
 """Elements whose weight gradients one program sums, at least 16 rows: fixed, so the fold of the shares never changes."""
 
 
+@at_home
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`round(x / rms(x)) * weight` over the last dimension of x[..., H]; weight [H], or [heads, H] for x[..., heads, H]."""
     if direct(x, weight):
@@ -28,6 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.ops.miles_cuda.rms_norm(x, weight, eps)
 
 
+@at_home
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(s), s) of s = round(x + residual), both [..., H]: the residual stream and the next block's input in one pass."""
     if direct(x, residual, weight):
@@ -77,13 +79,15 @@ def _add(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tenso
 
 
 def _rows(x: Tensor, weight: Tensor) -> tuple[Tensor, int, int]:
-    """(x as [tokens, heads, H] with unit last stride, tokens, heads)."""
+    """(x as [tokens, heads, H] with unit last stride, beginning at a multiple of 16 bytes, tokens, heads)."""
     heads = weight.shape[0] if weight.ndim == 2 else 1
     if x.shape[-weight.ndim :] != weight.shape:
         raise ValueError(f"rms_norm: x {tuple(x.shape)} does not end in the shape of weight {tuple(weight.shape)}")
     flat = x.reshape(-1, heads, x.shape[-1])
     if flat.stride(2) != 1:
         flat = flat.contiguous()
+    if x.shape[-1] * x.element_size() % 16 == 0:  # else the rows of one matrix begin anywhere, and no wide load is chosen
+        flat = aligned(flat)
     return flat, flat.shape[0], heads
 
 
@@ -100,6 +104,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
 
     flat, tokens, heads = _rows(x, weight)
     other = None if residual is None else _rows(residual, weight)[0]
+    weight = aligned(weight.contiguous())
     width = x.shape[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = None if residual is None else torch.empty_like(out)
@@ -107,7 +112,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     if x.numel():
         early = early_for(tokens, flat)
         rms_forward[(cdiv(tokens * heads, rows),)](
-            flat, flat if other is None else other, weight.contiguous(), out, out if total is None else total,
+            flat, flat if other is None else other, weight, out, out if total is None else total,
             tokens * heads, heads, eps,
             flat.stride(0), flat.stride(1), width if other is None else other.stride(0), heads * width, width,
             H=width, H_PAD=pad, ROWS=rows, HAS_RESIDUAL=residual is not None, EARLY=early, num_warps=warps,
@@ -152,7 +157,7 @@ def _backward(grad: Tensor, extra: Tensor | None, x: Tensor, weight: Tensor, eps
     width = x.shape[-1]
     pad = next_power_of_2(width)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    weight_given, weight = weight, weight.contiguous()
+    weight_given, weight = weight, aligned(weight.contiguous())
     dw = torch.zeros_like(weight)
     if not x.numel():
         return dx, dw

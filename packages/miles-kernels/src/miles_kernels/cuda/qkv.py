@@ -17,7 +17,7 @@ from torch import Tensor
 from miles_kernels.cuda import attention as base
 from miles_kernels.cuda.attention import KVBatch
 from miles_kernels.cuda.attention_op import run as attend
-from miles_kernels.cuda.launch import cdiv, early_for, next_power_of_2
+from miles_kernels.cuda.launch import aligned, at_home, cdiv, early_for, next_power_of_2
 from miles_kernels.ops.chain import UNIT, main_of
 
 GRAD_TOKENS = 128
@@ -38,6 +38,7 @@ class Heads(NamedTuple):
     eps: float
 
 
+@at_home
 def attention_of(
     qkv: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, batch: KVBatch, sizes: Heads, target: Target | None = None
 ) -> Tensor:
@@ -73,7 +74,8 @@ def turn(qkv: Tensor, qk_norm: Tensor | None, cos: Tensor, sin: Tensor, sizes: H
     tokens, dim = qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads)
     kept = heads if target is not None else heads + kv_heads
     moved = heads + 2 * kv_heads if target is not None else kept
-    qkv = qkv.contiguous()
+    qkv = aligned(qkv.contiguous())
+    qk_norm = None if qk_norm is None else aligned(qk_norm)
     out = torch.empty((tokens, kept, dim), dtype=qkv.dtype, device=qkv.device)
     k, v, slots = (out[:, heads:], out, _no_slots(qkv.device)) if target is None else target
     if target is None:

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_kernels.cuda.launch import cdiv, direct, next_power_of_2
+from miles_kernels.cuda.launch import at_home, cdiv, direct, next_power_of_2
 
 ROWS = 16
 
 
+@at_home
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x[T, heads, D] by `RopeTable.rows` (cos, sin float32 [T, 1, D] or [T, D], sin signed). Backward rotates back."""
     if direct(x, cos, sin):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from miles_kernels.cuda.launch import cdiv
+from miles_kernels.cuda.launch import at_home, cdiv
 
 BLOCK = 1024
 
 
+@at_home
 def round_by_chance(wide: Tensor, out: Tensor, first: int, starts: tuple[int, int]) -> Tensor:
     """Write `wide` fp32 into `out` bfloat16, both contiguous and of one size, rounded up with the probability of what is cut.
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_kernels.cuda.launch import next_power_of_2
+from miles_kernels.cuda.launch import at_home, next_power_of_2
 from miles_kernels.ops.router import RouterOutput
 
 
+@at_home
 def route(logits: Tensor, top_k: int, *, normalize: bool = True) -> RouterOutput:
     """ids[T, k] int64 and weights[T, k] of float32 logits[T, E]; gradients reach the logits through the weights."""
     if logits.dtype is not torch.float32 or not 1 <= top_k <= logits.shape[1]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from miles_kernels.cuda.launch import next_power_of_2, starts_early
+from miles_kernels.cuda.launch import MOST_PROGRAMS, at_home, next_power_of_2, starts_early
 from miles_kernels.cuda.logprob import BLOCK
 
 
@@ -29,6 +29,7 @@ class Launch(NamedTuple):
     """whether the second kernel may start before the first has ended (Hopper and later)"""
 
 
+@at_home
 def draw(
     logits: Tensor,
     *,
@@ -54,6 +55,10 @@ def draw(
     logprob = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows == 0:
         return Drawn(token, logprob)
+    if rows > MOST_PROGRAMS:
+        raise ValueError(f"draw takes at most {MOST_PROGRAMS} rows at once, got {rows}: cut the batch")
+    # copies are made here: between the two kernels nothing may come that the second would wait for in place of the first
+    sample_id, position = sample_id.contiguous(), position.contiguous()
     warm, heat = _per_row(temperature, torch.float32, logits)
     several, key = _per_row(seed, torch.int64, logits)
     blocks = -(-vocab // BLOCK)
@@ -66,7 +71,7 @@ def draw(
         WARM=warm, BLOCKS=cut.blocks, STEPS=cut.steps, EARLY=early, num_warps=cut.warps,
     )  # fmt: skip
     sample_kernels.draw_token[(rows,)](
-        logits, heat, key, sample_id.contiguous(), position.contiguous(), top, total, token, logprob, vocab, blocks,
+        logits, heat, key, sample_id, position, top, total, token, logprob, vocab, blocks,
         logits.stride(0), WARM=warm, SEEDS=several, BLOCKS=max(128, next_power_of_2(blocks)), EARLY=early,
         num_warps=cut.draw_warps, launch_pdl=early,
     )  # fmt: skip

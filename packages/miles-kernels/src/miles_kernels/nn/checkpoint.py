@@ -19,7 +19,7 @@ from torch import Tensor
 
 from miles_kernels.contract import Contract
 from miles_kernels.nn.config import DecoderConfig
-from miles_kernels.nn.decoder import Decoder
+from miles_kernels.nn.decoder import Decoder, stored_dtype
 
 Verify = Callable[[str, Tensor], None]
 """Called with (HF name, tensor as stored) before it is used; raises ValueError to refuse it."""
@@ -68,17 +68,33 @@ def load_decoder(
 ) -> Decoder:
     """Build the decoder a model directory describes. Weights are cast to `dtype`; names that `beside` is true of are another's.
 
+    So are the tensors of the multi-token prediction layers that config.json counts (`mtp_tensors`): they are a draft's weights,
+    which miles-spec loads from the same directory.
+
     Raises ValueError naming the file, and the tensor where there is one: missing or truncated file, checksum or `verify`
     failure, missing, unexpected or misshaped tensors (all of them at once).
     """
     config = load_config(model_dir)
     decoder = Decoder(config, contract, dtype=dtype, device=device)
     try:
-        decoder.load_hf_state(pair for pair in iter_tensors(model_dir, verify=verify) if not beside(pair[0]))
+        drafts = mtp_tensors(model_dir)
+        pairs = iter_tensors(model_dir, verify=verify)
+        decoder.load_hf_state(pair for pair in pairs if not (beside(pair[0]) or drafts(pair[0])))
     except ValueError as error:
         message = str(error)
         raise ValueError(message if message.startswith(str(model_dir)) else f"{model_dir}: {message}") from None
     return decoder
+
+
+def mtp_tensors(model_dir: str | Path) -> Callable[[str], bool]:
+    """Whether a tensor's name is of a layer after the policy's last, of which config.json counts `num_nextn_predict_layers`.
+
+    Such layers predict further tokens (DeepSeek-V3, GLM-4.5): they are a draft's, no part of the policy's forward pass.
+    """
+    data = read_json(Path(model_dir) / "config.json")
+    first, count = data.get("num_hidden_layers"), data.get("num_nextn_predict_layers")
+    starts = tuple(f"model.layers.{int(first) + k}." for k in range(int(count))) if first and count else ()
+    return lambda name: name.startswith(starts)
 
 
 def random_decoder(
@@ -97,7 +113,7 @@ def random_decoder(
     decoder = Decoder(config, contract, dtype=dtype, device=device)
     with torch.no_grad():
         for name, view in decoder.hf_state():
-            if name.endswith(".bias"):
+            if name.endswith("bias"):
                 view.zero_()
             elif view.ndim == 1:
                 view.fill_(1.0)
@@ -128,12 +144,12 @@ def save_decoder(
     state = dict(decoder.hf_state())
     written = []
     for name, keys in zip(names, shards, strict=True):
-        tensors = {key: state[key].detach().to("cpu", dtype, copy=True).contiguous() for key in keys}
+        tensors = {key: state[key].detach().to("cpu", stored_dtype(key, dtype), copy=True).contiguous() for key in keys}
         checksums = {key: _crc32(tensor) for key, tensor in tensors.items()}
         _write_safetensors(path / name, tensors, {"format": "pt", _CHECKSUMS: json.dumps(checksums)})
         written.append(path / name)
     if len(shards) > 1:
-        total = sum(state[key].numel() for keys in shards for key in keys) * dtype.itemsize
+        total = sum(state[key].numel() * stored_dtype(key, dtype).itemsize for keys in shards for key in keys)
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         written.append(_write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}))
     written.append(_write_json(path / "config.json", decoder.config.to_hf(dtype=str(dtype).removeprefix("torch."))))
@@ -233,7 +249,7 @@ def _plan_shards(decoder: Decoder, dtype: torch.dtype, max_shard_bytes: int) -> 
     shards: list[list[str]] = [[]]
     used = 0
     for name, view in decoder.hf_state():
-        size = view.numel() * dtype.itemsize
+        size = view.numel() * stored_dtype(name, dtype).itemsize
         if shards[-1] and used + size > max_shard_bytes:
             shards.append([])
             used = 0

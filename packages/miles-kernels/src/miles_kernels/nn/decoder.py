@@ -27,8 +27,11 @@ from miles_kernels.ops.logprob import LogprobOutput, linear_logprob
 from miles_kernels.ops.matmul import Mode
 from miles_kernels.ops.moe import moe_mlp
 from miles_kernels.ops.norm import add_rms_norm, rms_norm
-from miles_kernels.ops.rope import INITIAL_POSITIONS, RopeTable, apply_rope
+from miles_kernels.ops.rope import INITIAL_POSITIONS, RopeTable, apply_rope, paired_order, take_columns
 from miles_kernels.ops.router import router
+
+CORRECTION = "gate.e_score_correction_bias"
+"""How the name of a router's correction ends in a checkpoint."""
 
 
 class KVStore(Protocol):
@@ -78,6 +81,9 @@ class DecoderLayer(nn.Module):
         self.scale = config.head_dim**-0.5
         self.window = config.window(index)
         self.is_moe = config.is_moe_layer(index)
+        self.router_bias: Tensor | None
+        self.register_buffer("router_bias", None)
+        """Float32 [E], whatever the dtype of the weights: added to the experts' scores for the choice. No gradient trains it."""
         hidden, dim = config.hidden_size, config.head_dim
         q_size, kv_size = config.num_attention_heads * dim, config.num_key_value_heads * dim
         self.input_norm = _parameter(hidden)
@@ -86,14 +92,20 @@ class DecoderLayer(nn.Module):
         self.qk_norm = _parameter(2 * dim) if config.qk_norm else None  # a vector, so that weight decay spares it
         kinds = torch.tensor([0] * config.num_attention_heads + [1] * config.num_key_value_heads)
         self.register_buffer("head_kinds", kinds, persistent=False)
+        self._pair_heads()
         self.o_proj = _parameter(hidden, q_size)
         self.o_bias = _parameter(hidden) if config.output_bias else None
         self.post_norm = _parameter(hidden)
         if self.is_moe:
             experts, inner = config.num_experts // config.expert_ranks, config.moe_intermediate_size
             self.router = _parameter(config.num_experts, hidden)
+            if config.sigmoid_rule is not None:
+                self.router_bias = torch.zeros(config.num_experts)
             self.expert_gate_up_proj = _parameter(experts, 2 * inner, hidden)
             self.expert_down_proj = _parameter(experts, hidden, inner)
+            if config.shared_intermediate_size:
+                self.shared_gate_up_proj = _parameter(2 * config.shared_intermediate_size, hidden)
+                self.shared_down_proj = _parameter(hidden, config.shared_intermediate_size)
         else:
             inner = config.intermediate_size
             self.gate_up_proj = _parameter(2 * inner, hidden)
@@ -119,10 +131,45 @@ class DecoderLayer(nn.Module):
         h, x = add_rms_norm(self._attend(h, cos, sin, kv), x, self.post_norm, eps)
         return x, self._feed_forward(h, routed)
 
+    def _pair_heads(self) -> None:
+        """Tables that put the heads of a model that rotates a part of them into `paired_order`; None where all is rotated."""
+        config = self.config
+        self.column_order: Tensor | None
+        self.column_home: Tensor | None
+        self.pair_order: Tensor | None
+        column_order = column_home = pair_order = None
+        if config.rotary_dim < config.head_dim:
+            pair_order = paired_order(config.head_dim, config.rotary_dim)
+            turned, kept = config.num_attention_heads + config.num_key_value_heads, config.num_key_value_heads
+            first = torch.arange(turned + kept)[:, None] * config.head_dim
+            plain = torch.arange(config.head_dim).expand(kept, -1)
+            column_order = (first + torch.cat((pair_order.expand(turned, -1), plain))).reshape(-1)
+            column_home = torch.argsort(column_order)
+        for name, table in (("column_order", column_order), ("column_home", column_home), ("pair_order", pair_order)):
+            self.register_buffer(name, table, persistent=False)
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values [T, (H + 2 Hkv) * D] of attention's input, heads in the order that the rotation pairs."""
+        qkv = self._linear(x, "qkv_proj", self.qkv_bias)
+        if self.column_order is None or self.column_home is None:
+            return qkv
+        return take_columns(qkv, self.column_order, self.column_home)
+
+    def head_norm(self) -> Tensor | None:
+        """Weights [2, D] of the norms of queries and keys, elements in the order of `_project`; None where there are none."""
+        if self.qk_norm is None:
+            return None
+        whole = self.qk_norm.view(2, -1)
+        main = main_of(self.qk_norm)
+        if self.pair_order is not None:
+            assert main is None, "a trainer refuses to chain the gradients of reordered norms"
+            return whole.index_select(1, self.pair_order)
+        return part_of(whole, self.qk_norm, None if main is None else main.view(2, -1))
+
     def _attend(self, x: Tensor, cos: Tensor, sin: Tensor, kv: KVStore) -> Tensor:
         config, mode = self.config, self.mode
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        qkv = self._linear(x, "qkv_proj", self.qkv_bias)
+        qkv = self._project(x)
         if qkv.is_cuda:
             out = self._attend_fused(qkv, cos, sin, kv)
             return self._linear(out.view(out.shape[0], -1), "o_proj", self.o_bias)
@@ -138,8 +185,10 @@ class DecoderLayer(nn.Module):
     def _norm_heads(self, qk: Tensor, weight: Tensor) -> Tensor:
         """Queries and keys [T, H + Hkv, D], normed."""
         eps, main = self.config.rms_norm_eps, main_of(weight)
-        if main is None:
-            return rms_norm(qk, weight.view(2, -1).index_select(0, self.head_kinds), eps)
+        if main is None or self.pair_order is not None:
+            whole = self.head_norm()
+            assert whole is not None
+            return rms_norm(qk, whole.index_select(0, self.head_kinds), eps)
         sizes = (self.config.num_attention_heads, self.config.num_key_value_heads)
         parts = zip(qk.split(sizes, 1), weight.view(2, -1), main.view(2, -1), strict=True)
         return torch.cat([rms_norm(heads, part_of(row, weight, total), eps) for heads, row, total in parts], 1)
@@ -153,20 +202,35 @@ class DecoderLayer(nn.Module):
         if not isinstance(plan, KVBatch):
             raise ValueError(f"attention on CUDA reads a KVBatch (KVBatch.packed or .paged), not {type(plan).__name__}")
         sizes = Heads(config.num_attention_heads, config.num_key_value_heads, self.scale, self.window, config.rms_norm_eps)
-        norm = None
-        if self.qk_norm is not None:
-            main = main_of(self.qk_norm)
-            norm = part_of(self.qk_norm.view(2, -1), self.qk_norm, None if main is None else main.view(2, -1))
-        return attention_of(qkv, norm, cos, sin, plan, sizes, kv.target(self.index))
+        return attention_of(qkv, self.head_norm(), cos, sin, plan, sizes, kv.target(self.index))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DecoderLayer:
+        """Move or cast the block; the router's bias is moved, never cast."""
+        bias = self.router_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.router_bias is not None and self.router_bias.dtype is not bias.dtype:
+            self.router_bias = bias.to(self.router_bias.device)
+        return self
 
     def _feed_forward(self, x: Tensor, routed: dict[int, Tensor] | None) -> Tensor:
-        mode = self.mode
         if not self.is_moe:
             return self._linear(swiglu(self._linear(x, "gate_up_proj", self.gate_up_bias)), "down_proj", self.down_bias)
-        ids, weights = router(x, self.router, self.config.num_experts_per_tok, normalize=self.config.norm_topk_prob, mode=mode)
+        config = self.config
+        ids, weights = router(
+            x, self.router, config.num_experts_per_tok, normalize=config.norm_topk_prob, mode=self.mode,
+            rule=config.sigmoid_rule, correction=self.router_bias,
+        )  # fmt: skip
         if routed is not None:
             routed[self.index] = ids
-        first, second = self.expert_gate_up_proj, self.expert_down_proj
+        out = self._visit_experts(x, ids, weights)
+        if not config.shared_intermediate_size:
+            return out
+        inner = swiglu(self._linear(x, "shared_gate_up_proj", None))
+        return out + self._linear(inner, "shared_down_proj", None)
+
+    def _visit_experts(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """What the chosen experts `ids` [T, k] make of x [T, hidden], summed by `weights` [T, k]."""
+        mode, first, second = self.mode, self.expert_gate_up_proj, self.expert_down_proj
         if self.spread_experts is not None:
             return self.spread_experts(x, first, second, ids, weights, mode)
         if self.quantized is None:
@@ -185,12 +249,13 @@ class DecoderLayer(nn.Module):
 
     def quantized_weights(self) -> dict[str, Tensor]:
         """The weights whose products the FP8 contract makes in float8, by name."""
-        names = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "expert_gate_up_proj", "expert_down_proj")
+        of_all = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+        names = (*of_all, "expert_gate_up_proj", "expert_down_proj", "shared_gate_up_proj", "shared_down_proj")
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
 
 class Decoder(nn.Module):
-    """A Llama, Qwen2, Qwen3 or Qwen3-MoE language model over packed tokens.
+    """A Llama, Qwen2, Qwen3, Qwen3-MoE or GLM-4.5 language model over packed tokens.
 
     Parameters are left uninitialised: load or draw them (`nn.checkpoint`). Raises ValueError when `dtype` is not the
     contract's. With `gradient_checkpointing` set, layers are recomputed in the backward pass instead of kept.
@@ -209,7 +274,7 @@ class Decoder(nn.Module):
         super().__init__()
         name = str(dtype).removeprefix("torch.")
         self.config = config
-        self.contract = Contract.reference(dtype=name) if contract is None else contract
+        self.contract = (Contract.reference(dtype=name) if contract is None else contract).with_rules(config.rules)
         if self.contract.dtype != name:
             raise ValueError(
                 f"decoder dtype {name}, but its contract says {self.contract.dtype}; use Contract.reference(dtype={name!r})"
@@ -225,7 +290,7 @@ class Decoder(nn.Module):
         self.to(device=device, dtype=dtype)
         # a table on an accelerator is made whole: growing it on demand would mean waiting for the positions
         longest = config.max_position_embeddings if torch.device(device).type != "cpu" else INITIAL_POSITIONS
-        self._rope = RopeTable(config.head_dim, config.rope.rope_theta, config.rope.to_hf(), device, longest)
+        self._rope = rope_table(config, device, longest)
 
     @property
     def head(self) -> Tensor:
@@ -338,6 +403,7 @@ def _require_fp8(config: DecoderConfig) -> None:
         "num_attention_heads * head_dim": config.num_attention_heads * config.head_dim,
         "intermediate_size": config.intermediate_size,
         "moe_intermediate_size": config.moe_intermediate_size,
+        "shared_intermediate_size": config.shared_intermediate_size,
     }
     wrong = [
         f"{name} = {size} is no multiple of {fp8.DEPTH_MULTIPLE}" for name, size in depths.items() if size % fp8.DEPTH_MULTIPLE
@@ -351,6 +417,17 @@ def _require_fp8(config: DecoderConfig) -> None:
 
 def _parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape))
+
+
+def rope_table(config: DecoderConfig, device: str | torch.device, num_positions: int) -> RopeTable:
+    """The rotation of a model's heads, as its blocks order them."""
+    rope = config.rope
+    return RopeTable(config.rotary_dim, rope.rope_theta, rope.to_hf(), device, num_positions, width=config.head_dim)
+
+
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """In what a tensor of a checkpoint in `dtype` is stored and sent: the routers' correction is float32 always."""
+    return torch.float32 if name.endswith(CORRECTION) else dtype
 
 
 def layer_state(layer: DecoderLayer) -> Iterator[tuple[str, Tensor]]:
@@ -368,11 +445,17 @@ def layer_state(layer: DecoderLayer) -> Iterator[tuple[str, Tensor]]:
     yield "post_attention_layernorm.weight", layer.post_norm.detach()
     if layer.is_moe:
         yield "mlp.gate.weight", layer.router.detach()
+        if layer.router_bias is not None:
+            yield f"mlp.{CORRECTION}", layer.router_bias.detach()
         inner = config.moe_intermediate_size
         for expert in range(layer.expert_gate_up_proj.shape[0]):
             prefix = f"mlp.experts.{layer.first_expert + expert}"
             yield from _parts(prefix, ("gate_proj", "up_proj"), ".weight", layer.expert_gate_up_proj[expert], (inner, inner))
             yield f"{prefix}.down_proj.weight", layer.expert_down_proj[expert].detach()
+        if config.shared_intermediate_size:
+            shared, inner = "mlp.shared_experts", config.shared_intermediate_size
+            yield from _parts(shared, ("gate_proj", "up_proj"), ".weight", layer.shared_gate_up_proj, (inner, inner))
+            yield f"{shared}.down_proj.weight", layer.shared_down_proj.detach()
         return
     inner = config.intermediate_size
     yield from _parts("mlp", ("gate_proj", "up_proj"), ".weight", layer.gate_up_proj, (inner, inner))

@@ -1,4 +1,4 @@
-"""`patch(model)`: a transformers model of the Llama and Qwen families on aligned ops, in place and reversible.
+"""`patch(model)`: a transformers model of the Llama, Qwen and GLM-4.5 families on aligned ops, in place and reversible.
 
 Legend: B = batch, L, Lk = query and key columns (padding included), T = real tokens, H, Hkv = heads, D = head size.
 
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe", "glm4_moe")
 ATTENTION = "miles_aligned"
 
 
@@ -45,7 +45,7 @@ class Patched:
 
 
 def patch(model: Any) -> Patched:
-    """Replace the ops of a Llama, Qwen2, Qwen3 or Qwen3-MoE model from transformers; returns what undoes it.
+    """Replace the ops of a Llama, Qwen2, Qwen3, Qwen3-MoE or GLM-4.5 model from transformers; returns what undoes it.
 
     Raises ValueError for another model type, for attention dropout in training, an activation that is not silu, or a model that
     is patched already.
@@ -85,6 +85,8 @@ def _replacement(name: str, module: nn.Module) -> tuple[str, Callable[..., Any]]
         return "norm", _norm
     if kind.endswith("SparseMoeBlock"):
         return "moe", _moe
+    if kind.endswith("MoE") and hasattr(getattr(module, "gate", None), "e_score_correction_bias"):
+        return "moe", _moe_shared
     if kind.endswith("MLP") and hasattr(module, "gate_proj"):
         act = type(module.act_fn).__name__
         if "silu" not in act.lower():
@@ -116,6 +118,20 @@ def _moe(self: Any, x: Tensor) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     ids, weights = ops.router(flat, gate.weight, gate.top_k, gate.norm_topk_prob)
     return ops.moe(flat, experts.gate_up_proj, experts.down_proj, ids, weights).view(x.shape)
+
+
+def _moe_shared(self: Any, x: Tensor) -> Tensor:
+    """Experts chosen by corrected sigmoid scores, and the one that every token visits."""
+    from miles_kernels.ops.router import route_sigmoid
+    from miles_kernels.routing import SigmoidRule
+
+    ops, gate, experts = _ops(x), self.gate, self.experts
+    flat = x.reshape(-1, x.shape[-1])
+    rule = SigmoidRule(num_groups=gate.num_group, kept_groups=gate.topk_group, scale=gate.routed_scaling_factor)
+    logits = ops.linear(flat, gate.weight, out_dtype=torch.float32)
+    correction = gate.e_score_correction_bias.float()
+    ids, weights = route_sigmoid(logits, gate.top_k, rule, correction, normalize=gate.norm_topk_prob)
+    return ops.moe(flat, experts.gate_up_proj, experts.down_proj, ids, weights).view(x.shape) + self.shared_experts(x)
 
 
 def _register_attention() -> None:

@@ -39,7 +39,7 @@ _COLUMNS = ("o_proj", "down_proj")
 class RowParallel:
     """The product of a layer whose sum runs over the ranks of `group` (None: this process alone)."""
 
-    names = _COLUMNS
+    names = (*_COLUMNS, "shared_down_proj")
 
     def __init__(self, group: Any, shards: int) -> None:
         self.group, self.shards = group, shards
@@ -123,8 +123,8 @@ def local_config(config: DecoderConfig, ranks: int, shards: int = SHARDS) -> Dec
     """The shape one of `ranks` holds. Raises ValueError naming everything that cannot be divided, or is not supported."""
     wrong = []
     biased = [name for name in ("attention_bias", "output_bias", "mlp_bias") if getattr(config, name)]
-    if biased:
-        wrong.append(f"{', '.join(biased)}: biases are not divided")
+    if config.output_bias or config.mlp_bias:
+        wrong.append(f"{', '.join(biased)}: biases of sums over ranks are not divided, only those of q, k and v")
     if ranks < 1 or shards < 1 or shards & (shards - 1) or shards % ranks:
         wrong.append(f"{shards} shards must be a power of two and a multiple of the {ranks} ranks")
     names = ["num_attention_heads", "num_key_value_heads"]
@@ -132,6 +132,9 @@ def local_config(config: DecoderConfig, ranks: int, shards: int = SHARDS) -> Dec
     if not all(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)):
         names.append("intermediate_size")
         depths["intermediate_size"] = config.intermediate_size
+    if config.shared_intermediate_size:
+        names.append("shared_intermediate_size")
+        depths["shared_intermediate_size"] = config.shared_intermediate_size
     sizes = {name: getattr(config, name) for name in names}
     whole = sizes | ({"num_experts": config.num_experts} if config.num_experts else {})
     wrong += [f"{name}={size} is no multiple of {ranks}" for name, size in whole.items() if ranks > 0 and size % ranks]

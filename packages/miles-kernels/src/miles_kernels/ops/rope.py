@@ -1,6 +1,9 @@
 """Rotary position embedding (Su et al. 2021), rotate-half layout as in Hugging Face's Llama and Qwen models.
 
 Angles are float64, tables float32, the rotation float32 with one rounding at the end.
+
+A model that rotates only the first R elements of its heads of D pairs element i with i + R / 2. Every kernel here pairs i with
+i + D / 2: such a model's heads are put into `paired_order` first, queries and keys alike, and the angles of the rest are 0.
 """
 
 from __future__ import annotations
@@ -64,8 +67,13 @@ class RopeTable:
         scaling: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
         num_positions: int = INITIAL_POSITIONS,
+        width: int | None = None,
     ) -> None:
+        """`dim` elements of a head are rotated; rows have `width` (default: as many) entries, for heads in `paired_order`."""
         self.dim, self.theta = dim, theta
+        self.width = dim if width is None else width
+        if self.width < dim or self.width % 2:
+            raise ValueError(f"a head of {self.width} has not {dim} elements to rotate, or an odd number of them")
         self.scaling = None if scaling is None else dict(scaling)
         self.device = torch.device(device)
         self._grow(num_positions)
@@ -73,6 +81,7 @@ class RopeTable:
     def _grow(self, num_positions: int) -> None:
         frequencies = inverse_frequencies(self.dim, self.theta, self.scaling)
         angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * frequencies
+        angles = torch.nn.functional.pad(angles, (0, (self.width - self.dim) // 2))
         cos, sin = angles.cos().float(), angles.sin().float()
         self.cos = torch.cat((cos, cos), 1)[:, None].to(self.device)
         self.sin = torch.cat((-sin, sin), 1)[:, None].to(self.device)
@@ -93,6 +102,33 @@ class RopeTable:
                 raise ValueError(f"positions must not be negative, got {smallest}") from None
             self._grow(1 << largest.bit_length())
             return self.rows(positions)
+
+
+def paired_order(dim: int, rotary: int) -> Tensor:
+    """int64 [dim]: the elements of a head, such that places i and i + dim / 2 hold what is rotated together.
+
+    The first `rotary` elements are rotated, each with the one `rotary / 2` after it; the rest follows in both halves.
+    """
+    parts = torch.arange(rotary).chunk(2) + torch.arange(rotary, dim).chunk(2) if rotary < dim else torch.arange(dim).chunk(2)
+    return torch.cat((*parts[::2], *parts[1::2]))
+
+
+def take_columns(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Columns `order` of `x[T, N]`, a permutation whose inverse is given: the gradient is read, not scattered."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _TakeColumns.apply(x, order, inverse)
+    return x.index_select(1, order)
+
+
+class _TakeColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.inverse = inverse
+        return x.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(1, ctx.inverse), None, None
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from miles_kernels.contract import Contract
 from miles_kernels.nn.checkpoint import random_decoder
-from miles_kernels.nn.config import DecoderConfig
-from miles_kernels.nn.decoder import Decoder, PackedKV
+from miles_kernels.nn.config import MOE_FAMILIES, DecoderConfig, RopeConfig
+from miles_kernels.nn.decoder import Decoder, DecoderLayer, PackedKV
 from miles_kernels.verify.backends import Backend, Step
 from miles_kernels.verify.blocks import Record, Shape
 from miles_kernels.verify.model_axes import ModelCase, verify_model
 from miles_kernels.verify.result import Row, Tally
 
-CASES = ("llama", "qwen3", "qwen3 window", "qwen3_moe", "qwen3 fp8", "qwen3_moe fp8")
+CASES = ("llama", "qwen3", "qwen3 window", "qwen3_moe", "glm4_moe", "qwen3 fp8", "qwen3_moe fp8")
 ROUNDS = 3
 Pools = list[tuple[Tensor, Tensor]]
 
@@ -49,6 +49,9 @@ class RealDecoder:
         self.decoder = random_decoder(
             _config(size, window), seed, contract=Contract.for_device(device, name, precision), dtype=dtype, device=device
         )
+        for layer in self.decoder.layers:
+            if isinstance(layer, DecoderLayer) and layer.router_bias is not None:  # zeros would leave its part untested
+                layer.router_bias.copy_(torch.linspace(-0.3, 0.3, size.experts))
 
     @property
     def head(self) -> Tensor:
@@ -66,6 +69,18 @@ class RealDecoder:
         plan = _plan(step, self.device)
         kv = PackedKV(plan) if pools is None else _Cache(plan, pools, step.slots().to(self.device))
         return self.decoder(tokens, step.positions().to(self.device), kv)
+
+
+_GLM: dict[str, Any] = {
+    "rope": RopeConfig(partial_rotary_factor=0.5),
+    "attention_bias": True,
+    "use_qk_norm": True,
+    "first_k_dense_replace": 1,
+    "shared_intermediate_size": 128,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+}
 
 
 def _config(s: Shape, window: int | None) -> DecoderConfig:
@@ -88,7 +103,8 @@ def _config(s: Shape, window: int | None) -> DecoderConfig:
         initializer_range=0.05,
         sliding_window=window,
         layer_types=kinds if window else (),
-        **(experts if s.family == "qwen3_moe" else {}),
+        **(experts if s.family in MOE_FAMILIES else {}),
+        **(_GLM if s.family == "glm4_moe" else {}),
     )
 
 
