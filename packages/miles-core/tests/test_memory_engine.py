@@ -9,12 +9,14 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace as replace_struct
 
 from miles_core.algorithm.config import AlgorithmConfig
 from miles_core.memory.config import MemoryConfig
@@ -181,6 +183,35 @@ def test_waking_without_room_leaves_the_engine_asleep_and_alive() -> None:
             assert (await engine.generate(requests(2)[0])).completions[0].token_ids == expected
 
     asyncio.run(run())
+
+
+def test_an_engine_asleep_keeps_nothing_it_has_per_slot() -> None:
+    """Also where the experts of every token are kept, as many bytes a slot as there are layers and choices."""
+    shape = replace(SHAPE, family="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
+    config = replace_struct(CONFIG, record_routed_experts=True)
+    core = EngineCore(random_decoder(shape, 3), LETTERS, config, num_pages=16)
+
+    def routed() -> list[bytes]:
+        asked = [replace_struct(request, return_routed_experts=True) for request in requests(3)]
+        found: list[bytes] = []
+        with torch.inference_mode():
+            for i, request in enumerate(asked):
+                core.add(Job(request, i, frozenset(), False))
+            while core.has_work:
+                for _, item in core.step():
+                    assert isinstance(item, GenerateResult), item
+                    found += [c.routed_experts.data for c in item.completions if c.routed_experts is not None]
+        return sorted(found)
+
+    expected = routed()
+    assert len(expected) == 6 and len(set(expected)) > 1
+    core.release(("kv_cache",))
+    gc.collect()
+    slots = 17 * core._tables.page_size
+    held = [t.shape for t in gc.get_objects() if type(t) is torch.Tensor and slots in t.shape and t.untyped_storage().nbytes()]
+    assert not held, held
+    core.restore(("kv_cache",))
+    assert routed() == expected
 
 
 def parts(memory: MemoryConfig, tmp_path: Path) -> tuple[FsdpTrainer, EmbeddedEngine, asyncio.Runner, RunMemory]:

@@ -322,9 +322,11 @@ class EngineCore:
             **({"device_reserved_bytes": torch.cuda.memory_reserved(where)} if where.type == "cuda" else {}),
         }
 
-    def _caches(self) -> list[PagedKV | FeatureStore]:
+    def _caches(self) -> list[PagedKV | FeatureStore | ExpertStore]:
         """All that is kept per slot and may be released."""
-        parts: list[PagedKV | FeatureStore] = [self._kv]
+        parts: list[PagedKV | FeatureStore | ExpertStore] = [self._kv]
+        if self._runner.experts is not None:
+            parts.append(self._runner.experts)
         if self._runner.features is not None:
             parts.append(self._runner.features)
         if self.speculator is not None and isinstance(self.speculator.proposer, ModelProposer):

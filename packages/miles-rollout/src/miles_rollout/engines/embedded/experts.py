@@ -37,6 +37,15 @@ class ExpertStore:
         """Copy slots int64 [M] to others, all read before any is written."""
         self._ids.index_copy_(0, target, self._ids.index_select(0, source))
 
+    def release(self) -> None:
+        """Give the memory back until `restore`."""
+        self._ids.untyped_storage().resize_(0)
+
+    def restore(self) -> None:
+        """Take memory again, without the old contents."""
+        self._ids.untyped_storage().resize_(self._ids.numel() * self._ids.itemsize)
+        self._ids.zero_()
+
     def read(self, slots: np.ndarray) -> RoutedExperts:
         """The experts of slots [T], in order; waits for the device."""
         ids = self._ids[torch.from_numpy(slots).to(self._ids.device)].cpu().numpy()
