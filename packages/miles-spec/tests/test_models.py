@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from miles_kernels.nn.checkpoint import load_decoder, random_decoder, write_model
-from miles_kernels.nn.config import DecoderConfig
+from miles_kernels.nn.config import DecoderConfig, RopeConfig
 from miles_kernels.nn.decoder import PackedKV
 from miles_kernels.ops.attention import decode_plan, packed_plan
 from miles_kernels.ops.norm import rms_norm
@@ -22,6 +23,11 @@ POLICY = DecoderConfig(
     num_key_value_heads=2, head_dim=8, initializer_range=0.3,
 )  # fmt: skip
 MOE = dataclasses.replace(POLICY, family="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+GLM = dataclasses.replace(
+    POLICY, family="glm4_moe", num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True, n_group=3,
+    topk_group=2, routed_scaling_factor=1.5, shared_intermediate_size=16, first_k_dense_replace=1, attention_bias=True,
+    use_qk_norm=True, rope=RopeConfig(partial_rotary_factor=0.5),
+)  # fmt: skip
 WINDOW = dataclasses.replace(POLICY, sliding_window=3, layer_types=("sliding_attention",) * 4)
 IDS = (1, 4, 5, 9, 17, 30, 31, 39)
 LENGTHS = [5, 1, 9]
@@ -55,6 +61,11 @@ def draft(name: str) -> DraftModel:
             return MtpDraft.random(MtpConfig.of(POLICY), 3)
         case "moe":
             return MtpDraft.random(MtpConfig.of(MOE), 3)
+        case "glm" | "glm distinct":
+            made = MtpDraft.random(MtpConfig.of(GLM, num_layers=1 if name == "glm" else 3), 3)
+            for layer in made.blocks:
+                layer.router_bias.normal_(0, 0.3)
+            return made
         case "window":
             return MtpDraft.random(MtpConfig.of(WINDOW), 3)
         case "distinct":
@@ -79,7 +90,7 @@ def recycled(model: DraftModel, features: Tensor, tokens: Tensor, index: int, de
     return out
 
 
-@pytest.mark.parametrize("name", ["mtp", "moe", "window", "distinct", "eagle3"])
+@pytest.mark.parametrize("name", ["mtp", "moe", "glm", "glm distinct", "window", "distinct", "eagle3"])
 def test_unrolled_states_are_the_recycled_ones(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     model, depth = draft(name), 3
@@ -218,11 +229,11 @@ def test_taps_are_the_residual_stream_and_change_nothing() -> None:
         assert not torch.equal(taps[2], taps[4])
 
 
-@pytest.mark.parametrize("name", ["mtp", "moe", "window", "distinct", "eagle3"])
+@pytest.mark.parametrize("name", ["mtp", "moe", "glm", "window", "distinct", "eagle3"])
 def test_directories_round_trip(name: str, tmp_path: Path) -> None:
     model = draft(name)
     save_draft(model, tmp_path)
-    policy = {"moe": MOE, "window": WINDOW}.get(name, POLICY)
+    policy = {"moe": MOE, "glm": GLM, "window": WINDOW}.get(name, POLICY)
     loaded = load_draft(tmp_path, policy)
     assert loaded.config == model.config
     state = dict(loaded.named_state())
@@ -239,11 +250,53 @@ def test_layers_that_a_policy_carries(tmp_path: Path) -> None:
     write_model(tmp_path, dict(policy.hf_state()) | dict(model.named_state()) | head, data)
     config = policy_drafts(tmp_path, POLICY)
     assert config == model.config
-    with pytest.raises(ValueError, match=r"unexpected model\.layers\.4\.enorm"):
-        load_decoder(tmp_path)
-    whole = load_decoder(tmp_path, beside=draft_tensors(config))
-    assert torch.equal(whole.head, policy.head)
+    for whole in (load_decoder(tmp_path), load_decoder(tmp_path, beside=draft_tensors(config))):
+        assert torch.equal(whole.head, policy.head)
     loaded = load_draft(tmp_path, POLICY, shared={"lm_head": policy.head})
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
     with pytest.raises(ValueError, match="differs from the policy's lm_head"):
         load_draft(tmp_path, POLICY, shared={"lm_head": policy.head + 1})
+
+
+def test_a_glm_draft_starts_with_the_policys_correction_and_keeps_it_in_float32(tmp_path: Path) -> None:
+    policy = random_decoder(GLM, 0)
+    policy.layers[3].router_bias.normal_(0, 0.3)
+    model = MtpDraft.from_trunk(policy)
+    assert model.config.layout == "glm" and torch.equal(model.block(0).router_bias, policy.layers[3].router_bias)
+    name = "model.layers.4.mlp.gate.e_score_correction_bias"
+    save_draft(model, tmp_path, dtype=torch.bfloat16)
+    loaded = load_draft(tmp_path, GLM, dtype=torch.bfloat16)
+    stored = dict(loaded.named_state())[name]
+    assert stored.dtype is torch.float32 and torch.equal(stored, policy.layers[3].router_bias)
+    assert all(p.dtype is torch.bfloat16 for p in loaded.parameters())
+    eagle = Eagle3Config.of(GLM)
+    assert (eagle.block.family, eagle.block.rotary_dim, eagle.block.attention_bias) == ("qwen3", 8, False)
+    save_draft(Eagle3Draft.random(eagle, 0), tmp_path / "eagle3")
+    assert load_draft(tmp_path / "eagle3", GLM).config == eagle
+
+
+def test_a_glm_draft_computes_what_transformers_computes(tmp_path: Path) -> None:
+    """Policy and draft in one directory under GLM's names, read by both; the states of depth 1 agree."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    transformers = pytest.importorskip("transformers", reason="agreement with transformers needs transformers")
+    layers = pytest.importorskip("transformers.modeling_layers", reason="agreement with transformers needs transformers")
+    if not hasattr(layers, "MtpModel"):
+        pytest.skip("this transformers knows no MTP layers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    policy, model = random_decoder(GLM, 0), draft("glm")
+    write_model(tmp_path, dict(policy.hf_state()) | dict(model.named_state()), GLM.to_hf() | {"num_nextn_predict_layers": 1})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    theirs._keys_to_ignore_on_load_unexpected = [r"model\.layers\.4\."]  # their class knows the two published depths only
+    mtp = layers.MtpModel.from_pretrained(theirs).eval()
+    ids = torch.randint(0, 40, (1, 12))
+    with torch.no_grad():
+        hidden = theirs.model(ids[:, :-1]).last_hidden_state
+        positions = torch.arange(11)[None]
+        expected = mtp.forward_layer(0, hidden, positions, None, input_ids=ids[:, 1:])[0]
+        loaded = load_draft(tmp_path, GLM)
+        plan = UnrollPlan.of([11])
+        (ours,) = loaded.unroll(hidden[0], ids[:, 1:], plan, 1, embed=policy.embed_tokens)
+        (other,) = loaded.unroll(hidden[0].roll(1, 0), ids[:, 1:], plan, 1, embed=policy.embed_tokens)
+    assert (ours - expected).abs().max() < 1e-5
+    assert (other - expected).abs().max() > 1e-2, "states of another token differ, so the comparison can fail"

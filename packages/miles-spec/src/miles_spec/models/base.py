@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from miles_kernels.contract import Contract
 from miles_kernels.nn.config import DecoderConfig
-from miles_kernels.nn.decoder import Decoder, DecoderLayer, KVStore
+from miles_kernels.nn.decoder import Decoder, DecoderLayer, KVStore, rope_table
 from miles_kernels.ops.embedding import embedding
 from miles_kernels.ops.linear import linear
 from miles_kernels.ops.matmul import Mode
 from miles_kernels.ops.norm import add_rms_norm, rms_norm
-from miles_kernels.ops.rope import INITIAL_POSITIONS, RopeTable, apply_rope
+from miles_kernels.ops.rope import INITIAL_POSITIONS, apply_rope
 from miles_spec.models.config import DraftConfig
 from miles_spec.models.unroll import Pair, UnrollPlan, unrolled_attention
 
@@ -45,10 +45,10 @@ class DraftBlock(DecoderLayer):
         """Queries [T, Hq, D], keys and values [T, Hkv, D] of attention's input, normed and rotated; differentiable."""
         config = self.config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        qkv = self._linear(x, "qkv_proj", self.qkv_bias).view(-1, heads + 2 * kv_heads, config.head_dim)
+        qkv = self._project(x).view(-1, heads + 2 * kv_heads, config.head_dim)
         qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
-        if self.qk_norm is not None:
-            kinds = self.qk_norm.view(2, -1)
+        kinds = self.head_norm()
+        if kinds is not None:
             parts = zip(qk.split((heads, kv_heads), dim=1), kinds, strict=True)
             qk = torch.cat([rms_norm(part.contiguous(), weight, config.rms_norm_eps) for part, weight in parts], 1)
         q, k = apply_rope(qk.contiguous(), cos, sin).split((heads, kv_heads), dim=1)
@@ -82,7 +82,7 @@ class DraftModel(nn.Module, ABC):
         super().__init__()
         name = str(dtype).removeprefix("torch.")
         self.config = config
-        self.contract = Contract.reference(dtype=name) if contract is None else contract
+        self.contract = (Contract.reference(dtype=name) if contract is None else contract).with_rules(config.block.rules)
         if self.contract.dtype != name:
             raise ValueError(f"draft dtype {name}, but its contract says {self.contract.dtype}")
         self.blocks = nn.ModuleList(
@@ -94,7 +94,7 @@ class DraftModel(nn.Module, ABC):
         self.to(device=device, dtype=dtype)
         block = self.config.block
         longest = block.max_position_embeddings if torch.device(device).type != "cpu" else INITIAL_POSITIONS
-        self._rope = RopeTable(block.head_dim, block.rope.rope_theta, block.rope.to_hf(), device, longest + 64)
+        self._rope = rope_table(block, device, longest + 64)
 
     @property
     def mode(self) -> Mode:
@@ -278,6 +278,8 @@ def copy_block(block: DraftBlock, source: DecoderLayer, skip: Sequence[str] = ()
                 found = list(theirs[name].shape) if name in theirs else "nothing"
                 raise ValueError(f"the policy's last layer has {found} for {name}, the draft needs {list(weight.shape)}")
             weight.copy_(theirs[name])
+        if block.router_bias is not None and source.router_bias is not None:
+            block.router_bias.copy_(source.router_bias)
 
 
 def last_layer(policy: Decoder) -> DecoderLayer:

@@ -35,13 +35,15 @@ def add_arguments(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Carry out either command. Raises ValueError for what does not fit."""
     from miles_kernels.nn.checkpoint import iter_tensors, load_config
+    from miles_kernels.nn.decoder import CORRECTION
     from miles_spec.models.store import load_draft, make_draft, save_draft
 
     stored = {name: tensor.dtype for name, tensor in iter_tensors(options.directory)}
     policy = load_config(options.policy) if options.policy else None
     draft = load_draft(options.directory, policy)
     mine = dict(draft.named_state())
-    kinds = sorted({str(stored[name]).removeprefix("torch.") for name, tensor in mine.items() if tensor.is_floating_point()})
+    mixed = {name: tensor for name, tensor in mine.items() if tensor.is_floating_point() and not name.endswith(CORRECTION)}
+    kinds = sorted({str(stored[name]).removeprefix("torch.") for name in mixed})
     if options.command == "inspect":
         print("\n".join(_described(draft, kinds)))
         for name, tensor in mine.items():

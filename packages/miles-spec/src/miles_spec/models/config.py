@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from miles_kernels.nn.config import DecoderConfig
+from miles_kernels.nn.config import GLM_FIELDS, DecoderConfig
 
 Layout = Literal["deepseek", "glm", "qwen3_next", "mimo"]
 LAYOUTS: tuple[Layout, ...] = ("deepseek", "glm", "qwen3_next", "mimo")
@@ -67,9 +67,10 @@ class MtpConfig:
         return ()
 
     @classmethod
-    def of(cls, policy: DecoderConfig, *, num_layers: int = 1, layout: Layout = "deepseek") -> MtpConfig:
-        """Layers shaped as the policy's last one."""
-        return cls(block=_like_last(policy, num_layers), trunk_layers=policy.num_hidden_layers, layout=layout)
+    def of(cls, policy: DecoderConfig, *, num_layers: int = 1, layout: Layout | None = None) -> MtpConfig:
+        """Layers shaped as the policy's last one; `layout` is by default that of the policy's family, else "deepseek"."""
+        block = _like_last(policy, num_layers)
+        return cls(block=block, trunk_layers=policy.num_hidden_layers, layout=layout or _layout_of(policy.family))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,7 @@ class Eagle3Config:
         """
         layers = policy.num_hidden_layers
         default = (2, layers // 2, layers - 3) if layers >= 7 else (max(layers - 2, 0), max(layers - 1, 0), layers)
-        block = _like_last(dataclasses.replace(policy, **_DENSE) if policy.num_experts else policy, 1)
+        block = _like_last(dense_twin(policy), 1)
         return cls(
             block=block,
             feature_layers=feature_layers or default,
@@ -125,6 +126,15 @@ class Eagle3Config:
 
 DraftConfig = MtpConfig | Eagle3Config
 _DENSE: dict[str, Any] = {"family": "qwen3", "num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
+_DENSE |= {"norm_topk_prob": False}
+
+
+def dense_twin(policy: DecoderConfig) -> DecoderConfig:
+    """The policy's config without experts: a plain Qwen3 block, which rotates whole heads. A dense one as it is."""
+    if not policy.num_experts:
+        return policy
+    rope = dataclasses.replace(policy.rope, partial_rotary_factor=1.0)
+    return dataclasses.replace(policy, **_DENSE | GLM_FIELDS, rope=rope, attention_bias=policy.output_bias)
 
 
 def _like_last(policy: DecoderConfig, num_layers: int) -> DecoderConfig:
@@ -132,8 +142,10 @@ def _like_last(policy: DecoderConfig, num_layers: int) -> DecoderConfig:
     last = policy.num_hidden_layers - 1
     kinds: dict[str, Any] = {"num_hidden_layers": num_layers, "layer_types": policy.layer_types[-1:] * num_layers}
     if policy.num_experts:
-        dense = not policy.is_moe_layer(last)
-        kinds |= {"decoder_sparse_step": 1, "mlp_only_layers": tuple(range(num_layers)) if dense else ()}
+        kinds |= {"decoder_sparse_step": 1, "mlp_only_layers": (), "first_k_dense_replace": 0}
+        if not policy.is_moe_layer(last):
+            by_number = {"first_k_dense_replace": num_layers}
+            kinds |= by_number if policy.first_k_dense_replace else {"mlp_only_layers": tuple(range(num_layers))}
     return dataclasses.replace(policy, **kinds)
 
 
@@ -181,8 +193,11 @@ def _mtp_from(data: Mapping[str, Any], own: Mapping[str, Any], policy: DecoderCo
     if not layers:
         raise ValueError(f"it names no draft: none of miles_draft, draft_vocab_size, {', '.join(_COUNTS)} is set")
     model = str(data.get("model_type", ""))
-    layout: Layout = next((name for start, name in _BY_MODEL.items() if model.startswith(start)), "deepseek")
-    return MtpConfig.of(policy, num_layers=layers, layout=layout)
+    return MtpConfig.of(policy, num_layers=layers, layout=_layout_of(model))
+
+
+def _layout_of(model_type: str) -> Layout:
+    return next((name for start, name in _BY_MODEL.items() if model_type.startswith(start)), "deepseek")
 
 
 _COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "mtp_num_layers")

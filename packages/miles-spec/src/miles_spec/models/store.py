@@ -13,6 +13,7 @@ from torch import Tensor
 from miles_kernels.contract import Contract
 from miles_kernels.nn.checkpoint import iter_tensors, read_json, write_model
 from miles_kernels.nn.config import DecoderConfig
+from miles_kernels.nn.decoder import stored_dtype
 from miles_spec.models.base import DraftModel
 from miles_spec.models.config import DraftConfig, Eagle3Config, MtpConfig, from_json, to_json
 from miles_spec.models.eagle3 import Eagle3Draft
@@ -38,7 +39,7 @@ def save_draft(draft: DraftModel, directory: str | Path, *, dtype: torch.dtype |
 
     def stored() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in draft.named_state():
-            yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            yield name, tensor.to(stored_dtype(name, dtype)) if dtype is not None and tensor.is_floating_point() else tensor
 
     return write_model(Path(directory), dict(stored()), to_json(draft.config))
 
