@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import os
 import random
@@ -116,11 +117,41 @@ def test_a_trainer_that_sleeps_takes_the_same_steps(to: str, optimizer: str, tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_sleeping_trainer_holds_nothing_but_crumbs() -> None:
+    """Whatever lives around it: a large block that stays keeps the stretch of the device that it was cut from."""
+
+    def living() -> list[Tensor]:
+        gc.collect()
+        return [found for found in gc.get_objects() if type(found) in (Tensor, torch.nn.Parameter)]
+
+    batch = batches(1, 1)[0]
+    others = living()
+    known = {id(found) for found in others}
+    trainer = build()
+    trainer.step(batch)
+    expected = trainer.forward_logprobs(batch)
+
+    def left() -> list[tuple[int, tuple[int, ...]]]:
+        slabs_of = {part.untyped_storage().data_ptr() for _, part in trainer.memory.mover._slabs.values()}
+        found = [(t.untyped_storage(), tuple(t.shape)) for t in living() if id(t) not in known]
+        return [(s.nbytes(), shape) for s, shape in found if s.nbytes() > 256 and s.data_ptr() not in slabs_of]
+
+    assert any(size > 10_000 for size, _ in left())
+    trainer.memory.sleep()
+    del expected
+    assert not left(), left()
+    found = trainer.forward_logprobs(batch)  # which needs the weights, and what they look up
+    assert set(trainer.memory.mover.away) == {"moments", "reference", "draft"}
+    other = build()
+    other.step(batch)
+    assert torch.equal(found, other.forward_logprobs(batch))
+
+
 def test_a_subset_may_leave_and_export_brings_back_what_it_needs() -> None:
     trainer = build()
     trainer.step(batches(1, 1)[0])
     before = [t.clone() for _, t in trainer.export_weights()]
-    trainer.offload(["weights", "masters", "moments"])
+    trainer.offload(["weights", "masters", "moments", "tables"])
     assert same(before, [t.clone() for _, t in trainer.export_weights()])
     assert set(trainer.memory.mover.away) == {"moments"}
     with pytest.raises(ValueError, match="unknown memory tag 'weigths'"):

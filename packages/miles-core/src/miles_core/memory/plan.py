@@ -125,12 +125,13 @@ def make_plan(job: Job) -> Plan:
     if job.num_gpus < 1 or job.num_gpus % job.cut:
         raise ValueError(f"the trainer's state is cut over {job.cut} process(es), which does not divide {job.num_gpus} GPU(s)")
     parameters = count_parameters(job.shape)
-    outside, always, kv = _outside(job), _always(job), _kv(job)
+    outside, always, kv = _outside(job), _always(job, awake=True), _kv(job)
     trainer, engine = _trainer_at_rest(job, parameters), _engine_at_rest(job, parameters)
     waiting = [] if job.sleep else [*engine, *kv]
     phases = []
     if job.rolls_out:
-        phases.append(_phase("rollout", outside, always, [] if job.sleep else trainer, engine, kv, _engine_working(job)))
+        awake = [*_always(job, awake=not job.sleep), *([] if job.sleep else trainer)]
+        phases.append(_phase("rollout", outside, awake, engine, kv, _engine_working(job)))
     if job.trains:
         phases += [_phase(name, outside, always, trainer, waiting, items) for name, items in _train_moments(job, parameters)]
     if job.trains and job.rolls_out:
@@ -156,11 +157,11 @@ def _outside(job: Job) -> list[Item]:
     return items
 
 
-def _always(job: Job) -> list[Item]:
-    """What nobody gives back while he sleeps."""
+def _always(job: Job, *, awake: bool) -> list[Item]:
+    """What is there in every phase; a trainer that is not `awake` has given up its tables."""
     if job.device.is_host:
         return []
-    shape, models = job.shape, job.trains * (1 + job.reference) + job.rolls_out
+    shape, models = job.shape, awake * job.trains * (1 + job.reference) + job.rolls_out
     tables = models * shape.max_position_embeddings * shape.head_dim * 2 * 4
     return [
         Item("rotary tables", tables, f"{models} x {shape.max_position_embeddings:,} positions x {shape.head_dim} x (4 + 4)"),

@@ -20,8 +20,8 @@ from miles_core.memory.regions import Moved, Mover, Region, Target
 from miles_core.memory.stack import KernelStack
 from miles_core.memory.together import Together
 
-TRAINER_TAGS = ("masters", "moments", "weights", "reference", "draft")
-"""In the order they come back: weights may be computed from masters."""
+TRAINER_TAGS = ("masters", "moments", "tables", "weights", "reference", "draft")
+"""In the order they come back: weights may be computed from masters. Tables are those that turn heads by position."""
 
 
 PASSES = "forward and backward"
@@ -53,8 +53,8 @@ class _Optimizer(Protocol):
 class TrainerMemory:
     """Moves what a trainer holds by tag, and makes room when there is none.
 
-    `weights` and `reference` yield the tensors of model and frozen policy; `model` is what can recompute its layers. `place`
-    is the rank and number of processes that work together, `peers` are their groups.
+    `weights`, `reference` and `tables` yield the tensors of model and frozen policy, and what both look up; `model` is what can
+    recompute its layers. `place` is the rank and number of processes that work together, `peers` are their groups.
 
     Example: memory.sleep(); ...; memory.wake()
     """
@@ -71,6 +71,7 @@ class TrainerMemory:
         place: tuple[int, int] | None = None,
         splits_gradients: bool = False,
         peers: Sequence[Peers] = (),
+        tables: Callable[[], Iterable[Tensor]] = list,
     ) -> None:
         self.optimizer, self.device, self.config = optimizer, device, config
         self._model = model
@@ -101,6 +102,7 @@ class TrainerMemory:
             [
                 Region(tag="masters", tensors=lambda: optimizer.masters if self._own_masters else []),
                 Region(tag="moments", tensors=lambda: [] if optimizer.home else [*optimizer.exp_avg, *optimizer.exp_avg_sq]),
+                Region(tag="tables", tensors=tables),
                 Region(tag="weights", tensors=weights, rebuild=rebuild),
                 Region(tag="reference", tensors=reference),
                 Region(tag="draft", tensors=lambda: self.draft()),
@@ -125,12 +127,14 @@ class TrainerMemory:
         return [self.mover.offload(tag, target or self._default(tag)) for tag in _ordered(tags, reverse=True)]
 
     def onload(self, tags: Iterable[str]) -> list[Moved]:
-        """Bring tags back, and with weights that were dropped their masters. Idempotent."""
+        """Bring tags back, with weights that were dropped their masters, and with any weights their tables. Idempotent."""
         if self._stack is not None:
             self._stack.restore()
         wanted = set(tags)
         if "weights" in wanted and self.mover.away.get("weights") == "drop":
             wanted.add("masters")
+        if wanted & {"weights", "reference"}:
+            wanted.add("tables")
         return [self.mover.onload(tag) for tag in _ordered(wanted)]
 
     def sleep(self) -> list[Moved]:

@@ -95,6 +95,7 @@ class FsdpTrainer:
             self.optimizer, self._weights, self._frozen, self.model.device, memory,
             model=self.decoder, place=(self.parallel.rank, self.parallel.size) if several else None,
             splits_gradients=config.gradients == "chained", peers=tuple(self.model.peers.values()),
+            tables=self._tables,
         )  # fmt: skip
         self._observer: TrainObserver | None = None
         self._chained = config.gradients == "chained"
@@ -113,6 +114,9 @@ class FsdpTrainer:
 
     def _frozen(self) -> list[Tensor]:
         return [] if self.reference_model is None else [owned.local for owned in self.reference_model.weights().values()]
+
+    def _tables(self) -> list[Tensor]:
+        return [table for each in (self.decoder, self.reference) if each is not None for table in each.rope_tables(0)]
 
     def _cut(self, decoder: Decoder) -> WholeModel:
         """The model of a decoder: whole in one process, cut over several; whole in each where nothing is cut."""
