@@ -271,3 +271,40 @@ def test_features_lie_in_the_order_in_which_the_draft_reads_layers(layers: tuple
         taps[layer] = torch.full((2, 4), float(layer))
     store.store(torch.tensor([70, 71]), torch.tensor([5, 6]), torch.zeros(2, 4), taps)
     assert store.values[70:72, ::4].tolist() == [[float(layer) for layer in layers]] * 2
+
+
+def test_a_draft_that_finds_no_memory_is_asked_again(monkeypatch: pytest.MonkeyPatch):
+    """Drafting allocates as the step's own pass does: the engine takes less at once, and the tokens stay."""
+    policy, failed = random_decoder(SHAPE, 0), []
+    plain, _ = serve([REQUEST], CONFIG)
+    core = EngineCore(policy, TOKENIZER, CONFIG, num_pages=64, draft=MtpDraft.from_trunk(policy))
+    assert core.speculator is not None
+    propose = core.speculator.proposer.propose
+
+    def starved(*arguments: Any) -> Any:
+        if len(failed) < 2:
+            failed.append(1)
+            raise torch.OutOfMemoryError("no memory")
+        return propose(*arguments)
+
+    monkeypatch.setattr(core.speculator.proposer, "propose", starved)
+    found = []
+    with torch.inference_mode():
+        core.add(Job(REQUEST, 0, frozenset(TOKENIZER.eos_token_ids)))
+        while core.has_work:
+            found += [delivery.item for delivery in core.step()]
+    assert digest({"a": found[0]}) == digest(plain)
+    assert core.num_oom == len(failed) == 2 and core.metrics()["spec_num_drafted"] > 0
+
+
+def test_a_draft_cache_that_came_back_holds_numbers():
+    """Slots that nobody has written are read beside others: memory taken again must not bring NaN into them."""
+    policy = random_decoder(SHAPE, 0)
+    core = EngineCore(policy, TOKENIZER, CONFIG, num_pages=64, draft=MtpDraft.from_trunk(policy))
+    assert core.speculator is not None
+    kv = core.speculator.proposer.kv  # type: ignore[attr-defined]
+    core._kv._pool.fill_(math.nan)
+    kv._pool.fill_(math.nan)
+    for part in (core._kv, kv):
+        part.restore()  # the memory is what it was, as it may be after `release`
+    assert not kv._pool.any() and core._kv._pool.isnan().any(), "the policy's own is not cleared: its slots are written first"

@@ -210,3 +210,46 @@ def test_finish_takes_out_waiting_and_running_sequences():
             harness.scheduler.finish(seq)
     harness.run()
     assert all(job.hold is None and job.leader is None for job in jobs)
+
+
+def test_rows_that_move_on_while_pages_are_sought_get_pages_too():
+    """Without a page for one row, what is on its way is taken in: it may bring another row to the end of its own pages."""
+    config = EmbeddedConfig(max_running=4, max_batched_tokens=64, prefix_cache=False)
+    pool, tables = PagePool(8), Tables(4, PAGE)
+    held: list[int] = []
+    moved: list[int] = []
+
+    def settle() -> bool:
+        if moved or not held:
+            return False
+        moved.append(first.row)
+        tables.position[first.row] += 2  # it had two draft tokens accepted
+        pool.release(held[:2])
+        return True
+
+    scheduler = Scheduler(config, pool, PrefixCache(pool, PAGE, False), tables, None, settle)
+    jobs = [
+        Job(GenerateRequest(request_id=str(i), input_ids=(5,) * size, sampling=SamplingParams(max_new_tokens=40)), i, frozenset())
+        for i, size in enumerate((13, PAGE))
+    ]
+    for job in jobs:
+        scheduler.add(job)
+    first, second = (job.sequences[0] for job in jobs)
+    scheduler.advance(scheduler.schedule(), torch.zeros((2, 4)))
+    held += pool.take(pool.num_available) or []
+    scheduler.advance(Batch(np.array([first.row]), ahead=2), None)
+    assert tables.position[first.row] == 14 and tables.position[second.row] == PAGE == tables.capacity[second.row]
+    batch = scheduler.schedule()
+    assert moved and set(batch.rows.tolist()) == {first.row, second.row}
+    assert (tables.capacity[batch.rows] > tables.position[batch.rows]).all(), "a row computes a position it has no page for"
+
+
+def test_a_row_in_new_hands_knows_no_pages_of_its_last_owner():
+    tables = Tables(1, PAGE)
+    job = Job(GenerateRequest(request_id="a", input_ids=(5,) * 20, sampling=SamplingParams(max_new_tokens=9)), 0, frozenset())
+    seq = job.sequences[0]
+    seq.pages = [3, 7]
+    tables.open(seq)
+    assert tables.slots_at(np.array([0]), np.array([17])).tolist() == [7 * PAGE + 1]
+    tables.close(seq)
+    assert not tables.pages.any() and not tables.slots.any()

@@ -55,9 +55,6 @@ class DirectSpec(DirectGraphs, SpecGraphs):
         finally:
             self._decoder = decoder
 
-    def _tokens_of(self, captured: Any) -> np.ndarray:
-        return captured()[0].numpy()
-
 
 class DirectDrafter(GraphDrafter):
     """The draft's graph body on the CPU."""

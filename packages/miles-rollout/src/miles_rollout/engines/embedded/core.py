@@ -139,14 +139,12 @@ class EngineCore:
     def step(self) -> list[Delivery]:
         """Start a pass and a draw for every sequence, take in the tokens that have arrived; returns what became ready."""
         started = time.perf_counter()
-        batch = self._scheduler.schedule()
         try:
+            batch = self._scheduler.schedule()  # a draft model's passes allocate, too
             flights = self._launch(batch)
         except torch.OutOfMemoryError:
             if not self.makes_room:
                 raise
-            flights = None
-        if flights is None:
             self._make_room()
             return self._outputs.take_deliveries()
         self._oom_in_a_row = 0

@@ -33,6 +33,7 @@ class PagedKV:
         self._pool[:, :, :, :page_size] = 0
         self._layers = [(self._pool[layer, 0], self._pool[layer, 1]) for layer in range(layers)]
         self._slots = torch.empty(0, dtype=torch.int64, device=device)
+        self._is_clear = False
 
     @property
     def pools(self) -> list[tuple[Tensor, Tensor]]:
@@ -70,7 +71,8 @@ class PagedKV:
         self._pool.index_copy_(3, target, self._pool.index_select(3, source))
 
     def clear(self) -> None:
-        """Zero everything, for a cache whose unwritten slots are read beside others, with weight 0."""
+        """Zero everything, after `restore` again, for a cache whose unwritten slots are read beside others, with weight 0."""
+        self._is_clear = True
         self._pool.zero_()
 
     def release(self) -> None:
@@ -80,4 +82,6 @@ class PagedKV:
     def restore(self) -> None:
         """Take memory again, at another address and without the old contents."""
         self._pool.untyped_storage().resize_(self._pool.numel() * self._pool.itemsize)
+        if self._is_clear:
+            self._pool.zero_()
         self._pool[:, :, :, : self.page_size] = 0

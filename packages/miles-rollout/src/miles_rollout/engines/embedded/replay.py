@@ -152,8 +152,13 @@ class StepGraphs:
     # ------------------------------------------------------------------ staging
 
     def _launch(self, captured: _Captured, count: int) -> tuple[Tensor, Readback]:
+        logits, packed = self._replay(captured)
+        return logits[:count], Readback(packed, count)
+
+    def _replay(self, captured: _Captured) -> tuple[Tensor, Tensor]:
+        """Start the graph; (logits, packed draws), which its next replay overwrites."""
         captured.graph.replay()
-        return captured.logits[:count], Readback(captured.packed, count)
+        return captured.logits, captured.packed
 
     def _buffer(self) -> np.ndarray:
         """Where the inputs of the next step are written, int64."""
@@ -229,10 +234,14 @@ class StepGraphs:
         if stale.any():
             which, width = rows[stale], int(needed[stale].max())
             if width:
-                pages = upload(tables.pages[which, :width].astype(np.int32), self._device)
-                self._pages[:, :width].index_copy_(0, upload(which, self._device), pages)
+                self._enter_pages(which, tables.pages[which, :width].astype(np.int32))
         self._serial[rows] = serial
         self._known[rows] = np.minimum(needed, tables.capacity[rows] // tables.page_size)  # a look-ahead may reach beyond
+
+    def _enter_pages(self, rows: np.ndarray, pages: np.ndarray) -> None:
+        """The first pages int32 [R, W] of rows."""
+        device = self._device
+        self._pages[:, : pages.shape[1]].index_copy_(0, upload(rows, device), upload(pages, device))
 
     # ------------------------------------------------------------------ capture
 

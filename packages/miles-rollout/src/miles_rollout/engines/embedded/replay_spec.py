@@ -131,8 +131,7 @@ class SpecGraphs(StepGraphs):
         staged[1:-3, :count], staged[-3:, :count] = given, self._keys_of(rows)
         staged[1:, count:] = 0
         self._upload(fields * size)
-        captured.graph.replay()
-        return captured.packed
+        return self._replay(captured)[1]
 
     def run(self, step: Any) -> tuple[Tensor, Tensor]:
         """(logits, packed draws) of `miles_kernels.cuda.decode.StepInputs`, whose drawn tokens nobody goes on with."""
@@ -163,11 +162,8 @@ class SpecGraphs(StepGraphs):
         staged[0, :count], staged[1, :count], staged[2, :count] = rows, position, self._tables.last_token[rows]
         staged[3:6, :count], staged[6, :count] = self._keys_of(rows), lengths
         self._upload(7 * size)
-        return self._tokens_of(captured)[:count]
-
-    def _tokens_of(self, captured: Any) -> np.ndarray:
-        captured.graph.replay()
-        return captured.logits.cpu().numpy()
+        drafted: np.ndarray = self._replay(captured)[0].cpu().numpy()
+        return drafted[:count]
 
 
 class GraphDrafter:

@@ -234,10 +234,15 @@ class Scheduler:
 
     def _give_room_to_decode(self) -> None:
         """A page for every decoding sequence whose next token starts one; the youngest give theirs up if need be."""
-        rows, tables = self.decode_rows(), self._tables
         self._slack -= 1
-        if self._slack > 0 and rows is self._slack_rows:
+        if self._slack > 0 and self.decode_rows() is self._slack_rows:
             return  # the same sequences as before, and nobody at the end of a page or of its tokens yet
+        while not self._give_pages():
+            pass
+
+    def _give_pages(self) -> bool:
+        """False when tokens were taken in for want of pages: rows have moved on, or ended, and all are looked at again."""
+        rows, tables = self.decode_rows(), self._tables
         left = tables.last_position[rows] - tables.position[rows]
         if not (
             left > 0
@@ -247,7 +252,7 @@ class Scheduler:
             rows, left = self.decode_rows(), left[left > 0]
         room = tables.capacity[rows] - tables.position[rows]
         needy = sorted((self.decoding[i] for i in np.flatnonzero(room <= 0).tolist()), key=lambda seq: seq.order)
-        steps = np.minimum(room, left).min(initial=self._tables.page_size)
+        steps = np.minimum(room, left).min(initial=tables.page_size)
         self._slack, self._slack_rows = (0 if needy else int(steps)), rows
         for seq in needy:
             while seq.row >= 0:
@@ -256,10 +261,21 @@ class Scheduler:
                     seq.pages += pages
                     tables.set_pages(seq)
                     break
-                if not self._settle() and not self.unblock():
+                if self._take_in():
+                    return False
+                if not self.unblock():
                     self._retract(max((s for s in self.decoding + self.prefilling if s.row >= 0), key=lambda s: s.order))
                     self.num_retractions += 1
         self.decode_rows()
+        return True
+
+    def _take_in(self) -> bool:
+        """Take in what is on its way; whether there was any. All positions are known then."""
+        if not self._settle():
+            return False
+        self._unsure[:] = 0
+        self._slack = 0
+        return True
 
     def _draft(self, budget: int) -> tuple[Drafts | None, int]:
         """Draft tokens for the decoding rows, or how many the device is to draft for each.
@@ -274,9 +290,7 @@ class Scheduler:
         if length and self._can_go_ahead(length):
             return None, length
         rows = self._rows
-        if (length or self._is_unsure(rows).any()) and self._settle():
-            self._unsure[rows] = 0
-            self._slack = 0
+        if (length or self._is_unsure(rows).any()) and self._take_in():
             self._give_room_to_decode()
             if not self.decoding:
                 return None, 0

@@ -57,7 +57,7 @@ class AheadSteps:
         return BlockReadback(packed, len(start.rows))
 
     def _run(self, lanes: Tensor, length: int, keys: int) -> tuple[Tensor, Tensor]:
-        """(logits of the verification [S x W, V], packed blocks)."""
+        """Packed blocks, twice; nobody wants the logits of the verification, which would be kept with the graph."""
         from miles_kernels.cuda.draft import accept_drafts, begin_drafts
 
         graphs, (last, pages) = self._graphs, self._graphs.state
@@ -66,8 +66,9 @@ class AheadSteps:
             drafts=length, entries=self.entries, page_size=graphs.page_size, max_kv=keys,
         )  # fmt: skip
         drafted = self._draft(inputs, lanes, length, keys)
-        logits, packed = self._verify(inputs, lanes, drafted, keys)
-        return logits, accept_drafts(inputs, drafted, packed, last, self._where)
+        _, packed = self._verify(inputs, lanes, drafted, keys)
+        blocks = accept_drafts(inputs, drafted, packed, last, self._where)
+        return blocks, blocks
 
     def _draft(self, inputs: Any, lanes: Tensor, length: int, keys: int) -> Tensor:
         """Draft tokens int64 [K, S], below 0 where the draft's scores are no numbers."""

@@ -81,6 +81,7 @@ class Tables:
     def close(self, seq: Sequence) -> None:
         """Take the row back and leave it clean."""
         self.slots[seq.row, : self.capacity[seq.row]] = 0  # refused drafts reach further than the tokens do
+        self.pages[seq.row, : len(seq.pages)] = 0  # what looks beyond its pages must not find somebody else's
         self.capacity[seq.row] = 0
         self.tail.close(seq)
         self._free.append(seq.row)
