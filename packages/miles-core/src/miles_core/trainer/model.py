@@ -13,7 +13,7 @@ from torch import Tensor
 from miles_core.memory.peers import Peers
 from miles_core.trainer.optim import Optimized, sum_of_squares
 from miles_core.trainer.packing import Microbatch
-from miles_core.trainer.weights import Owned, hf_slices
+from miles_core.trainer.weights import Owned, corrections, hf_slices, whole
 from miles_kernels.nn.decoder import Decoder, PackedKV
 from miles_kernels.ops.chain import begin, take
 from miles_kernels.ops.logprob import LogprobOutput
@@ -39,10 +39,8 @@ class WholeModel:
         """Layers whose incoming residual stream the watcher is shown, too."""
 
     def weights(self) -> dict[str, Owned]:
-        """Every parameter by its name in the decoder, as this process holds it."""
-        return {
-            name: Owned(name, tuple(p.shape), p.detach(), ((0, p.numel()),), None) for name, p in self.decoder.named_parameters()
-        }
+        """Every parameter, and the routers' corrections, by its name in the decoder, as this process holds it."""
+        return {name: whole(name, x) for name, x in (*self.decoder.named_parameters(), *corrections(self.decoder))}
 
     def optimized(self) -> list[Optimized]:
         """What the optimizer works on: the decoder's parameters, with a master for those below float32."""
@@ -69,6 +67,8 @@ class WholeModel:
         config, what = self.decoder.config, 'trainer.gradients = "chained"'
         if config.attention_bias or config.output_bias or config.mlp_bias:
             raise ValueError(f"{what}: the gradients of biases are not chained; use summed")
+        if config.rotary_dim < config.head_dim:
+            raise ValueError(f"{what}: heads that are rotated in part are reordered, and their gradients not chained; use summed")
         if self.decoder.contract.precision != "full":
             raise ValueError(f"{what}: float8 products are not chained; use summed")
         if self.device.type == "cuda":

@@ -25,11 +25,10 @@ from miles_core.trainer.model import WholeModel
 from miles_core.trainer.optim import Optimized, sum_of_squares
 from miles_core.trainer.packing import Microbatch
 from miles_core.trainer.table import VocabTable, bounds_of
-from miles_core.trainer.weights import Owned, export, load
+from miles_core.trainer.weights import Owned, corrections, export, load, whole
 from miles_kernels.nn.decoder import Decoder, DecoderLayer, KVStore, PackedKV
 from miles_kernels.ops.attention import attention
 from miles_kernels.ops.logprob import LogprobOutput
-from miles_kernels.ops.router import router
 
 _EXPERT_NAMES = {"expert_gate_up_proj": "gate_up", "expert_down_proj": "down"}
 
@@ -39,13 +38,9 @@ class ShardedLayer(DecoderLayer):
 
     experts: Experts | None
 
-    def _feed_forward(self, x: Tensor, routed: dict[int, Tensor] | None) -> Tensor:
+    def _visit_experts(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if self.experts is None:
-            return super()._feed_forward(x, routed)
-        config = self.config
-        ids, weights = router(x, self.router, config.num_experts_per_tok, normalize=config.norm_topk_prob, mode=self.mode)
-        if routed is not None:
-            routed[self.index] = ids
+            return super()._visit_experts(x, ids, weights)
         return self.experts(x, ids, weights)
 
     def _attend_fused(self, qkv: Tensor, cos: Tensor, sin: Tensor, kv: KVStore) -> Tensor:
@@ -56,8 +51,7 @@ class ShardedLayer(DecoderLayer):
 
         config = self.config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        norm = None if self.qk_norm is None else self.qk_norm.view(2, -1)
-        turned = turn_heads(qkv, norm, cos, sin, heads, kv_heads, config.rms_norm_eps)
+        turned = turn_heads(qkv, self.head_norm(), cos, sin, heads, kv_heads, config.rms_norm_eps)
         v = qkv.view(len(qkv), heads + 2 * kv_heads, config.head_dim)[:, heads + kv_heads :]
         k_pool, v_pool = kv.update(self.index, turned[:, heads:], v)
         return attention(turned[:, :heads], k_pool, v_pool, kv.plan, scale=self.scale, window=self.window, mode=self.mode)
@@ -175,8 +169,9 @@ class ShardedModel(WholeModel):
     # ---- what lies where
 
     def weights(self) -> dict[str, Owned]:
-        """Every parameter by its name in the whole decoder, as this process holds it."""
-        return {name: self._owned(name, _local(parameter)) for name, parameter in self._parameters()}
+        """Every parameter, and the routers' corrections, by its name in the whole decoder, as this process holds it."""
+        cut = {name: self._owned(name, _local(parameter)) for name, parameter in self._parameters()}
+        return cut | {name: whole(name, buffer) for name, buffer in corrections(self.decoder)}
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters under the names and in the order they have in a whole decoder."""

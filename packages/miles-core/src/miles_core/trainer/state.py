@@ -25,7 +25,7 @@ MAX_FILE_BYTES = 256 * 2**20
 
 def write_state(directory: Path, model: WholeModel, optimizer: AdamW, facts: dict[str, Any], *, writer: bool) -> None:
     """Write a trainer's state; collective, and only the process that is the `writer` touches the disk."""
-    weights = [(piece.name, piece.numel * model.dtype.itemsize) for piece in model.slices]
+    weights = [(piece.name, piece.numel * piece.dtype(model.dtype).itemsize) for piece in model.slices]
     write_model(directory / "model", model.decoder.config, model.dtype, weights, model.export(), writer=writer)
     states = owned_state(model, optimizer)
     sizes = [(name, owned.bounds[-1][1] * 4) for name, owned in states.items()]

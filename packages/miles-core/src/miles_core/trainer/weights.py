@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from miles_core.trainer.collectives import Group, broadcast, rank_of, size_of
-from miles_kernels.nn.decoder import Decoder
+from miles_kernels.nn.decoder import Decoder, stored_dtype
 
 
 class HfSlice(NamedTuple):
@@ -31,10 +31,25 @@ class HfSlice(NamedTuple):
         """Elements."""
         return prod(self.shape)
 
+    def dtype(self, model: torch.dtype) -> torch.dtype:
+        """In what it is stored and sent, of a model in that dtype."""
+        return stored_dtype(self.name, model)
+
+
+def corrections(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """The routers' corrections by their names in the decoder: part of a checkpoint, whole in every process, and never trained."""
+    return ((name, buffer) for name, buffer in decoder.named_buffers() if name.endswith(".router_bias"))
+
+
+def whole(name: str, tensor: Tensor) -> Owned:
+    """A tensor that this process holds whole."""
+    return Owned(name, tuple(tensor.shape), tensor.detach(), ((0, tensor.numel()),), None)
+
 
 def hf_slices(decoder: Decoder) -> tuple[HfSlice, ...]:
     """The checkpoint's tensors in its order, for a decoder that is still whole."""
-    owners = {parameter.untyped_storage().data_ptr(): name for name, parameter in decoder.named_parameters()}
+    named = (*decoder.named_parameters(), *corrections(decoder))
+    owners = {tensor.untyped_storage().data_ptr(): name for name, tensor in named}
     return tuple(
         HfSlice(name, owners[view.untyped_storage().data_ptr()], view.storage_offset(), tuple(view.shape))
         for name, view in decoder.hf_state()
@@ -94,7 +109,7 @@ class Owned:
 def export(slices: Iterable[HfSlice], owned: dict[str, Owned], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(HF name, whole tensor) one at a time, on every process; nothing larger than one tensor is ever whole."""
     for piece in slices:
-        yield piece.name, owned[piece.owner].read(piece.offset, piece.shape, dtype)
+        yield piece.name, owned[piece.owner].read(piece.offset, piece.shape, piece.dtype(dtype))
 
 
 def load(slices: Sequence[HfSlice], owned: dict[str, Owned], tensors: Iterable[tuple[str, Tensor]], family: str) -> None:

@@ -13,8 +13,8 @@ from miles_core.trainer.batch import SftExample, TrainBatch
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.testing import random_samples
 from miles_kernels.nn.checkpoint import random_decoder
-from miles_kernels.nn.config import DecoderConfig
-from miles_kernels.nn.decoder import Decoder
+from miles_kernels.nn.config import DecoderConfig, RopeConfig
+from miles_kernels.nn.decoder import CORRECTION, Decoder
 from miles_rollout.wire import Sample
 
 _DENSE: dict[str, Any] = {
@@ -37,6 +37,23 @@ _MOE: dict[str, Any] = {
     "norm_topk_prob": True,
     "tie_word_embeddings": False,
 }
+_GLM: dict[str, Any] = {
+    "family": "glm4_moe",
+    "num_hidden_layers": 3,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+    "n_group": 4,
+    "topk_group": 2,
+    "attention_bias": True,
+    "use_qk_norm": True,
+    "tie_word_embeddings": False,
+    "rope": {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +66,7 @@ class Case:
 
     name: str
     model: dict[str, Any] = field(default_factory=lambda: dict(_DENSE))
-    """Fields of a DecoderConfig."""
+    """Fields of a DecoderConfig, "rope" being a table of those of a RopeConfig."""
     algorithm: dict[str, Any] = field(default_factory=dict)
     """Fields of an AlgorithmConfig."""
     optimizer: dict[str, Any] = field(default_factory=lambda: {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1})
@@ -69,7 +86,7 @@ class Case:
 
     def shape(self) -> DecoderConfig:
         """The model's shape."""
-        return DecoderConfig(**self.model)
+        return DecoderConfig(**{**self.model, "rope": RopeConfig(**self.model.get("rope", {}))})
 
     def decoder(self) -> Decoder:
         """The whole model with weights drawn from the seed, on the case's device."""
@@ -77,7 +94,11 @@ class Case:
 
         contract = Contract.for_device(self.device, self.dtype)
         dtype = torch.float32 if self.dtype == "float32" else torch.bfloat16
-        return random_decoder(self.shape(), self.seed, contract=contract, dtype=dtype, device=self.device)
+        made = random_decoder(self.shape(), self.seed, contract=contract, dtype=dtype, device=self.device)
+        for name, view in made.hf_state():
+            if name.endswith(CORRECTION):  # zeros would leave a part of the router untested
+                view.copy_(torch.linspace(-0.2, 0.2, len(view)).roll(self.seed))
+        return made
 
     def samples(self) -> list[Sample]:
         """Scored samples in uneven groups, some of several turns; their records are made up."""
@@ -147,6 +168,7 @@ CASES: dict[str, Case] = {
         ),
         Case(name="untied", model={**_DENSE, "family": "llama", "tie_word_embeddings": False}, seed=1, recompute=True),
         Case(name="moe", model={**_DENSE, **_MOE}, algorithm={"advantage": "mean"}, seed=2),
+        Case(name="glm", model={**_DENSE, **_GLM}, algorithm={"advantage": "mean"}, seed=9),
         Case(name="sft", kind="sft", seed=3, temperature=1.0),
         Case(name="gspo", algorithm={"ratio_level": "sequence"}, seed=4, recompute=True),
         Case(
@@ -180,6 +202,6 @@ CASES: dict[str, Case] = {
         Case(name="idle", seed=6, num_groups=1, max_group=1, max_tokens_per_microbatch=400, algorithm={"advantage": "none"}),
     )
 }
-"""By name: the objective's terms, an untied head with recomputed layers, experts, imitation, sequence-level ratios, long
-sequences for context parallelism, two models wide enough for a GPU's kernels (use them `on("cuda", "bfloat16")`), and one
-sequence, so that all data-parallel processes but one have nothing to do."""
+"""By name: the objective's terms, an untied head with recomputed layers, experts, those of a GLM-4.5, imitation, sequence-level
+ratios, long sequences for context parallelism, two models wide enough for a GPU (use them `on("cuda", "bfloat16")`), and
+one sequence, so that all data-parallel processes but one have nothing to do."""

@@ -104,25 +104,44 @@ def _attend(config: DecoderConfig, own: Weights, x: Tensor) -> Tensor:
 
 
 def _rotate(config: DecoderConfig, x: Tensor) -> Tensor:
-    half = config.head_dim // 2
+    half = int(config.head_dim * config.rope.partial_rotary_factor) // 2
     frequency = config.rope.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = torch.arange(x.shape[0], dtype=torch.float64)[:, None] * frequency
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    a, b, rest = x.split((half, half, config.head_dim - 2 * half), -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
 
 
 def _feed_forward(config: DecoderConfig, own: Weights, index: int, x: Tensor) -> Tensor:
     if not config.is_moe_layer(index):
         return _swiglu(own, "mlp", x)
-    weight, chosen = F.linear(x, own["mlp.gate.weight"]).softmax(-1).topk(config.num_experts_per_tok)
+    logits, correction = F.linear(x, own["mlp.gate.weight"]), own.get("mlp.gate.e_score_correction_bias")
+    if correction is None:
+        weight, chosen = logits.softmax(-1).topk(config.num_experts_per_tok)
+    else:
+        scores = logits.sigmoid()
+        chosen = _grouped_choice(config, scores + correction)
+        weight = scores.gather(1, chosen)
     if config.norm_topk_prob:
         weight = weight / weight.sum(-1, keepdim=True)
-    out = torch.zeros_like(x)
+    weight = weight * config.routed_scaling_factor
+    out = _swiglu(own, "mlp.shared_experts", x) if config.shared_intermediate_size else torch.zeros_like(x)
     for token in range(x.shape[0]):
         for share, expert in zip(weight[token], chosen[token].tolist(), strict=True):
             out[token] += share * _swiglu(own, f"mlp.experts.{expert}", x[token])
     return out
+
+
+def _grouped_choice(config: DecoderConfig, judged: Tensor) -> Tensor:
+    """Experts [L, k] of the largest corrected scores in the groups whose two best have the largest sum."""
+    size = config.num_experts // config.n_group
+    out = []
+    for row in judged.tolist():
+        groups = [row[first : first + size] for first in range(0, len(row), size)]
+        best = sorted(range(len(groups)), key=lambda g: -sum(sorted(groups[g])[-2:]))[: config.topk_group]
+        open_ = [expert for expert in range(len(row)) if expert // size in best]
+        out.append(sorted(open_, key=lambda expert: -row[expert])[: config.num_experts_per_tok])
+    return torch.tensor(out)
 
 
 def _swiglu(own: Weights, prefix: str, x: Tensor) -> Tensor:
