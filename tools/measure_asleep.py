@@ -3,7 +3,8 @@
 tools/measure_asleep.py engine      an engine, with graphs captured
 torchrun --nproc-per-node 2 tools/measure_asleep.py trainer     a trainer of several processes under NCCL
 
-"Holds" is what the driver counts as taken on the card, less `--base`; so nobody else may be on it. --device cpu checks the code.
+"Holds" is what the driver counts as taken on the card, less `--base`; so nobody else may be on it. A trainer prints a table, a
+line a moment, as it goes: what each measure gives back, and what keeps the rest. --device cpu checks the code.
 """
 
 from __future__ import annotations
@@ -12,17 +13,24 @@ import argparse
 import asyncio
 import os
 import sys
+import traceback
+from datetime import timedelta
+from typing import Any
 
 import torch
 from measure_memory import GIB, Bench, roll_out
 
 from miles_core.algorithm.config import AlgorithmConfig
+from miles_core.memory.config import MemoryConfig
 from miles_core.memory.peers import Peers
-from miles_core.memory.trainer import empty_device
+from miles_core.memory.stack import KernelStack
+from miles_core.memory.trainer import TRAINER_TAGS, empty_device
+from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.collectives import all_gather
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.fsdp import FsdpTrainer
 from miles_core.trainer.hashing import combined_hash
+from miles_core.trainer.testing import random_samples
 from miles_rollout.engines.embedded.config import EmbeddedConfig
 from miles_rollout.engines.embedded.engine import EmbeddedEngine
 from miles_rollout.text.char import CharTokenizer
@@ -53,81 +61,132 @@ def engine_asleep(bench: Bench) -> None:
         runner.run(engine.close())
 
 
-def what_is_left() -> list[tuple[int, int, list[str]]]:
-    """(MiB of a segment, MiB of a block alive in it, who asked), largest segments first."""
-    found = []
-    for segment in torch.cuda.memory._snapshot()["segments"]:
-        for block in segment["blocks"]:
-            if block["state"] == "active_allocated":
-                frames = [f"{f['filename'].rsplit('/', 1)[-1]}:{f['line']}" for f in block.get("frames", ())][:4]
-                found.append((segment["total_size"] >> 20, round(block["size"] / 2**20, 2), frames))
-    return sorted(found, key=lambda each: each[:2], reverse=True)[:12]
+class Account:
+    """A table of the card, a line a moment: taken as the driver counts, and of that the share of torch's allocator."""
+
+    def __init__(self, bench: Bench, who: str) -> None:
+        self.bench, self.who = bench, who
+        self.rows: dict[str, tuple[float, ...]] = {}
+        self.print("| moment | GiB | torch reserved | torch allocated | cut, unused | outside torch |")
+
+    def print(self, line: str) -> None:
+        print(f"{self.who} {line}", flush=True)
+
+    def note(self, moment: str) -> float:
+        """GiB that are taken now."""
+        self.bench.wait()
+        stats = torch.cuda.memory_stats() if self.bench.cuda else {}
+        names = ("reserved_bytes", "allocated_bytes", "inactive_split_bytes")
+        reserved, allocated, unused = (stats.get(f"{name}.all.current", 0) / GIB for name in names)
+        taken = (self.bench.used() - self.bench.options.base) / GIB
+        self.rows[moment] = (taken, reserved, allocated, unused, taken - reserved)
+        self.print(f"| {moment} | " + " | ".join(f"{size:.3f}" for size in self.rows[moment]) + " |")
+        return taken
+
+    def what_is_left(self) -> None:
+        """Every stretch of the device that torch still holds, and what keeps it."""
+        if not self.bench.cuda:
+            return
+        for segment in sorted(torch.cuda.memory._snapshot()["segments"], key=lambda each: -each["total_size"])[:16]:
+            alive = [block for block in segment["blocks"] if block["state"] == "active_allocated"]
+            largest = sorted(alive, key=lambda block: -block["size"])[:3]
+            said = [f"{block['size'] / 2**20:.3f} {_frames(block)}" for block in largest]
+            self.print(f"segment of {segment['total_size'] / 2**20:.1f} MiB, {len(alive)} blocks alive: {said}")
+
+
+def _frames(block: dict[str, Any]) -> list[str]:
+    return [f"{frame['filename'].rsplit('/', 1)[-1]}:{frame['line']}" for frame in block.get("frames", ())][:4]
+
+
+def one_batch(bench: Bench, vocab: int) -> TrainBatch:
+    if bench.cuda:
+        from bench_train import make_batch
+
+        return make_batch("rl", 16384, vocab)[0]
+    return TrainBatch.from_groups(random_samples(1), AlgorithmConfig())
 
 
 def trainer_asleep(bench: Bench) -> None:
-    """Two processes: what each holds awake and asleep, its process groups alive."""
+    """Two processes: what each holds, moment by moment, awake and while it goes to sleep."""
     import torch.distributed as dist
-    from bench_train import make_batch
 
-    from miles_core.memory.config import MemoryConfig
+    dist.init_process_group("cpu:gloo,cuda:nccl" if bench.cuda else "gloo", timeout=timedelta(seconds=60))
+    account = Account(bench, f"[{dist.get_rank()}]")
+    try:
+        _go_to_sleep(bench, account)
+    except BaseException:
+        account.note("when it failed")
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)  # nothing waits for the others
+    dist.all_reduce(torch.zeros(1))  # over gloo: a barrier would make a communicator on the card
+    dist.destroy_process_group()
+    empty_device(bench.device, collect=True)
+    account.note("no process group")
+    account.print("done")
 
-    base = bench.used()  # the context of this process is part of it from here on, so it is read before by the caller
-    dist.init_process_group("cpu:gloo,cuda:nccl" if bench.cuda else "gloo")
-    shape = bench.shape()
-    stages = {"context": bench.used() - bench.options.base}
+
+def _go_to_sleep(bench: Bench, account: Account) -> None:
+    import torch.distributed as dist
+
+    account.note("context")
     one = torch.zeros(8, device=bench.device)
     both = torch.zeros(8 * dist.get_world_size(), device=bench.device)
-    group = Peers(dist.group.WORLD, "world", own=True)
+    group = Peers(dist.group.WORLD, "world", own=bench.options.groups == "own")
     all_gather(both, one, group)
-    stages["one communicator"] = bench.used() - bench.options.base
+    account.note("one communicator")
     group.release()
-    stages["communicator gone"] = bench.used() - bench.options.base
+    account.note("which is given up")
     if bench.cuda:
         torch.cuda.memory._record_memory_history(max_entries=200_000, stacks="python", context="all")
-    trainer = FsdpTrainer(
-        bench.decoder(shape), AlgorithmConfig(), TrainerConfig(recompute=True), OptimizerConfig(lr=1e-6),
-        memory=MemoryConfig(release_groups=True),
-    )  # fmt: skip
-    if bench.cuda:
-        batch, _, _ = make_batch("rl", 16384, shape.vocab_size)
-        for _ in range(2):
-            trainer.step(batch)
-    rank = dist.get_rank()
+    shape = bench.shape()
+    memory = MemoryConfig(release_groups=bench.options.groups == "own")
+    config = TrainerConfig(recompute=True)
+    trainer = FsdpTrainer(bench.decoder(shape), AlgorithmConfig(), config, OptimizerConfig(lr=1e-6), memory=memory)
+    account.note("trainer built")
+    batch = one_batch(bench, shape.vocab_size)
+    for number in (1, 2):
+        trainer.step(batch)
+        account.note(f"after step {number}")
     before = combined_hash(trainer.export_weights())
-    empty_device(bench.device)
-    awake = bench.used() - bench.options.base
     trainer.memory.sleep()  # the first time makes room on the host
     trainer.memory.wake()
-    seconds, moved = bench.timed(trainer.memory.sleep)
-    asleep = bench.used() - bench.options.base
-    report = {
-        "rank": rank, "before, GiB": {name: round(size / GIB, 3) for name, size in stages.items()},
-        "context at start GiB": round((base - bench.options.base) / GIB, 3), "awake GiB": round(awake / GIB, 3),
-        "asleep GiB": round(asleep / GIB, 3), "sleep s": round(seconds, 3),
-        "GB/s": [(m.tag, m.target, round(m.bytes_per_s / 1e9, 1)) for m in moved if m.num_bytes],
-    }  # fmt: skip
+    step_by_step(trainer, account)
+    trainer.memory.wake()
     if bench.cuda:
-        backend = dist.group.WORLD._get_backend(torch.device("cuda"))
-        report["nccl"] = (torch.cuda.nccl.version(), hasattr(backend, "suspend"))
-        report["communicators made"] = {name: peers.num_made for name, peers in trainer.model.peers.items()}
-        report["left"] = what_is_left()
-        report["stack of a thread when awake, bytes"] = getattr(trainer.memory._stack, "_before", None)
-        report["torch allocated, reserved MiB"] = (torch.cuda.memory_allocated() >> 20, torch.cuda.memory_reserved() >> 20)
-    seconds, moved = bench.timed(trainer.memory.wake)
-    report["wake s"] = round(seconds, 3)
-    report["wake GB/s"] = [(m.tag, round(m.bytes_per_s / 1e9, 1)) for m in moved if m.num_bytes]
-    seconds, _ = bench.timed(lambda: all_gather(both, one, trainer.model.peers["shard"]))
-    report["communicators again s"] = round(seconds, 3)
-    report["unchanged"] = combined_hash(trainer.export_weights()) == before
-    bench.note(f"rank {rank}", report)
-    if bench.cuda:
+        seconds, _ = bench.timed(lambda: trainer.step(batch))
+        bench.note(f"{account.who} first step awake, s", round(seconds, 3))
+    else:
         trainer.step(batch)
-        bench.note(f"rank {rank} steps again, s", round(bench.timed(lambda: trainer.step(batch))[0], 3))
+    account.note("awake again")
+    made = combined_hash(trainer.export_weights())
+    seconds, moved = bench.timed(trainer.memory.sleep)
+    asleep = account.note("asleep")
+    speeds = [(m.tag, m.target, round(m.bytes_per_s / 1e9, 1)) for m in moved if m.num_bytes]
+    bench.note(f"{account.who} asleep GiB, sleep s, GB/s", (round(asleep, 3), round(seconds, 3), speeds))
+    seconds, _ = bench.timed(trainer.memory.wake)
+    bench.note(f"{account.who} wake s", round(seconds, 3))
+    bench.note(f"{account.who} unchanged by sleep", combined_hash(trainer.export_weights()) == made != before)
     trainer.memory.sleep()
-    dist.barrier()
-    dist.destroy_process_group()
-    empty_device(bench.device)
-    bench.note(f"rank {rank}: asleep without any process group, GiB", round((bench.used() - bench.options.base) / GIB, 3))
+
+
+def step_by_step(trainer: FsdpTrainer, account: Account) -> None:
+    """What `TrainerMemory.sleep` does, with a look after each of its measures."""
+    memory, bench = trainer.memory, account.bench
+    memory.offload(TRAINER_TAGS)
+    account.note("state away")
+    empty_device(bench.device, collect=True)
+    account.note("cached blocks given back")
+    account.what_is_left()
+    for peers in memory._peers:
+        peers.release()
+    account.note("communicators given up")
+    stack = KernelStack(bench.device)
+    stack.shrink()
+    account.note("stack of kernels given back")
+    bench.note(f"{account.who} stack of a kernel's thread, bytes", stack._before)
+    bench.note(f"{account.who} communicators made", {peers.name: peers.num_made for peers in memory._peers})
+    stack.restore()
 
 
 def main() -> None:
@@ -136,6 +195,7 @@ def main() -> None:
     parser.add_argument("--shape", default="qwen3-1.7b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--base", type=int, default=0, help="bytes of the card that were taken before this process started")
+    parser.add_argument("--groups", choices=("own", "torch"), default="own", help="whose communicators the trainer talks over")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out")
     options = parser.parse_args()
