@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from miles_core.memory.plan import FRAGMENTATION, Job, make_plan
 from miles_core.memory.shapes import GIB, SHAPES, find_device, find_shape
 from miles_core.memory.show import plan_text, reasons_text, verdict
 from miles_kernels.nn.checkpoint import random_decoder
-from miles_kernels.nn.config import DecoderConfig
+from miles_kernels.nn.config import DecoderConfig, Family, RopeConfig
 from miles_kernels.nn.decoder import Decoder, PackedKV
 from miles_kernels.ops.attention import packed_plan
 
@@ -31,6 +32,10 @@ MIXED = DecoderConfig(
     family="qwen3_moe", vocab_size=77, hidden_size=24, intermediate_size=40, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, head_dim=6, decoder_sparse_step=2, mlp_only_layers=(3,), **MOE,
 )  # fmt: skip
+GLM = {
+    **MOE, "shared_intermediate_size": 128, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "attention_bias": True,
+    "use_qk_norm": True, "norm_topk_prob": True, "rope": RopeConfig(partial_rotary_factor=0.5),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), BIASED, MIXED], ids=[*SHAPES, "biases", "mixed layers"])
@@ -41,7 +46,7 @@ def test_weights_are_counted_exactly(shape: DecoderConfig) -> None:
     assert count_parameters(shape).largest_layer == largest
 
 
-@pytest.mark.parametrize("shape", [find_shape("qwen3-0.6b"), find_shape("qwen3-8b"), BIASED, MIXED])
+@pytest.mark.parametrize("shape", [*map(find_shape, ("qwen3-0.6b", "qwen3-8b", "glm-4.5-air")), BIASED, MIXED])
 def test_weights_of_drafts_are_counted_exactly(shape: DecoderConfig) -> None:
     from miles_spec.models import Eagle3Draft, MtpConfig, MtpDraft
     from miles_spec.models.config import Eagle3Config
@@ -84,10 +89,10 @@ def _kept(shape: DecoderConfig, tokens: int, recompute: bool) -> int:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("moe", [{}, MOE], ids=["dense", "moe"])
-def test_kept_activations_are_what_autograd_holds(moe: dict[str, int], recompute: bool) -> None:
+@pytest.mark.parametrize("family, moe", [("qwen3", {}), ("qwen3_moe", MOE), ("glm4_moe", GLM)], ids=["dense", "moe", "glm"])
+def test_kept_activations_are_what_autograd_holds(family: Family, moe: dict[str, Any], recompute: bool) -> None:
     shape = DecoderConfig(
-        family="qwen3_moe" if moe else "qwen3", vocab_size=64, hidden_size=96, intermediate_size=224, num_hidden_layers=3,
+        family=family, vocab_size=64, hidden_size=96, intermediate_size=224, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, **moe,
     )  # fmt: skip
     counted = (_kept(shape, 384, recompute) - _kept(shape, 128, recompute)) / 256
@@ -98,6 +103,12 @@ def test_kept_activations_are_what_autograd_holds(moe: dict[str, int], recompute
 
 def _job(name: str = "qwen3-8b", **changes: object) -> Job:
     return replace(Job(shape=find_shape(name), device=find_device("h200"), kv_bytes=8 << 30), **changes)
+
+
+def test_published_sizes_of_the_glm_models() -> None:
+    """106 and 355 billion in their authors' words."""
+    for name, stated in (("glm-4.5-air", 106e9), ("glm-4.5", 355e9)):
+        assert count_parameters(find_shape(name)).total == pytest.approx(stated, rel=0.01)
 
 
 def test_bytes_by_hand() -> None:

@@ -31,7 +31,8 @@ def layer_kept_per_token(shape: DecoderConfig, index: int, size: int) -> int:
         return total + 3 * shape.intermediate_size * size
     chosen = shape.num_experts_per_tok
     rows = chosen * (2 * hidden + 3 * shape.moe_intermediate_size) * size  # permuted input, both halves, product, output
-    return total + rows + 4 * shape.num_experts + 28 * chosen  # scores, and the places of the copies
+    shared = 3 * shape.shared_intermediate_size * size
+    return total + rows + shared + 4 * shape.num_experts + 28 * chosen  # scores, and the places of the copies
 
 
 def layer_peak_per_token(shape: DecoderConfig, size: int, *, recompute: bool) -> int:
@@ -39,7 +40,8 @@ def layer_peak_per_token(shape: DecoderConfig, size: int, *, recompute: bool) ->
     hidden, dim = shape.hidden_size, shape.head_dim
     qkv = (shape.num_attention_heads + 2 * shape.num_key_value_heads) * dim
     last = shape.num_hidden_layers - 1
-    inner = shape.num_experts_per_tok * shape.moe_intermediate_size if shape.is_moe_layer(last) else shape.intermediate_size
+    visited = shape.num_experts_per_tok * shape.moe_intermediate_size + shape.shared_intermediate_size
+    inner = visited if shape.is_moe_layer(last) else shape.intermediate_size
     gradients = max(3 * inner, qkv + 2 * shape.num_attention_heads * dim) + 3 * hidden
     again = max(layer_kept_per_token(shape, i, size) for i in {0, last}) if recompute else 0
     return gradients * size + again

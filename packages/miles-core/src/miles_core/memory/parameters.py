@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from miles_kernels.nn.config import DecoderConfig
+from miles_spec.models.config import dense_twin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,9 +17,9 @@ class Parameters:
     head: int
     """The output projection; 0 when it is the embedding."""
     dense: int
-    """Attention, dense feed-forward, routers and norms of all layers, and the final norm."""
+    """Attention, dense feed-forward, shared experts, routers and norms of all layers, and the final norm."""
     experts: int
-    """Experts of all layers."""
+    """Experts that tokens choose, of all layers."""
     largest_layer: int
     """The layer with the most weights, its experts included: what one gather of a sharded model brings in."""
     largest_layer_experts: int
@@ -54,8 +55,7 @@ def count_draft(shape: DecoderConfig, kind: str) -> int:
         return sum(_layer(shape, last)) + 2 * hidden * hidden + 3 * hidden
     if kind != "eagle3":
         raise ValueError(f'draft {kind!r}: the plan knows "none", "mtp" and "eagle3"')
-    if shape.num_experts:
-        shape = replace(shape, family="qwen3", num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0)
+    shape = dense_twin(shape)
     projected = (shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim
     return sum(_layer(shape, last)) + hidden * (projected + 3 * hidden + 2 + shape.vocab_size)
 
@@ -67,6 +67,7 @@ def _layer(shape: DecoderConfig, index: int) -> tuple[int, int]:
     dense = hidden * (projected + queries) + 2 * hidden
     dense += projected * shape.attention_bias + hidden * shape.output_bias + 2 * dim * shape.qk_norm
     if shape.is_moe_layer(index):
-        return dense + shape.num_experts * hidden, shape.num_experts * 3 * hidden * shape.moe_intermediate_size
+        dense += (shape.num_experts + 3 * shape.shared_intermediate_size) * hidden
+        return dense, shape.num_experts * 3 * hidden * shape.moe_intermediate_size
     inner = shape.intermediate_size
     return dense + 3 * hidden * inner + (2 * inner + hidden) * shape.mlp_bias, 0

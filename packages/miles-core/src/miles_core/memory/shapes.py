@@ -8,8 +8,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from miles_kernels.nn.config import DecoderConfig, Family
+from miles_kernels.nn.config import DecoderConfig, Family, RopeConfig
 
 GIB = 1 << 30
 
@@ -88,6 +89,29 @@ def _moe(hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> Dec
     )
 
 
+def _glm(hidden: int, inner: int, layers: int, experts: int, expert_inner: int, **own: Any) -> DecoderConfig:
+    return DecoderConfig(
+        family="glm4_moe",
+        vocab_size=151552,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=96,
+        num_key_value_heads=8,
+        head_dim=128,
+        num_experts=experts,
+        num_experts_per_tok=8,
+        moe_intermediate_size=expert_inner,
+        shared_intermediate_size=expert_inner,
+        norm_topk_prob=True,
+        attention_bias=True,
+        rope=RopeConfig(rope_theta=1e6, partial_rotary_factor=0.5),
+        rms_norm_eps=1e-5,
+        max_position_embeddings=131072,
+        **own,
+    )
+
+
 SHAPES = {
     "llama-3.1-8b": _dense("llama", 4096, 14336, 32, 32, 8, 128256),
     "llama-3.1-70b": _dense("llama", 8192, 28672, 80, 64, 8, 128256),
@@ -101,6 +125,8 @@ SHAPES = {
     "qwen3-32b": _dense("qwen3", 5120, 25600, 64, 64, 8, 151936),
     "qwen3-30b-a3b": _moe(2048, 768, 48, 32, 4),
     "qwen3-235b-a22b": _moe(4096, 1536, 94, 64, 4),
+    "glm-4.5-air": _glm(4096, 10944, 46, 128, 1408, first_k_dense_replace=1),
+    "glm-4.5": _glm(5120, 12288, 92, 160, 1536, first_k_dense_replace=3, use_qk_norm=True, routed_scaling_factor=2.5),
 }
 
 
