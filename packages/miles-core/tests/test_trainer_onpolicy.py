@@ -14,7 +14,8 @@ from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.fsdp import FsdpTrainer
 from miles_kernels.nn.checkpoint import random_decoder
-from miles_kernels.nn.config import DecoderConfig
+from miles_kernels.nn.config import DecoderConfig, RopeConfig
+from miles_kernels.nn.decoder import CORRECTION, Decoder
 from miles_rollout.engines.embedded.config import EmbeddedConfig
 from miles_rollout.engines.embedded.engine import EmbeddedEngine
 from miles_rollout.text.char import CharTokenizer
@@ -35,6 +36,23 @@ MODELS = {
         norm_topk_prob=True,
         **SIZES,
     ),
+    "glm": DecoderConfig(
+        family="glm4_moe",
+        vocab_size=TOKENIZER.vocab_size,
+        head_dim=16,
+        initializer_range=0.1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_intermediate_size=32,
+        first_k_dense_replace=1,
+        n_group=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.5,
+        attention_bias=True,
+        rope=RopeConfig(partial_rotary_factor=0.5),
+        **SIZES,
+    ),
 }
 PROMPTS = [tuple(TOKENIZER.encode(text)) for text in ("1+1=", "22+19-3 =", "a", "0 = 7 - 7 abc - ")]
 
@@ -45,6 +63,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def drawn(shape: DecoderConfig, dtype: torch.dtype) -> Decoder:
+    """Random weights; a router's correction is not zero either."""
+    decoder = random_decoder(shape, 0, dtype=dtype)
+    for name, view in decoder.hf_state():
+        if name.endswith(CORRECTION):
+            view.copy_(torch.linspace(-0.2, 0.2, len(view)))
+    return decoder
 
 
 async def rollout(engine: EmbeddedEngine, step: int, temperature: float) -> list[Sample]:
@@ -77,12 +104,12 @@ async def rollout(engine: EmbeddedEngine, step: int, temperature: float) -> list
 def test_every_token_agrees_bitwise_after_every_update(model: str, dtype: torch.dtype) -> None:
     algorithm = AlgorithmConfig()
     trainer = FsdpTrainer(
-        random_decoder(MODELS[model], 0, dtype=dtype),
+        drawn(MODELS[model], dtype),
         algorithm,
         TrainerConfig(max_tokens_per_microbatch=90),
         OptimizerConfig(lr=0.01),
     )
-    served = random_decoder(MODELS[model], 0, dtype=dtype)
+    served = drawn(MODELS[model], dtype)
 
     async def loop() -> list[int]:
         unequal = []

@@ -18,6 +18,7 @@ from miles_kernels.nn.config import DecoderConfig
 from miles_kernels.nn.decoder import Decoder
 from miles_kernels.nn.parallel import fold_decoder
 from miles_rollout.text import Tokenizer, load_tokenizer
+from miles_spec.models.store import draft_tensors, policy_drafts
 
 
 def use_threads(count: int) -> None:
@@ -100,6 +101,18 @@ def random_shape(config: ModelConfig, tokenizer: Tokenizer) -> DecoderConfig:
     return DecoderConfig.from_hf(fields, where="model.architecture")
 
 
+def _leave_drafts(folder: Path, config: RunConfig, say: Callable[[str], None]) -> Callable[[str], bool]:
+    """Which tensors of the folder are those of layers that draft tokens, and so none of the policy's; says where they go."""
+    carried = policy_drafts(folder, load_config(folder))
+    if carried is None:
+        return lambda name: False
+    count, section = carried.block.num_hidden_layers, config.draft
+    taken = section.model == "mtp" and section.path is None
+    where = "the draft starts from them" if taken else 'they are left out (draft.model = "mtp" would draft with them)'
+    say(f"{folder}: {count} layer(s) for multi-token prediction behind the policy's {carried.trunk_layers}: {where}")
+    return draft_tensors(carried)
+
+
 def load_model(config: RunConfig, say: Callable[[str], None], *, weights: bool = True) -> LoadedModel:
     """Decoder and tokenizer, ready to train; without `weights` they are zero, for an engine that gets them before it serves.
 
@@ -117,7 +130,9 @@ def load_model(config: RunConfig, say: Callable[[str], None], *, weights: bool =
             for parameter in decoder.parameters():
                 parameter.zero_()
     elif folder is not None:
-        decoder, tokenizer, name = load_decoder(folder, contract, dtype, device=device), load_tokenizer(folder), str(folder)
+        beside = _leave_drafts(folder, config, say)
+        decoder = load_decoder(folder, contract, dtype, device=device, beside=beside)
+        tokenizer, name = load_tokenizer(folder), str(folder)
     else:
         shape, tokenizer = load_shape(config.model, say)
         decoder, name = random_decoder(shape, config.run.seed, contract=contract, dtype=dtype, device=device), "random"

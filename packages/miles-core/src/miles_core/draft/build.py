@@ -8,6 +8,7 @@ from pathlib import Path
 
 from miles_core.config.schema import RunConfig
 from miles_core.draft.trainer import Arm, DraftingTrainer
+from miles_core.models import model_dir
 from miles_core.recipes.catalog import MODEL_PREFIX, packaged_model
 from miles_core.trainer.base import Trainer
 from miles_core.trainer.fsdp import FsdpTrainer
@@ -23,11 +24,13 @@ def load_draft(config: RunConfig, policy: Decoder) -> DraftModel | None:
         return None
     if config.draft.path is None and config.draft.model == "eagle3":
         return Eagle3Draft.from_trunk(policy)
-    if config.draft.path is None:
-        return MtpDraft.from_trunk(policy, MtpConfig.of(policy.config))
     from miles_spec.models.store import load_draft as load
+    from miles_spec.models.store import policy_drafts
 
-    folder = draft_dir(config.draft.path)
+    folder = model_dir(config.model, lambda _: None) if config.draft.path is None else draft_dir(config.draft.path)
+    if config.draft.path is None and (folder is None or policy_drafts(folder, policy.config) is None):
+        return MtpDraft.from_trunk(policy, MtpConfig.of(policy.config))
+    assert folder is not None
     weight = policy.embed_tokens
     draft = load(folder, policy.config, policy.contract, dtype=weight.dtype, device=weight.device)
     if draft.config.kind != config.draft.model:

@@ -24,7 +24,8 @@ class DraftConfig(Section):
     """"mtp": one multi-token-prediction layer, recycled at every depth. "eagle3": a layer over three of the policy's, with a
     head of its own. "none": the rest of this section is ignored."""
     path: str | None = None
-    """Folder of a trained draft; "recipe:NAME" is one shipped with Miles. None: made of the policy's last layer."""
+    """Folder of a trained draft; "recipe:NAME" is one shipped with Miles. None: the MTP layers in the model's folder, else
+    made of the policy's last layer."""
     train: bool = True
     """Train it at every step; off keeps it as it is."""
     num_draft: int = Field(default=3, ge=1, le=15)
