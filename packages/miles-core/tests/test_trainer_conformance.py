@@ -42,7 +42,7 @@ LAYOUTS = {
     "cp2ep2": Layout("cp2ep2", 2, {"cp": 2, "ep": 2}),
 }
 PLAN = ["moe ep2", "dense dp2", "untied dp2", "idle dp2", "sft replicate2", "dense cp2", "gspo cp2", "long cp2"]
-PLAN += ["moe ep2", "moe cp2ep2"]
+PLAN += ["moe ep2", "moe cp2ep2", "glm ep2"]
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +86,8 @@ def test_two_processes_in_every_layout(tmp_path: Path) -> None:
     written = Layout("saves", 2, {"ep": 2, "save": f"{tmp_path}/two"})
     resumed = Layout("loads", 2, {"cp": 2, "load": f"{tmp_path}/one", "save": f"{tmp_path}/three"})
     results = run(f"{__name__}:saving", [*plan, (CASES["moe"], written), (CASES["moe"], resumed)], tmp_path / "runs")
+    logs = {log.name: log.read_text() for log in (tmp_path / "runs").rglob("*.log")}
+    assert len(logs) == 2 and not any("still held" in text for text in logs.values()), logs  # each has left its groups
     for result in results[: len(plan)]:
         assert check(result, expected(result.case), Tolerance()) == []
         assert torch.equal(result.logprob, perform(fsdp, result.case, Layout("alone")).logprob), result.layout.name

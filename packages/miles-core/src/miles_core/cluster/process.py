@@ -6,7 +6,6 @@ process ends when the driver does: the kernel kills it with its parent on Linux,
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import faulthandler
 import os
@@ -84,8 +83,10 @@ def main(socket_fd: int, lifeline_fd: int) -> None:
                 send(sock, reply)
         finally:
             if worker is not None:
-                with contextlib.suppress(Exception):
+                try:
                     worker.close()
+                except Exception:  # the driver is gone; the log has it
+                    traceback.print_exc()
 
 
 def _die_with_parent(lifeline_fd: int) -> None:

@@ -90,7 +90,7 @@ class TrainerWorker:
         model = load_model(config, lambda line: None)
         draft = load_draft(config, model.decoder)  # of the whole policy, before it is cut
         trainer = make_trainer(config, build.mode, model.decoder)
-        self._trainer = trainer if draft is None else with_draft(trainer, config, draft)
+        self._trainer: Any = trainer if draft is None else with_draft(trainer, config, draft)
         self._runner = asyncio.Runner()
         self._publisher: Any = None
         self._published = False
@@ -107,13 +107,16 @@ class TrainerWorker:
 
     def close(self) -> None:
         """Leave peers and engines."""
-        import torch.distributed as dist
+        from miles_core.trainer.processes import leave
 
-        if self._publisher is not None:
-            self._runner.run(self._publisher.close())
-        self._runner.close()
-        if self._build.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+        try:
+            if self._publisher is not None:
+                self._runner.run(self._publisher.close())
+            self._runner.close()
+            self._trainer.close()
+        finally:
+            if self._build.size > 1:
+                leave()
 
     def _meet(self, device: str) -> None:
         import torch

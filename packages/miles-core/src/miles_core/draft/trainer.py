@@ -96,6 +96,10 @@ class DraftingTrainer:
         """Optimizer updates of the policy."""
         return self.inner.num_updates
 
+    def close(self) -> None:
+        """See `FsdpTrainer.close`."""
+        self.inner.close()
+
     def forward_logprobs(self, batch: TrainBatch) -> Tensor:
         """The policy's."""
         return self.inner.forward_logprobs(batch)

@@ -55,6 +55,11 @@ class Peers:
         if backend is not None:
             backend.shutdown()
 
+    def close(self) -> None:
+        """Give up the communicators for good, and torch's group with them. Idempotent."""
+        self.release()
+        self._group = None
+
     def abort(self) -> None:
         """End collectives that wait for somebody who will not come, with an error for whoever waits."""
         if self._backend is not None:

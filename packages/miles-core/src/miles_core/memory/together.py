@@ -40,6 +40,10 @@ class Together:
         self._watch = _Watch(self._store, rank, on_cuda=on_cuda, peers=tuple(peers))
         weakref.finalize(self, self._watch.end)
 
+    def close(self) -> None:
+        """Stop listening to the others. Idempotent."""
+        self._watch.end()
+
     @contextlib.contextmanager
     def alike(self, phase: str, report: Callable[[str, str, list[str]], str]) -> Iterator[None]:
         """Around work that may be collective. Raises OutOfRoom in every process when one of them has run out of memory."""

@@ -151,6 +151,13 @@ class TrainerMemory:
         """Everything back; communicators are made when they are first used."""
         return self.onload(TRAINER_TAGS)
 
+    def close(self) -> None:
+        """Stop listening to the other processes, and give up the communicators. Collective. Idempotent."""
+        if self._together is not None:
+            self._together.close()
+        for peers in self._peers:
+            peers.close()
+
     def rehouse(self) -> None:
         """Move masters and moments into host memory for good; updates stream from then on."""
         self.onload(("masters", "moments"))

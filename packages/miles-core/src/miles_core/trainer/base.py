@@ -95,7 +95,7 @@ class Trainer(Protocol):
     """Owns the weights being trained and their optimizer.
 
     Moving state off the device between steps is not part of the protocol: both backends have `offload` and `onload` by tag,
-    and `[memory]` works with the fsdp backend's (`miles_core.memory.trainer`).
+    and `[memory]` works with the fsdp backend's (`miles_core.memory.trainer`). Nor is `close`, which both have too.
     """
 
     @property

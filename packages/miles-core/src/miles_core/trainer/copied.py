@@ -5,6 +5,7 @@ A pass costs what it costs one process; the sum over processes is made once per 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,14 +33,19 @@ def all_reduce_many_(tensors: Sequence[Tensor], group: Group) -> None:
             size = 0
         buckets[-1].append(tensor)
         size += tensor.numel()
-    under_way: _Exchange | None = None
-    for bucket in buckets if size_of(group) > 1 and tensors else ():
-        begun = _Exchange(bucket, group)
-        if under_way is not None:
-            under_way.finish()
-        under_way = begun
-    if under_way is not None:
-        under_way.finish()
+    under_way: list[_Exchange] = []
+    try:
+        for bucket in buckets if size_of(group) > 1 and tensors else ():
+            under_way.append(_Exchange(bucket, group))
+            if len(under_way) > 1:
+                under_way.pop(0).finish()
+        for exchange in under_way:
+            exchange.finish()
+    except BaseException:
+        for exchange in under_way:  # what travels reads and writes memory that this process would take for free
+            with contextlib.suppress(RuntimeError):
+                exchange.work.wait()
+        raise
 
 
 class _Exchange:

@@ -32,6 +32,7 @@ from miles_core.trainer.model import WholeModel
 from miles_core.trainer.optim import AdamW
 from miles_core.trainer.packing import Microbatch, microbatches, require_fit, shard, to_device
 from miles_core.trainer.parallel import DataParallel
+from miles_core.trainer.processes import leave_at_exit
 from miles_core.trainer.state import read_state, write_state
 from miles_core.trainer.update import Update, batch_digest, non_finite, summary
 from miles_kernels.contract import Contract
@@ -79,6 +80,8 @@ class FsdpTrainer:
         self._loss = LOSSES.get(algorithm.loss)
         self._sft_loss = LOSSES.get("sft")
         several = self.parallel.size > 1
+        if several:
+            leave_at_exit()
         self.parallel.require_equal(int(combined_hash(decoder.hf_state()), 16) >> 1 if several else 0, "weights")
         frozen: Decoder | None = None
         if algorithm.kl_coef > 0:
@@ -179,6 +182,10 @@ class FsdpTrainer:
     def onload(self, tags: Sequence[str] = TRAINER_TAGS) -> None:
         """Bring it back."""
         self.memory.onload(tags)
+
+    def close(self) -> None:
+        """Let go of the other processes; nothing else may be asked of this trainer then. See `processes.leave`. Idempotent."""
+        self.memory.close()
 
     # ---- one step
 

@@ -22,6 +22,7 @@ from miles_core.trainer.conformance.cases import Case, Layout
 from miles_core.trainer.conformance.check import Result
 from miles_core.trainer.conformance.launch import LIFELINE
 from miles_core.trainer.hashing import combined_hash
+from miles_core.trainer.processes import leave
 from miles_core.trainer.tensorfile import save_tensors
 
 
@@ -54,11 +55,8 @@ def main(directory: Path) -> None:
         for entry in plan["todo"]:
             case = msgspec.convert(entry["case"], Case)
             _one(build, case, msgspec.convert(entry["layout"], Layout), directory, entry["number"], rank)
-        dist.barrier()  # nobody leaves while another still talks
-        sys.stdout.flush()
-        os._exit(0)  # the results are written; gloo's threads have been seen to abort a process that was only ending
     finally:
-        dist.destroy_process_group()
+        leave()
 
 
 def _factory(name: str) -> Callable[..., Trainer]:

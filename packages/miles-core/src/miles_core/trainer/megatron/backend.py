@@ -113,6 +113,9 @@ class MegatronTrainer:
         for tag in ordered(tags):
             self.mover.onload(tag)
 
+    def close(self) -> None:
+        """Nothing of its own has to end: `processes.leave` ends megatron-core's groups, which trainers share."""
+
     # ---- one step
 
     def forward_logprobs(self, batch: TrainBatch) -> Tensor:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from miles_core.trainer.megatron.config import Cut
 from miles_core.trainer.megatron.core import parallel_state
 from miles_core.trainer.megatron.standins import on_device
+from miles_core.trainer.processes import leave_at_exit
 
 
 def make_groups(cut: Cut, device: torch.device) -> None:
@@ -20,6 +21,7 @@ def make_groups(cut: Cut, device: torch.device) -> None:
         transport = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(transport, store=dist.HashStore(), rank=0, world_size=1)
         parallel_state.destroy_model_parallel()  # groups of an earlier world, if there was one
+    leave_at_exit()
     wanted = (cut.tp, cut.pp, cut.cp, cut.ep)
     if parallel_state.model_parallel_is_initialized():
         if current_sizes() == wanted:
@@ -44,3 +46,8 @@ def current_sizes() -> tuple[int, int, int, int]:
         parallel_state.get_context_parallel_world_size(),
         parallel_state.get_expert_model_parallel_world_size(),
     )
+
+
+def forget_groups() -> None:
+    """Let go of megatron-core's groups, which then end with torch's."""
+    parallel_state.destroy_model_parallel()
