@@ -1,18 +1,20 @@
 """Real allocation failures on a GPU, at every class of site: the work is recovered to the same bits, or refused in one report.
 
-tools/inject_oom.py [--trials 240] [--seconds 150] [--out FILE]
+tools/inject_oom.py [--part trainer|engine] [--trials 240] [--seconds 150] [--out FILE]
 tools/inject_oom.py --device cpu     the same code on a tiny model, with a pretended device that fails
 
 A trial lets its work begin, and when it comes to the site (a layer's forward or backward, the logits, the update, ...), empties
 the allocator's cache and caps it (`torch.cuda.set_per_process_memory_fraction`) at what it holds and a drawn amount. The cap
-stays until the work has ended. What ends in neither way, or with other bits, is printed and makes the exit code 1. Sites whose
-work allocates nothing then are counted as "fitted".
+stays until the work has ended. Loading takes no device memory: there a tensor that is read finds no room on the host. What ends
+in neither way, or with other bits, is printed and makes the exit code 1. Sites whose work allocates nothing then are counted as
+"fitted". The file is written after every trial, and a trial that hangs ends the process with the stacks of its threads.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import faulthandler
 import gc
 import random
 import sys
@@ -36,6 +38,7 @@ from miles_core.memory.ladder import OutOfRoom
 from miles_core.memory.run import RunMemory
 from miles_core.sync.inprocess import publish
 from miles_core.trainer import fsdp as backend
+from miles_core.trainer import state
 from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.fsdp import FsdpTrainer
@@ -48,6 +51,8 @@ from miles_rollout.text.char import CharTokenizer
 
 TRAINER_SITES = ("forward", "backward", "logits", "optimizer", "save", "load", "wake")
 ENGINE_SITES = ("engine pass", "KV growth", "graph capture", "publish", "engine wakes")
+HANG_S = 60.0
+"""Longest a trial may take."""
 
 
 class Cap:
@@ -182,7 +187,7 @@ class TrainerTrials:
             trainer.memory.sleep()
             return cap.over(trainer.memory.mover, "onload"), step, self.stepped
         if site == "load":
-            return cap.over(backend, "read_state"), lambda: trainer.load(self.directory / "start"), self.loaded
+            return no_room_to_read(), lambda: trainer.load(self.directory / "start"), self.loaded
         assert site == "save"
         place = self.directory / "again"
 
@@ -202,6 +207,26 @@ def gradient_of(parameter: torch.nn.Parameter, cap: Cap) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def no_room_to_read() -> Iterator[None]:
+    """The site is a tensor that is read from a file, drawn anew; it fails once, or a few times in a row."""
+    plain, after, left = state.read_tensors, random.randrange(12), random.choice((1, 1, 2, 3, 9))
+
+    def read(*args: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal left
+        for number, found in enumerate(plain(*args)):
+            if number >= after and left:
+                left -= 1
+                raise MemoryError(f"host: no room for {found[0]}")
+            yield found
+
+    state.read_tensors = read  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        state.read_tensors = plain
 
 
 def fingerprint(trainer: FsdpTrainer) -> str:
@@ -299,22 +324,35 @@ THROWN = ("recovered", "refused")
 
 def run(bench: Bench) -> int:
     table: dict[str, Counter[str]] = {site: Counter() for site in (*TRAINER_SITES, *ENGINE_SITES)}
-    seconds, begun = bench.options.seconds, time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        inject(TrainerTrials(bench, Path(folder)), TRAINER_SITES, table, bench, begun + 0.6 * seconds)
-        clean()
-        trials = EngineTrials(bench, Path(folder))
-        inject(trials, ENGINE_SITES, table, bench, begun + seconds)
-        trials.close()
+    options, begun = bench.options, time.perf_counter()
+    share = 0.6 if options.part == "all" else 1.0
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            if options.part != "engine":
+                inject(TrainerTrials(bench, Path(folder)), TRAINER_SITES, table, bench, begun + share * options.seconds)
+                clean()
+            if options.part != "trainer":
+                trials = EngineTrials(bench, Path(folder))
+                inject(trials, ENGINE_SITES, table, bench, begun + options.seconds)
+                trials.close()
+    except Exception:
+        traceback.print_exc()
+        table["outside a trial"] = Counter({"ABORTED": 1})
+    return conclude(bench, table)
+
+
+def conclude(bench: Bench, table: dict[str, Counter[str]]) -> int:
+    """Print the table; 1 when a trial ended in another way than it may."""
     print("| site | injected | recovered, same bits | refused, one report | other | never short |")
     for site, counts in table.items():
         other = sum(counts.values()) - sum(counts[kind] for kind in (*THROWN, "fitted"))
         row = (counts["recovered"] + counts["refused"] + other, counts["recovered"], counts["refused"], other, counts["fitted"])
-        print(f"| {site} | " + " | ".join(map(str, row)) + " |")
+        if counts:
+            print(f"| {site} | " + " | ".join(map(str, row)) + " |")
     total = sum(sum(counts.values()) - counts["fitted"] for counts in table.values())
     wrong = total - sum(counts[kind] for counts in table.values() for kind in THROWN)
     bench.note("injected, wrong", (total, wrong))
-    bench.note("sites", {site: dict(counts) for site, counts in table.items()})
+    bench.note("sites", {site: dict(counts) for site, counts in table.items() if counts})
     return 1 if wrong else 0
 
 
@@ -325,25 +363,31 @@ def inject(
     print(f"{type(trials).__name__} ready", flush=True)
     gc.collect()
     gc.freeze()  # every failure collects garbage: not what stays
-    limit = bench.options.trials * len(sites) // len(table)
+    limit = bench.options.trials * (len(sites) if bench.options.part == "all" else len(table)) // len(table)
     for number in range(4 * limit):
         if time.perf_counter() > until or sum(table[site][kind] for site in sites for kind in THROWN) >= limit:
             break
-        site = sites[number % len(sites)]
+        site, seed = sites[number % len(sites)], random.randrange(2**32)
+        faulthandler.dump_traceback_later(HANG_S, exit=True)
         clean()
+        random.seed(seed)
         try:
             outcome = trials.trial(site)
         except Exception as error:
             traceback.print_exc(limit=-8)
             outcome = f"ABORTED: {type(error).__name__}"
-            if type(error).__name__ == "AcceleratorError":  # nothing works in this process any more
-                table[site][outcome] += 1
-                break
-            if isinstance(trials, EngineTrials):
-                trials.start()
         table[site][outcome] += 1
+        if outcome not in (*THROWN, "fitted"):
+            print(f"{site}, seed {seed}: {outcome}", flush=True)
+        if "AcceleratorError" in outcome:  # nothing works in this process any more
+            break
+        if outcome.startswith("ABORTED") and isinstance(trials, EngineTrials):
+            trials.start()
+        bench.facts["sites"] = {site: dict(counts) for site, counts in table.items() if counts}
+        bench.write()
         if number % 35 == 34:
-            print({site: dict(counts) for site, counts in table.items() if counts}, flush=True)
+            print(bench.facts["sites"], flush=True)
+    faulthandler.cancel_dump_traceback_later()
     gc.unfreeze()
 
 
@@ -351,7 +395,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen3-0.6b")
     parser.add_argument("--layers", type=int)
-    parser.add_argument("--trials", type=int, default=240)
+    parser.add_argument("--part", choices=("all", "trainer", "engine"), default="all")
+    parser.add_argument("--trials", type=int, default=240, help="failures to throw, in all")
     parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out")

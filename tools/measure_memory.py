@@ -63,6 +63,10 @@ class Bench:
         """Print and keep a fact."""
         self.facts[name] = value
         print(f"{name}: {value}", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """What is known so far, into the file."""
         if self.options.out:
             with open(self.options.out, "w", encoding="utf-8") as file:
                 json.dump(self.facts, file, indent=1, default=str)
