@@ -125,6 +125,21 @@ def test_a_step_without_memory_changes_no_token(overlap: bool, times: int) -> No
         assert core.num_oom >= 1 and core.metrics()["num_oom"] == core.num_oom
 
 
+def test_an_engine_that_was_short_of_memory_once_is_not_slow_for_good() -> None:
+    core = made()
+    left = [1, 1]
+
+    def fails(number: int, size: int) -> bool:
+        return number > 20 and bool(left) and bool(left.pop())
+
+    with FakeDevice(fails=fails):
+        served(core, requests(1))
+    assert core.num_oom == 2 and core._scheduler.most_tokens == CONFIG.max_batched_tokens // 4
+    core._take = lambda staged: None  # type: ignore[method-assign]
+    core.swap_weights({}, 1)  # type: ignore[arg-type]
+    assert core._scheduler.most_tokens == CONFIG.max_batched_tokens
+
+
 def test_an_engine_without_any_memory_says_so() -> None:
     core = made()
     with FakeDevice(fails=lambda number, size: True), pytest.raises(torch.OutOfMemoryError, match="max_batched_tokens"):

@@ -162,7 +162,8 @@ class EngineCore:
     def _make_room(self) -> None:
         """After a failed allocation: drop graphs and cached pages, send what runs back to the queue, and take less at once.
 
-        Its tokens stay and the next ones are drawn by key, so nothing that is sampled changes.
+        Its tokens stay and the next ones are drawn by key, so nothing that is sampled changes. As much as before is tried again
+        after the next update, when there may be room.
         """
         self.num_oom += 1
         self._oom_in_a_row += 1
@@ -225,6 +226,7 @@ class EngineCore:
             self.speculator.forget(version if any(name.startswith(DRAFT_PREFIX) for name in staged) else None)
         self._decoder.freeze_quantized()
         self.weight_version = version
+        self._scheduler.most_tokens = self._config.max_batched_tokens
         self.released.discard("new weights")
         for seq in self._scheduler.waiting:
             seq.start_version(version)
