@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_kernels.cuda.launch import early_for
+from miles_kernels.cuda.launch import MOST_PROGRAMS, early_for
 
 SPLIT = 512
 """Keys per chunk: the unit of the split for small batches, and of the fold everywhere."""
@@ -72,8 +72,13 @@ def _next_power(x: int) -> int:
     return max(16, 1 << (x - 1).bit_length())
 
 
-def _tile_rows(rows: int) -> int:
-    return next((size for size in (16, 32, 64) if rows <= size), 128)
+def _schedule(rows: int, dim: int, dim_v: int, item_bytes: int, paged: bool) -> tuple[int, int, int]:
+    """(rows per program, warps, stages): keys and values of `stages` blocks fit into shared memory, sums into registers."""
+    block = next((size for size in (16, 32, 64) if rows <= size), 128)
+    if (_next_power(dim) + _next_power(dim_v)) * item_bytes > 768:  # as heads of 256 in bfloat16
+        block = min(block, 64)
+        return block, 8 if block == 64 else 4, 2
+    return block, 8 if block == 128 else 4, 5 if paged else 3
 
 
 def forward(
@@ -107,7 +112,8 @@ def forward(
     if tokens == 0:
         return out, lse
     rows = batch.max_q * group
-    block_m = block_m or _tile_rows(rows)
+    fitting = _schedule(rows, dim, dim_v, q.element_size(), batch.page_size > 0)
+    block_m, num_warps, stages = (given or fits for given, fits in zip((block_m, num_warps, stages), fitting, strict=True))
     tiles = triton.cdiv(rows, block_m)
     chunks = triton.cdiv(batch.max_kv, SPLIT)
     if partial is None:
@@ -117,9 +123,6 @@ def forward(
         part_top = torch.empty((2, tokens, heads, chunks), dtype=torch.float32, device=q.device)
     else:
         part, part_top, chunks = lse, lse.unsqueeze(0).expand(2, -1, -1), 1
-    num_warps = num_warps or (8 if block_m == 128 else 4)
-    if stages is None:
-        stages = 3 if batch.page_size == 0 else 5
     table = batch.table if batch.table is not None else batch.kv_len
     early = early_for(tokens, q)
     attend[(tiles * chunks, kv_heads, num_seqs)](
@@ -153,6 +156,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, batch: KVBatch, window: int | None) -
         )
     if q.stride(2) != 1 or k.stride(2) != 1 or v.stride(2) != 1:
         raise ValueError("attention: the last dimension of q, k and v must be contiguous")
+    if batch.kv_len.shape[0] > MOST_PROGRAMS:
+        raise ValueError(f"attention: {batch.kv_len.shape[0]} sequences; at most {MOST_PROGRAMS} at once")
     if window is not None and window < 1:
         raise ValueError(f"attention: window={window} must be at least 1")
 

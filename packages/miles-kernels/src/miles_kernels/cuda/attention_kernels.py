@@ -73,9 +73,7 @@ def attend(
     kv_len = tl.load(kv_len_ptr + seq)
     if tile * BM >= q_len * G:
         return
-    kv_start = 0
-    if PAGE == 0:
-        kv_start = tl.load(kv_start_ptr + seq)
+    kv_start = tl.load(kv_start_ptr + seq) if PAGE == 0 else 0
     table = table_ptr + seq.to(tl.int64) * stride_table
     row = tile * BM + tl.arange(0, BM)
     valid = row < q_len * G
@@ -116,7 +114,8 @@ def attend(
         end = tl.minimum(chunk * SPLIT + SPLIT, stop)
         for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
             slot = slots(start, lane, kv_len, table, kv_start, PAGE)
-            inside = (start + lane) < kv_len
+            key = start + lane
+            inside = key < kv_len
             k_mask = inside[:, None]
             if D != D_PAD:
                 k_mask = k_mask & (dim < D)[None, :]
@@ -126,7 +125,6 @@ def attend(
                 v_mask = v_mask & (dim_v < DV)[None, :]
             v = tl.load(v_head + slot[:, None] * stride_vn + dim_v[None, :], mask=v_mask, other=0.0)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
-            key = start + lane
             seen = key[None, :] <= position[:, None]
             if WINDOW > 0:
                 seen = seen & (key[None, :] > position[:, None] - WINDOW)

@@ -36,11 +36,13 @@ def add_product(total: Tensor, grad: Tensor, x: Tensor, tile: Tile | None = None
     """
     if x.dtype is not grad.dtype or x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"chained gradients on CUDA: operands must be bfloat16, got {grad.dtype} and {x.dtype}")
-    if not (strides_fit_tma(grad) and strides_fit_tma(x)):
+    if grad.shape[0] and not (strides_fit_tma(grad) and strides_fit_tma(x)):
         raise ValueError("chained gradients on CUDA: rows must be contiguous and start at multiples of 16 bytes")
+    rows, m, n = grad.shape[0], grad.shape[1], x.shape[1]
+    if not rows:
+        return
     from miles_kernels.cuda.chain_kernels import chain_product
 
-    rows, m, n = grad.shape[0], grad.shape[1], x.shape[1]
     tile = tile or (TILE if m * n >= WIDE else NARROW)
     programs = min(num_sms(x.device.index or 0) * tile.per_sm, cdiv(m, tile.rows) * cdiv(n, tile.cols))
     chain_product[(programs,)](

@@ -32,7 +32,7 @@ class Compared(NamedTuple):
 
 @at_home
 def compare_rows(q: Tensor, p: Tensor, labels: Tensor, heat: Tensor, *, gradient: torch.dtype | None) -> Compared:
-    """Compare logits `q` and `p` fp32 [m, V] at temperatures `heat` fp32 [m]; `labels` int64 [m] lie in 0 .. V - 1 (another gives NaN).
+    """Compare logits `q` and `p` fp32 [m, V] at temperatures `heat` fp32 [m]; a label (int64 [m]) not in 0 .. V - 1 gives NaN.
 
     Every row is summed by itself in one order. Raises ValueError for shapes or dtypes that do not fit.
     """

@@ -18,10 +18,12 @@ from miles_kernels.cuda import dispatch, gemm_deep
 from miles_kernels.cuda.gemm_triton import Tile, descriptor, num_sms
 from miles_kernels.cuda.grouped import Groups, wgrad
 from miles_kernels.cuda.grouped import gemm as grouped_gemm
+from miles_kernels.cuda.launch import at_home
 from miles_kernels.cuda.linear import backward as linear_backward
 from miles_kernels.ops.fp8 import BLOCK, Quantized
 
 
+@at_home
 def quantize_rows(x: Tensor) -> Quantized:
     """`ops.fp8.quantize_rows` in one kernel."""
     from miles_kernels.cuda import fp8_kernels
@@ -38,12 +40,15 @@ def quantize_rows(x: Tensor) -> Quantized:
     return Quantized(values, scales)
 
 
+@at_home
 def quantize_weight(weight: Tensor) -> Quantized:
     """`ops.fp8.quantize_weight` in one kernel: a program per block."""
     from miles_kernels.cuda import fp8_kernels
 
     *lead, n, k = weight.shape
     flat = weight.reshape(-1, n, k)
+    if flat.stride(2) != 1:
+        flat = flat.contiguous()
     down, across = -(-n // BLOCK), -(-k // BLOCK)
     values = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
     scales = torch.empty((*lead, down, across), dtype=torch.float32, device=weight.device)
@@ -92,14 +97,18 @@ def _deep_serves(m: int, n: int, k: int, device: int) -> bool:
 
 def gemm(x: Quantized, weight: Quantized, out_dtype: torch.dtype = torch.bfloat16, tile: Tile | None = None) -> Tensor:
     """`x[M, K]` times `weight[N, K]^T` as [M, N]; K a multiple of 16."""
-    from miles_kernels.cuda import fp8_kernels
-
     (m, k), n = x.values.shape, weight.values.shape[0]
+    if weight.values.shape[1] != k or k % 16 or not k:
+        raise ValueError(
+            f"fp8 linear: x [M, K] and weight [N, K] with K a multiple of 16, got {(m, k)}, {tuple(weight.values.shape)}"
+        )
     out = torch.empty((m, n), dtype=out_dtype, device=x.values.device)
     if not m:
         return out
     if tile is None and out_dtype is torch.bfloat16 and _deep_serves(m, n, k, out.device.index or 0):
         return _deep(x, weight)
+    from miles_kernels.cuda import fp8_kernels
+
     tile = tile or default_tile(m)
     tiles = -(-m // tile.rows) * -(-n // tile.cols)
     fp8_kernels.fp8_gemm[(min(num_sms(out.device.index or 0) * tile.per_sm, tiles),)](
@@ -126,8 +135,11 @@ def grouped(x: Quantized, weight: Quantized, groups: Groups, tile: Tile | None =
     from miles_kernels.cuda import fp8_kernels
 
     experts, n, k = weight.values.shape
-    if n % BLOCK:
-        raise ValueError(f"fp8 grouped linear: N must be a multiple of {BLOCK}, got {n}")
+    if n % BLOCK or k % 16 or x.values.shape[1] != k:
+        raise ValueError(
+            f"fp8 grouped linear: x [R, K] and weight [E, N, K], N a multiple of {BLOCK} and K of 16, got "
+            f"{tuple(x.values.shape)}, {(experts, n, k)}"
+        )
     out = torch.empty((x.values.shape[0], n), dtype=torch.bfloat16, device=x.values.device)
     if not x.values.shape[0]:
         return out
@@ -155,6 +167,7 @@ def grouped(x: Quantized, weight: Quantized, groups: Groups, tile: Tile | None =
     return out
 
 
+@at_home
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, quantized: Quantized | None = None) -> Tensor:
     """`x[T, K]` times `weight[N, K]^T` plus bias in FP8; `quantized` is `quantize_weight(weight)`, made here when not given.
 
@@ -172,6 +185,7 @@ def _forward(x: Tensor, bias: Tensor | None, quantized: Quantized) -> Tensor:
     return (gemm(quantize_rows(x), quantized, torch.float32) + bias.float()).to(x.dtype)
 
 
+@at_home
 def grouped_linear(x: Tensor, weight: Tensor, groups: Groups, quantized: Quantized | None = None) -> Tensor:
     """`x[R, K]`, rows sorted by expert, times `weight[E, N, K]^T` in FP8; backward in bfloat16."""
     quantized = quantized or quantize_weight(weight.detach())
@@ -180,6 +194,7 @@ def grouped_linear(x: Tensor, weight: Tensor, groups: Groups, quantized: Quantiz
     return grouped(quantize_rows(x), quantized, groups)
 
 
+@at_home
 def moe_mlp(
     x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, quantized: tuple[Quantized, Quantized]
 ) -> Tensor:

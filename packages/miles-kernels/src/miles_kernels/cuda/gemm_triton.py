@@ -36,8 +36,8 @@ def num_sms(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-WITH_ADDEND = Tile(128, 128, 64, 8, 3)
-"""Of the largest tile the float32 addend would not fit into shared memory beside the operands."""
+WIDE_RESULT = Tile(128, 128, 64, 8, 3)
+"""For float32 results: a larger tile of them would not fit into shared memory beside the operands."""
 
 
 def default_tile(m: int, n: int, k: int) -> Tile:
@@ -92,7 +92,9 @@ def gemm(
 
     m, k = (a.shape[1], a.shape[0]) if a_t else (a.shape[0], a.shape[1])
     n = b.shape[1] if b_t else b.shape[0]
-    tile = tile or (WITH_ADDEND if addend is not None else default_tile(m, n, k))
+    tile = tile or default_tile(m, n, k)
+    if out.dtype is torch.float32 and tile.rows * tile.cols > WIDE_RESULT.rows * WIDE_RESULT.cols:
+        tile = WIDE_RESULT
     if m == 0 or n == 0:
         return out
     assert addend is None or addend.stride() == out.stride(), "the addend is read where the result is written"

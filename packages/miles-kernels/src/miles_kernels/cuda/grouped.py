@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from miles_kernels.cuda.gemm_triton import Tile, descriptor, descriptor3, num_sms
+from miles_kernels.cuda.launch import aligned, at_home
 from miles_kernels.ops.chain import main_of
 
 
@@ -100,14 +101,17 @@ def gemm(
     `gated`: `weight[E, 2 I, K]` is gate over up and the result is silu(gate) * up, [R, I].
     `gather` (with `gated`) = (order[R], slots): x holds the unsorted rows, sorted row r is `x[order[r] // slots]`.
     """
-    from miles_kernels.cuda import grouped_kernels
-
     experts, first, second = weight.shape
     k = x.shape[1]
     n = second if transposed else first // 2 if gated else first
+    _check(x, weight, transposed)
+    weight = aligned(weight.contiguous())
+    x = x if gather else aligned(x.contiguous())
     out = x.new_empty((groups.num_rows, n))
     if not groups.num_rows:
         return out
+    from miles_kernels.cuda import grouped_kernels
+
     tile = tile or default_tile(groups.num_rows / groups.num_experts, gated)
     plan = groups.plan(tile.rows)
     if gated:
@@ -142,6 +146,14 @@ def gemm(
         num_stages=tile.stages,
     )
     return out
+
+
+def _check(x: Tensor, weight: Tensor, transposed: bool) -> None:
+    pitches = (x.shape[1] * x.element_size(), weight.shape[2] * weight.element_size())
+    if x.shape[1] != weight.shape[1 if transposed else 2] or any(pitch % 16 for pitch in pitches):
+        raise ValueError(
+            f"grouped_linear: rows {tuple(x.shape)} and weights {tuple(weight.shape)} do not fit, or are no multiples of 16 bytes"
+        )
 
 
 def wgrad(grad: Tensor, x: Tensor, groups: Groups, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -181,6 +193,7 @@ def weight_gradient(grad: Tensor, x: Tensor, groups: Groups, weight: Tensor) -> 
     return None
 
 
+@at_home
 def grouped_linear(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     """`x[R, K]` times `weight[E, N, K]^T` as [R, N], differentiable; see `Groups` for the rows of each expert."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):

@@ -9,7 +9,6 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

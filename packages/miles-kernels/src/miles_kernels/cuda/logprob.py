@@ -13,6 +13,7 @@ from torch import Tensor
 
 from miles_kernels.cuda.dispatch import product
 from miles_kernels.cuda.gemm_triton import descriptor, num_sms
+from miles_kernels.cuda.launch import aligned, at_home
 from miles_kernels.ops.chain import add_product, main_of
 
 BLOCK = 128
@@ -21,7 +22,7 @@ ROW_CHUNK = 4096
 
 
 def target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """The logit [N] fp32 of each row's target, for x [N, H], weight [V, H] and int64 targets [N] in 0..V-1."""
+    """The logit [N] fp32 of each row's target, for x [N, H], weight [V, H], int64 targets [N]; NaN of one not in 0..V-1."""
     from miles_kernels.cuda import logprob_kernels
 
     out = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
@@ -32,6 +33,7 @@ def target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
         targets,
         out,
         x.shape[0],
+        weight.shape[0],
         x.shape[1],
         x.stride(0),
         weight.stride(0),
@@ -43,13 +45,30 @@ def target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
     return out
 
 
-def backward_chunks(hidden_size: int) -> tuple[int, int]:
-    """(vocabulary rows, token rows) of a step of the backward: up to a hidden size of 4096, 64 MiB at 8192 tokens.
+MOST_TOKENS = 8192
+"""Token rows of a step of the backward."""
+STEP_BYTES = 60 * 2**20
+"""Of the backward's own room at that many tokens; with what the allocator rounds up it stays under 64 MB."""
+LOW_BITS = 8
+"""Bits of the running sum of d_hidden beside the 16 in d_hidden itself; 4 have not been on a GPU yet."""
+
+
+def backward_chunks(hidden_size: int, low_bits: int = LOW_BITS) -> tuple[int, int]:
+    """(vocabulary rows, token rows) of a step of the backward: the most that fit into `STEP_BYTES`, in whole pairs of blocks.
 
     The vocabulary step fixes the order in which d_hidden is summed, so it must not depend on the tokens. Fewer and larger steps
-    read and write that sum less often, which is most of what short rows lose.
+    read and write that sum less often, which is most of what short rows lose; past 3072 rows nothing is gained.
     """
-    return 3072 if hidden_size <= 2048 else 2048, 8192
+    room = STEP_BYTES - MOST_TOKENS * hidden_size * low_bits // 8
+    fitting = room // (2 * MOST_TOKENS) // (2 * BLOCK) * (2 * BLOCK)
+    return max(1024, min(3072, fitting)), MOST_TOKENS  # rows longer than 5600 take more than that room
+
+
+def new_low(hidden: Tensor, low_bits: int = LOW_BITS) -> Tensor:
+    """Room for the lower bits of a sum shaped as `hidden` [N, H], unset: a byte each, or one for two columns."""
+    rows, size = hidden.shape
+    width = size if low_bits == 8 else -(-size // ADD.cols) * ADD.cols // 2
+    return torch.empty((rows, width), dtype=torch.uint8, device=hidden.device)
 
 
 class LogprobOutput(NamedTuple):
@@ -87,9 +106,14 @@ class LogprobStats(NamedTuple):
 
 
 def inverse_temperature(temperature: Tensor | float, rows: int, device: torch.device) -> Tensor:
-    """float32 [rows] of 1 / temperature, rounded once; the kernels multiply by it. Raises ValueError for numbers <= 0."""
+    """float32 [rows] of 1 / temperature, rounded once; the kernels multiply by it.
+
+    Raises ValueError for numbers <= 0 and for a tensor that has neither one temperature nor one for each row.
+    """
     if isinstance(temperature, Tensor):
-        return temperature.to(device, torch.float32).reshape(-1).reciprocal()
+        if temperature.numel() not in (1, rows):
+            raise ValueError(f"temperature must be a number or [{rows}], got {tuple(temperature.shape)}")
+        return temperature.to(device, torch.float32).reshape(-1).expand(rows).reciprocal()
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}; greedy rows are scored at temperature 1")
     return torch.full((rows,), temperature, dtype=torch.float32, device=device).reciprocal_()
@@ -134,15 +158,24 @@ def new_outputs(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor
     return logprob, ent, normaliser
 
 
+@at_home
 def logprob_from_logits(
     logits: Tensor, targets: Tensor, temperature: Tensor | float = 1.0, *, entropy: bool = True
 ) -> LogprobOutput:
-    """Log-probability of `targets[N]` under softmax(`logits[N, V]` / temperature), float32. One read of the logits."""
-    from miles_kernels.cuda import logprob_kernels
+    """Log-probability of `targets[N]` under softmax(`logits[N, V]` / temperature), float32. One read of the logits.
 
+    A target outside the vocabulary has NaN. Raises ValueError for shapes or dtypes that do not fit.
+    """
     if logits.dtype is not torch.float32:
         raise ValueError(f"logits must be float32, got {logits.dtype}")
     rows, vocab = logits.shape
+    if targets.shape != (rows,) or not vocab:
+        raise ValueError(
+            f"logits [N, V] and targets [N] wanted, V at least 1; got {tuple(logits.shape)} and {tuple(targets.shape)}"
+        )
+    from miles_kernels.cuda import logprob_kernels
+
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
     targets = targets.contiguous()  # the kernel reads target n at address n: a column of a matrix would give other rows' targets
     inverse = inverse_temperature(temperature, rows, logits.device)
     outs = new_outputs(rows, logits.device)
@@ -236,21 +269,22 @@ def backward(
     main: Tensor | None = None,
     chunks: tuple[int, int] | None = None,
     config: _Config | None = None,
+    low_bits: int = LOW_BITS,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias, one chunk of the vocabulary at a time in ascending order.
 
-    The logit gradients of a chunk are rounded to bfloat16; d_hidden is summed over the chunks in 24 bits, d_weight over
-    the tokens in float32. A row of d_hidden does not depend on the other rows. `main`: where the sum of the weight's goes on
+    The logit gradients of a chunk are rounded to bfloat16; d_hidden is summed over the chunks in 16 + `low_bits` bits, d_weight
+    over the tokens in float32. A row of d_hidden does not depend on the other rows. `main`: where the sum of the weight's goes on
     (`ops.chain`), instead of a d_weight.
     """
     rows, size = hidden.shape
     vocab, device = weight.shape[0], hidden.device
-    step, height = chunks or backward_chunks(size)
+    step, height = chunks or backward_chunks(size, low_bits)
     g_logprob = torch.zeros(rows, device=device) if grads[0] is None else grads[0].float().contiguous()
     g_entropy = grads[1].float().contiguous() if grads[1] is not None else None
     d_hidden = torch.empty_like(hidden) if needs[0] else None
-    low = torch.empty(hidden.shape, dtype=torch.uint8, device=device) if needs[0] else None
-    d_weight = torch.empty_like(weight) if needs[1] else None
+    low = new_low(hidden, low_bits) if needs[0] else None
+    d_weight = (torch.empty_like if rows else torch.zeros_like)(weight) if needs[1] else None
     d_bias = torch.empty_like(bias) if needs[2] and bias is not None else None
     several = rows > height
     partial = torch.empty((min(step, vocab), size), dtype=torch.float32, device=device) if several and needs[1] else None
@@ -335,7 +369,10 @@ def logit_gradient(
 def add_to_hidden(
     dz: Tensor, part: Tensor, d_hidden: Tensor, low: Tensor, first: bool, last: bool, config: _Config | None = None
 ) -> None:
-    """Add dz [N, C] part [C, H] to a sum of 24 bits: 16 in `d_hidden` [N, H] bfloat16, 8 in `low` uint8; rounded when `last`."""
+    """Add dz [N, C] part [C, H] to a sum: 16 bits in `d_hidden` [N, H] bfloat16, the others in `low`, as from `new_low`.
+
+    Rounded when `last`.
+    """
     from miles_kernels.cuda import logprob_kernels
 
     (rows, count), size = dz.shape, part.shape[1]
@@ -355,11 +392,13 @@ def add_to_hidden(
         GROUP_M=16,
         FIRST=first,
         LAST=last,
+        NIBBLES=low.shape != d_hidden.shape,
         num_warps=config.warps,
         num_stages=config.stages,
     )
 
 
+@at_home
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -371,12 +410,25 @@ def linear_logprob(
 ) -> LogprobOutput:
     """Log-probability of `targets[N]` under softmax((`hidden[N, H]` `weight[V, H]`^T + bias) / temperature), and entropy.
 
-    bfloat16; H a multiple of 8. Backward for hidden, weight and bias from both outputs; deterministic.
+    bfloat16; H a multiple of 8. Backward for hidden, weight and bias from both outputs; deterministic. A target outside the
+    vocabulary has NaN. Raises ValueError for shapes or dtypes that do not fit.
     """
-    if hidden.dtype is not torch.bfloat16 or hidden.shape[1] % 8:
-        raise ValueError(f"linear_logprob: bfloat16 rows of a multiple of 8 wanted, got {hidden.dtype} {tuple(hidden.shape)}")
+    if hidden.dtype is not torch.bfloat16 or weight.dtype is not hidden.dtype or hidden.shape[1] % 8:
+        raise ValueError(
+            f"linear_logprob: bfloat16 rows of a multiple of 8 wanted, got {hidden.dtype} {tuple(hidden.shape)}, {weight.dtype}"
+        )
+    vocab = weight.shape[0]
+    if (
+        weight.shape != (vocab, hidden.shape[1])
+        or targets.shape != hidden.shape[:1]
+        or (bias is not None and bias.shape != (vocab,))
+    ):
+        raise ValueError(
+            f"linear_logprob: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}, bias "
+            f"{None if bias is None else tuple(bias.shape)} do not fit; need [N, H], [V, H], [N], [V]"
+        )
     inverse = inverse_temperature(temperature, hidden.shape[0], hidden.device)
-    logprob, ent = _LinearLogprob.apply(hidden.contiguous(), weight, bias, targets.contiguous(), inverse, entropy)
+    logprob, ent = _LinearLogprob.apply(aligned(hidden.contiguous()), weight, bias, targets.contiguous(), inverse, entropy)
     return LogprobOutput(logprob, ent if entropy else None)
 
 

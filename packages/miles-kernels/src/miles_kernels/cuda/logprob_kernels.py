@@ -120,16 +120,22 @@ def target_logits(
     targets,
     out,
     M,
+    V,
     K,
     stride_h,
     stride_w,
     BK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """out[m] = hidden[m] . weight[targets[m]] (+ bias), with the bits of the full product: the diagonal of a 16 x 16 one."""
+    """out[m] = hidden[m] . weight[targets[m]] (+ bias), with the bits of the full product: the diagonal of a 16 x 16 one.
+
+    NaN where the target is none of the V rows: what lies there belongs to somebody else.
+    """
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)
     keep = rows < M
     target = tl.load(targets + rows, mask=keep, other=0).to(tl.int64)
+    known = (target >= 0) & (target < V)
+    target = tl.where(known, target, 0)
     ks = tl.arange(0, BK)
     acc = tl.zeros((16, 16), dtype=tl.float32)
     for k in range(0, K, BK):
@@ -143,7 +149,7 @@ def target_logits(
     z = tl.sum(tl.where(diagonal, acc, 0.0), 1)
     if HAS_BIAS:
         z += tl.load(bias + target).to(tl.float32)
-    tl.store(out + rows, z, mask=keep)
+    tl.store(out + rows, tl.where(known, z, float("nan")), mask=keep)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -171,7 +177,9 @@ def stats_from_logits(
     c = tl.load(inverse_temperature + rows, mask=rows < M, other=1.0) * 1.4426950408889634
     if block == 0:
         target = tl.load(targets + rows, mask=rows < M, other=0).to(tl.int64)
-        tl.store(target_out + rows, tl.load(logits + rows.to(tl.int64) * stride + target, mask=rows < M), mask=rows < M)
+        known = (rows < M) & (target >= 0) & (target < V)
+        own = tl.load(logits + rows.to(tl.int64) * stride + target, mask=known, other=float("nan"))
+        tl.store(target_out + rows, own, mask=rows < M)
     r, total, weighted = block_stats(z, c, ENTROPY)
     store_stats(r_out, total_out, weighted_out, r, total, weighted, rows, block, M, tl.cdiv(V, BLOCK), ENTROPY)
 
@@ -315,9 +323,11 @@ def add_product(
     GROUP_M: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
+    NIBBLES: tl.constexpr = False,
 ):
     """Running sum += a[M, K] b[K, N] (descriptors), kept in 24 bits: the float32's upper half in `high` (int16), the next
     8 bits in `low` (uint8), both [M, N]. `FIRST` starts at zero; `LAST` leaves the sum rounded to bfloat16 in `high`.
+    `NIBBLES`: 20 bits; a byte of `low` has 4 of a column in the left half of a tile and 4 of the one in the right half.
     """
     num_m = tl.cdiv(M, BM)
     num_n = tl.cdiv(N, BN)
@@ -332,8 +342,12 @@ def add_product(
         rows = row + tl.arange(0, BM)
         cols = col + tl.arange(0, BN // 2)
         left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))  # halves: fewer registers at once
-        add_to_sum(left, high, low, rows, cols, M, N, FIRST, LAST)
-        add_to_sum(right, high, low, rows, cols + BN // 2, M, N, FIRST, LAST)
+        if NIBBLES:
+            places = rows[:, None] * (num_n * (BN // 2)) + pid_n * (BN // 2) + tl.arange(0, BN // 2)[None, :]
+            add_nibbles(left, right, high, low + places, rows, cols, cols + BN // 2, M, N, FIRST, LAST)
+        else:
+            add_to_sum(left, high, low, rows, cols, M, N, FIRST, LAST)
+            add_to_sum(right, high, low, rows, cols + BN // 2, M, N, FIRST, LAST)
 
 
 @triton.jit
@@ -350,3 +364,28 @@ def add_to_sum(part, high, low, rows, cols, M, N, FIRST: tl.constexpr, LAST: tl.
         bits = part.to(tl.int32, bitcast=True) + 128
         tl.store(high + where, (bits >> 16).to(tl.int16), mask=keep)
         tl.store(low + where, (bits >> 8).to(tl.uint8), mask=keep)
+
+
+@triton.jit
+def add_nibbles(left, right, high, low, rows, left_cols, right_cols, M, N, FIRST: tl.constexpr, LAST: tl.constexpr):
+    """Both halves of a tile of `add_product`; `low` points at a byte for each column of the left one."""
+    inside = (rows < M)[:, None]
+    keep_left = inside & (left_cols < N)[None, :]
+    keep_right = inside & (right_cols < N)[None, :]
+    at_left = high + rows[:, None] * N + left_cols[None, :]
+    at_right = high + rows[:, None] * N + right_cols[None, :]
+    if not FIRST:
+        byte = tl.load(low, mask=keep_left, other=0).to(tl.int32)
+        upper = tl.load(at_left, mask=keep_left, other=0).to(tl.int32) << 16
+        left += (upper | ((byte & 15) << 12)).to(tl.float32, bitcast=True)
+        upper = tl.load(at_right, mask=keep_right, other=0).to(tl.int32) << 16
+        right += (upper | ((byte >> 4) << 12)).to(tl.float32, bitcast=True)
+    if LAST:
+        tl.store(at_left, left.to(tl.bfloat16).to(tl.int16, bitcast=True), mask=keep_left)
+        tl.store(at_right, right.to(tl.bfloat16).to(tl.int16, bitcast=True), mask=keep_right)
+    else:
+        left_bits = left.to(tl.int32, bitcast=True) + 2048
+        right_bits = right.to(tl.int32, bitcast=True) + 2048
+        tl.store(at_left, (left_bits >> 16).to(tl.int16), mask=keep_left)
+        tl.store(at_right, (right_bits >> 16).to(tl.int16), mask=keep_right)
+        tl.store(low, (((left_bits >> 12) & 15) | (((right_bits >> 12) & 15) << 4)).to(tl.uint8), mask=keep_left)

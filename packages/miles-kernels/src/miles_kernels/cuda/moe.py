@@ -9,7 +9,7 @@ from torch import Tensor
 
 from miles_kernels.cuda.gemm_triton import descriptor3
 from miles_kernels.cuda.grouped import Groups, default_tile, expert_width, gemm, grouped_linear, weight_gradient
-from miles_kernels.cuda.launch import at_home, cdiv, starts_early
+from miles_kernels.cuda.launch import aligned, at_home, cdiv, starts_early
 
 SORT_BLOCK = 128
 GATHER_MULTIPLE = 128
@@ -88,10 +88,11 @@ def moe_mlp(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tens
     `ids` lie in 0 .. E - 1: they are on the device, where nobody looks. Raises ValueError for shapes that do not fit.
     """
     _check(x, gate_up, down, ids, weights)
-    x = x.contiguous()
+    x = aligned(x.contiguous())
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up, down, weights))
     if not learns and _are_few(ids, down):
-        return _few(x, gate_up, down.contiguous(), ids.contiguous(), weights.contiguous())
+        gate_up, down = (aligned(each.contiguous()) for each in (gate_up, down))
+        return _few(x, gate_up, down, ids.contiguous(), weights.contiguous())
     dispatch = plan_dispatch(ids, gate_up.shape[0])
     if learns:
         inner = gated_linear(permute(x, dispatch), gate_up, dispatch.groups)
@@ -108,16 +109,16 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tenso
     half = x.dtype is gate_up.dtype is down.dtype and x.dtype in (torch.bfloat16, torch.float16)
     if not fits or not half or hidden % 8 or width % 8:
         raise ValueError(
-            "moe_mlp on a GPU needs bfloat16 x [T, H], gate_up [E, 2 I, H] and down [E, H, I], H and I multiples of 8, ids and weights "
-            f"[T, k]; got {x.dtype} {tuple(x.shape)}, {gate_up.dtype} {tuple(gate_up.shape)}, {down.dtype} {tuple(down.shape)}, "
-            f"{tuple(ids.shape)}, {tuple(weights.shape)}"
+            "moe_mlp on a GPU needs bfloat16 x [T, H], gate_up [E, 2 I, H] and down [E, H, I], H and I multiples of 8, ids and "
+            f"weights [T, k]; got {x.dtype} {tuple(x.shape)}, {gate_up.dtype} {tuple(gate_up.shape)}, {down.dtype} "
+            f"{tuple(down.shape)}, {tuple(ids.shape)}, {tuple(weights.shape)}"
         )
 
 
 def _are_few(ids: Tensor, down: Tensor) -> bool:
     """Whether `_few` serves this routing of these experts."""
-    aligned = down.shape[1] % FEW_MULTIPLE == 0 and down.shape[2] % FEW_MULTIPLE == 0
-    return 0 < ids.numel() <= FEW_PAIRS and ids.shape[1] in FEW_SLOTS and aligned
+    wide = down.shape[1] % FEW_MULTIPLE == 0 and down.shape[2] % FEW_MULTIPLE == 0
+    return 0 < ids.numel() <= FEW_PAIRS and ids.shape[1] in FEW_SLOTS and wide
 
 
 def _few(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

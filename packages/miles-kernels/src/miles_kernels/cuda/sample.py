@@ -43,8 +43,6 @@ def draw(
 
     `seed` and `temperature` are numbers or tensors [B] on the device of the logits. No synchronisation, two kernels.
     """
-    from miles_kernels.cuda import sample_kernels
-
     rows, vocab = logits.shape if logits.ndim == 2 else (0, 0)
     if logits.ndim != 2 or vocab == 0 or logits.stride(1) != 1 or sample_id.shape != (rows,) or position.shape != (rows,):
         raise ValueError(
@@ -57,6 +55,8 @@ def draw(
         return Drawn(token, logprob)
     if rows > MOST_PROGRAMS:
         raise ValueError(f"draw takes at most {MOST_PROGRAMS} rows at once, got {rows}: cut the batch")
+    from miles_kernels.cuda import sample_kernels
+
     # copies are made here: between the two kernels nothing may come that the second would wait for in place of the first
     sample_id, position = sample_id.contiguous(), position.contiguous()
     warm, heat = _per_row(temperature, torch.float32, logits)

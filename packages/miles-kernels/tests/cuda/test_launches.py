@@ -1,0 +1,240 @@
+"""What the CUDA ops do before they launch anything, so without a GPU: checks, choice of plans, devices, alignment, room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from miles_kernels.contract import Contract
+from miles_kernels.cuda import attention, chain, dispatch, fp8, gemm_lt, gemm_triton, grouped, launch, logprob, moe, norm, sample
+from miles_kernels.ops.fp8 import Quantized
+
+HALF = torch.bfloat16
+
+
+def half(*shape: int) -> Tensor:
+    return torch.randn(shape).to(HALF)
+
+
+class Products:
+    """Stand-ins of the backends: they note which one served, and compute."""
+
+    def __init__(self) -> None:
+        self.served: list[str] = []
+        self.without_plan: set[int] = set()
+
+    def plan_of(self, problem: gemm_lt.Problem, prefer: str = "") -> Any:
+        if problem.k in self.without_plan:
+            return None
+
+        def run(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+            assert bias is None or bias.dtype is problem.out_dtype, "a plan reads the bias as its result's dtype"
+            self.served.append("cublaslt")
+            return out.copy_(a.float() @ b.float().t() + (0 if bias is None else bias.float()))
+
+        return SimpleNamespace(run=run)
+
+    def triton(self, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, **how: Any) -> Tensor:
+        self.served.append("triton")
+        return out.copy_(a.float() @ b.float().t() + (0 if bias is None else bias.float()))
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[Products]:
+    made = Products()
+    monkeypatch.setattr(dispatch, "_usable", lambda device: frozenset({"triton", "cublaslt"}))
+    monkeypatch.setattr(dispatch, "_device_name", lambda device: "unknown")
+    monkeypatch.setattr(gemm_lt, "plan_of", made.plan_of)
+    monkeypatch.setattr(gemm_triton, "gemm", made.triton)
+    dispatch.forget()
+    yield made
+    dispatch.forget()
+
+
+def test_a_plan_serves_only_the_dtypes_it_was_made_for(products: Products) -> None:
+    """The shapes and strides of all calls are equal; a plan found by those alone read a float32 bias as bfloat16."""
+    a, b, bias = half(4, 64), half(16, 64), half(16)
+    for each in (bias, bias, bias.float(), bias):
+        out = dispatch.product(a, b, torch.empty(4, 16, dtype=HALF), each)
+        torch.testing.assert_close(out.float(), a.float() @ b.float().t() + bias.float(), atol=0.1, rtol=0.02)
+    assert products.served == ["cublaslt", "cublaslt", "triton", "cublaslt"]
+
+
+def test_a_bias_is_read_from_whole_aligned_memory(products: Products) -> None:
+    a, b = half(4, 64), half(16, 64)
+    for bias in (half(17)[1:], half(32)[::2]):
+        out = dispatch.product(a, b, torch.empty(4, 16, dtype=HALF), bias)
+        torch.testing.assert_close(out.float(), a.float() @ b.float().t() + bias.float(), atol=0.1, rtol=0.02)
+
+
+def test_what_cublaslt_cannot_do_without_split_k_goes_to_triton(products: Products) -> None:
+    products.without_plan.add(48)
+    for k, backend in ((48, "triton"), (64, "cublaslt"), (48, "triton")):
+        dispatch.product(half(4, k), half(16, k), torch.empty(4, 16, dtype=HALF))
+        assert products.served.pop() == backend
+
+
+def test_overlapping_rows_are_no_matrix_for_bulk_copies(products: Products) -> None:
+    row = half(64)
+    assert not gemm_lt.fits(row.expand(4, 64)) and not gemm_triton.strides_fit_tma(row.expand(4, 64))
+    assert gemm_lt.fits(half(4, 64)) and gemm_triton.strides_fit_tma(half(4, 64))
+    assert not gemm_triton.strides_fit_tma(half(0, 64)[:, :0])
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "out", "bias"),
+    [
+        ((4, 64), (16, 32), (4, 16), None),
+        ((4, 64), (16, 64), (5, 16), None),
+        ((4, 64), (16, 64), (4, 16), (15,)),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(
+    products: Products, a: tuple[int, ...], b: tuple[int, ...], out: tuple[int, ...], bias: tuple[int, ...] | None
+) -> None:
+    """A kernel would read behind the end of the shorter operand."""
+    with pytest.raises(ValueError, match="do not fit together"):
+        dispatch.product(half(*a), half(*b), torch.empty(out, dtype=HALF), None if bias is None else half(*bias))
+    with pytest.raises(ValueError, match="do not fit together"):
+        dispatch.product(half(4, 64), torch.randn(16, 64), torch.empty(4, 16, dtype=HALF))
+
+
+def test_a_sum_of_nothing_is_zero(products: Products) -> None:
+    """As the weight gradient of a step without tokens: memory that nobody wrote would be a gradient."""
+    nothing = torch.full((8, 16), float("nan"))
+    assert (dispatch.product(half(0, 8), half(0, 16), nothing, a_t=True, b_t=True) == 0).all()
+    kept = torch.ones(8, 16)
+    assert (dispatch.product(half(0, 8), half(0, 16), kept, a_t=True, b_t=True, accumulate=True) == 1).all()
+    bias = half(16)
+    assert torch.equal(dispatch.product(half(8, 0), half(16, 0), torch.empty(8, 16, dtype=HALF), bias), bias.expand(8, 16))
+    chain.add_product(kept, half(0, 8), half(0, 16))
+    assert (kept == 1).all() and not products.served
+
+
+def test_a_gradient_of_no_tokens_is_zero() -> None:
+    x, w, none = half(0, 64), half(300, 64), torch.zeros(0)
+    d_hidden, d_weight, d_bias = logprob.backward((none, none), x, w, none.long(), none, none, none, half(300))
+    assert d_hidden is not None and d_hidden.shape == (0, 64)
+    assert d_weight is not None and (d_weight == 0).all() and d_bias is not None and (d_bias == 0).all()
+
+
+# ---------------------------------------------------------------- devices and alignment
+@pytest.mark.parametrize("current", [0, 1])
+def test_an_op_runs_on_the_device_of_its_tensor(current: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    visited = []
+
+    @contextmanager
+    def device(which: torch.device) -> Iterator[None]:
+        visited.append(which.index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    op = launch.at_home(lambda x, factor=1: (x.device.index, factor))
+    with FakeTensorMode():
+        assert op(torch.empty(3, device="cuda:1"), factor=2) == (1, 2)
+    assert visited == ([] if current == 1 else [1])
+    assert op(torch.empty(3)) == (None, 1)
+
+
+def test_views_that_begin_anywhere_are_copied_where_sums_depend_on_it() -> None:
+    whole = half(5 * 64 + 1)
+    odd = whole[1:].view(5, 64)
+    assert launch.aligned(whole) is whole and odd.data_ptr() % 16
+    copied = launch.aligned(odd)
+    assert copied.data_ptr() % 16 == 0 and torch.equal(copied, odd)
+    flat, tokens, heads = norm._rows(odd, torch.ones(64))
+    assert flat.data_ptr() % 16 == 0 and (tokens, heads) == (5, 1) and torch.equal(flat[:, 0], odd)
+
+
+# ---------------------------------------------------------------- messages
+def test_experts_that_do_not_fit_are_refused() -> None:
+    good = (half(3, 16), half(4, 16, 16), half(4, 16, 8), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2))
+    moe._check(*good)
+    for at, wrong in (
+        (0, half(2, 16)),
+        (0, torch.randn(3, 16)),
+        (1, half(4, 12, 16)),
+        (2, half(4, 16, 12)),
+        (4, torch.ones(3, 1)),
+    ):
+        bad = [*good]
+        bad[at] = wrong
+        with pytest.raises(ValueError, match="moe_mlp on a GPU needs bfloat16"):
+            moe._check(*bad)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        moe._check(half(3, 12), half(4, 16, 12), half(4, 12, 8), good[3], good[4])
+
+
+def test_rows_of_experts_must_be_multiples_of_16_bytes() -> None:
+    for x, weight in ((half(3, 12), half(2, 8, 12)), (half(3, 16), half(2, 8, 24))):
+        with pytest.raises(ValueError, match="no multiples of 16 bytes"):
+            grouped._check(x, weight, False)
+    grouped._check(half(3, 16), half(2, 8, 16), False)
+    grouped._check(half(3, 8), half(2, 8, 16), True)
+
+
+def test_limits_of_a_launch_are_named() -> None:
+    many = launch.MOST_PROGRAMS + 1
+    ids = torch.empty(many, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match="at most 65535 rows"):
+        sample.draw(torch.empty(many, 8, device="meta"), seed=0, sample_id=ids, position=ids)
+    q = torch.empty(4, 2, 16, device="meta")
+    batch = attention.KVBatch(ids, ids, ids, None, 0, 1, 1)
+    with pytest.raises(ValueError, match="at most 65535 at once"):
+        attention.check(q, q, q, batch, None)
+
+
+def test_targets_and_temperatures_must_fit() -> None:
+    logits, targets = torch.randn(3, 50), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"targets \[N\] wanted"):
+        logprob.logprob_from_logits(logits, targets[:2])
+    with pytest.raises(ValueError, match="do not fit; need"):
+        logprob.linear_logprob(half(3, 64), half(50, 32), targets)
+    with pytest.raises(ValueError, match="do not fit; need"):
+        logprob.linear_logprob(half(3, 64), half(50, 64), targets, bias=half(49))
+    with pytest.raises(ValueError, match=r"a number or \[3\]"):
+        logprob.inverse_temperature(torch.ones(2), 3, torch.device("cpu"))
+    assert logprob.inverse_temperature(torch.tensor(0.5), 3, torch.device("cpu")).tolist() == [2.0, 2.0, 2.0]
+    with pytest.raises(ValueError, match="a multiple of 16"):
+        fp8.gemm(Quantized(half(3, 24), torch.ones(3, 1)), Quantized(half(8, 24), torch.ones(1, 1)))
+
+
+# ---------------------------------------------------------------- room
+@pytest.mark.parametrize("low_bits", [8, 4])
+@pytest.mark.parametrize("hidden", [128, 1024, 2048, 2560, 4096, 5120])
+def test_the_backward_stays_within_its_room(hidden: int, low_bits: int) -> None:
+    """Buffer of logit gradients and lower bits of the sum; the allocator adds up to 1 MiB to each of two results."""
+    step, rows = logprob.backward_chunks(hidden, low_bits)
+    low = logprob.new_low(torch.empty(rows, hidden, dtype=HALF, device="meta"), low_bits)
+    room = low.nbytes + rows * step * 2
+    assert room <= 60 * 2**20 and room + 2**20 <= 64e6
+    assert step == 3072 or room + rows * 2 * 256 * 2 > 60 * 2**20  # as large as fits
+    assert step % 256 == 0, "a slice of a sharded head holds whole pairs of blocks"
+
+
+def test_the_contract_names_what_orders_the_gradient() -> None:
+    order = Contract(dtype="bfloat16", matmul="native", platform="x", kernels="y", ops=_cuda_ops()).ops["logprob"].order
+    assert f"{logprob.STEP_BYTES >> 20} MiB" in order and f"{16 + logprob.LOW_BITS} bits" in order
+
+
+def _cuda_ops() -> Any:
+    from miles_kernels import contract
+
+    return contract._cuda_ops()
+
+
+def test_schedules_of_attention() -> None:
+    """Those that were run stay; heads of 256 did not fit into shared memory (`tools/compile_kernels.py` compiles them all)."""
+    for rows, block in ((1, 16), (17, 32), (64, 64), (65, 128), (5000, 128)):
+        for dim, dim_v in ((64, 64), (128, 128), (192, 128)):
+            assert attention._schedule(rows, dim, dim_v, 2, False) == (block, 8 if block == 128 else 4, 3)
+            assert attention._schedule(rows, dim, dim_v, 2, True) == (block, 8 if block == 128 else 4, 5)
+        assert attention._schedule(rows, 256, 256, 2, True) == (min(block, 64), 8 if block >= 64 else 4, 2)
