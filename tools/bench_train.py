@@ -73,7 +73,7 @@ def random_weights(config: DecoderConfig) -> Decoder:
 class Rival(nn.Module):
     """Qwen3 in plain torch over equally long sequences [B, L]."""
 
-    def __init__(self, config: DecoderConfig, recompute: bool) -> None:
+    def __init__(self, config: DecoderConfig, recompute: bool, device: str = "cuda") -> None:
         super().__init__()
         self.config, self.recompute = config, recompute
         self.compiled = torch.compile(self.run, dynamic=False)
@@ -81,7 +81,7 @@ class Rival(nn.Module):
         q, kv, inner = config.num_attention_heads * d, config.num_key_value_heads * d, config.intermediate_size
 
         def weight(*size: int) -> nn.Parameter:
-            drawn = torch.empty(size, device="cuda", dtype=torch.bfloat16)
+            drawn = torch.empty(size, device=device, dtype=torch.bfloat16)
             return nn.Parameter(drawn.fill_(1.0) if len(size) == 1 else drawn.normal_(0.0, 0.02))
 
         self.embed, self.norm = weight(config.vocab_size, h), weight(h)
@@ -115,7 +115,7 @@ class Rival(nn.Module):
         """log p of the tokens ids[:, keep], flat; `how` is one of HOW."""
         run = self.compiled if how == "compiled" else self.run
         length, half = ids.shape[1], self.config.head_dim // 2
-        angle = torch.arange(length, device="cuda")[:, None] * 1e4 ** (-torch.arange(half, device="cuda") / half)
+        angle = torch.arange(length, device=ids.device)[:, None] * 1e4 ** (-torch.arange(half, device=ids.device) / half)
         cos, sin = (t.bfloat16()[:, None] for t in (angle.cos(), angle.sin()))
         x = F.embedding(ids, self.embed)
         for weights in self.blocks:
@@ -146,7 +146,7 @@ def flops(config: DecoderConfig, batch: int, length: int, scored: int) -> float:
     return 3 * (products + attention + 2.0 * scored * h * config.vocab_size)
 
 
-def make_batch(kind: str, tokens: int, vocab: int) -> tuple[TrainBatch, Tensor, slice]:
+def make_batch(kind: str, tokens: int, vocab: int, device: str = "cuda") -> tuple[TrainBatch, Tensor, slice]:
     """SFT: one sequence, all of it imitated. RL: eight completions of three quarters of a sequence each."""
     generator = torch.Generator().manual_seed(1)
     count = 1 if kind == "sft" else 8
@@ -154,7 +154,7 @@ def make_batch(kind: str, tokens: int, vocab: int) -> tuple[TrainBatch, Tensor, 
     length, prompt = ids.shape[1], 1 if kind == "sft" else ids.shape[1] // 4
     mask = (*(False for _ in range(prompt)), *(True for _ in range(length - prompt)))
     if kind == "sft":
-        return TrainBatch.from_sft([SftExample(tuple(ids[0].tolist()), mask)]), ids.cuda(), slice(0, None)
+        return TrainBatch.from_sft([SftExample(tuple(ids[0].tolist()), mask)]), ids.to(device), slice(0, None)
     samples = [
         Sample(
             sample_id=i, group_id=0, prompt_id="p", token_ids=tuple(row.tolist()), loss_mask=mask,
@@ -162,7 +162,7 @@ def make_batch(kind: str, tokens: int, vocab: int) -> tuple[TrainBatch, Tensor, 
         )
         for i, row in enumerate(ids)
     ]  # fmt: skip
-    return TrainBatch.from_groups(samples, AlgorithmConfig()), ids.cuda(), slice(prompt - 1, None)
+    return TrainBatch.from_groups(samples, AlgorithmConfig()), ids.to(device), slice(prompt - 1, None)
 
 
 def rival_step(model: Rival, optimizer: AdamW, kind: str, ids: Tensor, keep: slice, advantage: Tensor, how: str) -> None:

@@ -1,6 +1,7 @@
 """The largest allocation of a training step against plain FSDP2 with torch.optim.AdamW, and what each measure of ours saves.
 
-tools/measure_oom.py peak [--shape qwen3-0.6b] [--tokens 16384] [--out FILE]
+tools/measure_oom.py peak [--shape qwen3-0.6b] [--tokens 16384] [--out FILE]     a line a step, written as they come
+tools/measure_oom.py peak --device cpu       the same code on a tiny model, with a pretended device that counts
 tools/measure_oom.py plot --out FILE --svg FILE     bars of what `peak` wrote
 """
 
@@ -19,6 +20,7 @@ from measure_memory import Bench
 
 from miles_core.algorithm.config import AlgorithmConfig
 from miles_core.memory.config import MemoryConfig
+from miles_core.memory.fake import FakeDevice
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.fsdp import FsdpTrainer
 
@@ -40,22 +42,37 @@ def peak(bench: Bench) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     options, shape = bench.options, bench.shape()
-    batch, ids, keep = make_batch("rl", options.tokens, shape.vocab_size)
-    advantage = batch.advantage.cuda() if batch.advantage is not None else torch.ones((), device="cuda")
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh("cuda", (1,))
+    where = bench.device.type
+    batch, ids, keep = make_batch("rl", options.tokens, shape.vocab_size, where)
+    assert batch.advantage is not None
+    advantage = batch.advantage.to(where)
+    dist.init_process_group("nccl" if bench.cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(where, (1,))
     found: dict[str, int] = {}
 
-    def note(name: str, step: Callable[[], object]) -> None:
+    def measured(step: Callable[[], object]) -> int:
+        if not bench.cuda:
+            with FakeDevice() as pretended:
+                step()
+            return pretended.peak_bytes
+        bench.peak()
+        step()
+        return bench.peak()
+
+    def note(name: str, make: Callable[[], Callable[[], object]]) -> None:
+        """Of the second step: the first one compiles."""
         try:
+            step = make()
             step()
             empty()
-            bench.peak()
-            step()
-            found[name] = bench.peak()
-            bench.note(name, f"{found[name] / GIB:.2f} GiB")
+            found[name] = measured(step)
         except torch.OutOfMemoryError:
-            bench.note(name, "out of memory")
+            print(f"{name}: out of memory", flush=True)
+        else:
+            bench.facts["bytes"] = found
+            bench.write()
+            print(table(found)[-1], flush=True)
+        step = None  # type: ignore[assignment]
         empty()
 
     class Block(torch.nn.Module):
@@ -73,7 +90,7 @@ def peak(bench: Bench) -> None:
         """Its blocks as modules of their own, which FSDP gathers one at a time."""
 
         def __init__(self) -> None:
-            super().__init__(shape, recompute=False)
+            super().__init__(shape, recompute=False, device=where)
             self.blocks = torch.nn.ModuleList(Block(weights, super(Plain, self).block) for weights in self.blocks)
 
         def block(self, w: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -105,16 +122,15 @@ def peak(bench: Bench) -> None:
                 parameter._post_accumulate_grad_hooks = None
         return lambda: trainer.step(batch)
 
-    note("plain FSDP2, AdamW as it comes (foreach)", rival(False))
-    note("plain FSDP2, fused AdamW", rival(False, fused=True))
-    note("plain FSDP2, fused AdamW, logits in slices", rival(True, fused=True))
-    note("ours, gradients widened after the backward pass", ours(early=False))
-    note("ours, default", ours())
-    note("ours, optimizer state on the host", ours(memory=MemoryConfig(optimizer="host")))
-    note("ours, layers recomputed", ours(recompute=True))
-    note("ours, recomputed, state on the host", ours(recompute=True, memory=MemoryConfig(optimizer="host")))
-    bench.note("bytes", found)
-    print("\n".join(table(found)), flush=True)
+    print("\n".join(table({})), flush=True)
+    note("plain FSDP2, AdamW as it comes (foreach)", lambda: rival(False))
+    note("ours, default", ours)
+    note("plain FSDP2, fused AdamW", lambda: rival(False, fused=True))
+    note("ours, optimizer state on the host", lambda: ours(memory=MemoryConfig(optimizer="host")))
+    note("ours, layers recomputed", lambda: ours(recompute=True))
+    note("ours, recomputed, state on the host", lambda: ours(recompute=True, memory=MemoryConfig(optimizer="host")))
+    note("plain FSDP2, fused AdamW, logits in slices", lambda: rival(True, fused=True))
+    note("ours, gradients widened after the backward pass", lambda: ours(early=False))
     dist.destroy_process_group()
 
 
@@ -152,6 +168,7 @@ def main() -> None:
     parser.add_argument("--shape", default="qwen3-0.6b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out")
     parser.add_argument("--svg")
     options = parser.parse_args()
@@ -160,9 +177,9 @@ def main() -> None:
         Path(options.svg).write_text(plot(found), encoding="utf-8")
         print("\n".join(table(found)))
         return
-    options.device = "cuda"
-    if not torch.cuda.is_available():
-        sys.exit("no GPU here, and it is a GPU's allocator that is measured")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("no GPU here, and it is a GPU's allocator that is measured; --device cpu checks the script")
+    options.tokens = options.tokens if options.device == "cuda" else 512
     from miles_kernels.env import prepare_process
 
     prepare_process()
