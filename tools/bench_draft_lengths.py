@@ -64,11 +64,11 @@ def decode(core: EngineCore, requests: list[GenerateRequest]) -> tuple[float, in
         while core.has_work:
             if not began and not core._scheduler.prefilling and not core._scheduler.waiting:
                 core.settle()
-                began, tokens, steps = time.perf_counter(), core._num_generated, core._num_steps
+                began, tokens, steps = time.perf_counter(), core.num_generated, core._num_steps
             for delivery in core.step():
                 assert isinstance(delivery.item, GenerateResult), delivery.item
                 done[delivery.item.request_id] = delivery.item.completions[0].token_ids
-    return time.perf_counter() - began, core._num_generated - tokens, core._num_steps - steps, done
+    return time.perf_counter() - began, core.num_generated - tokens, core._num_steps - steps, done
 
 
 def requests_of(options: argparse.Namespace, rows: int, heat: float, vocab: int) -> list[GenerateRequest]:

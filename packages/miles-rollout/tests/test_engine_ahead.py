@@ -48,7 +48,7 @@ class Played:
 
     @staticmethod
     def _nothing(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.full((rows, length + 1), -7, np.int64), np.zeros((rows, length + 1), np.float32)
+        return np.full((length + 1, rows), -7, np.int64), np.zeros((length + 1, rows), np.float32)
 
     def _run(self, rows: np.ndarray, lanes: np.ndarray, limit: np.ndarray, length: int, blocks: Blocks) -> None:
         core, tables = self.core, self.core._tables
@@ -69,8 +69,8 @@ class Played:
             starts = np.cumsum(drafts.counts + 1) - drafts.counts - 1
         for i, lane in enumerate(lanes):
             part = slice(starts[i], starts[i] + counts[i])
-            blocks.tokens[lane, : counts[i]] = drawn.token_ids[part]
-            blocks.logprobs[lane, : counts[i]] = drawn.logprobs[part]
+            blocks.tokens[: counts[i], lane] = drawn.token_ids[part]
+            blocks.logprobs[: counts[i], lane] = drawn.logprobs[part]
             self.last[rows[i]] = drawn.token_ids[part][-1]
         blocks.counts[lanes], blocks.drafted[lanes] = counts, drafted
         self.where[rows] = position + counts + self.off_by_one

@@ -235,7 +235,7 @@ def make_late(core: EngineCore, device: Device, monkeypatch: pytest.MonkeyPatch,
     graphs._copied = [Event(device) if waits else None for _ in graphs._staging]
     graphs.captures_prefill = core._config.cuda_graph_prefill
     runner.graphs = graphs
-    core._tells_host = True
+    core._landing.tells_host = True
 
     def table(rows: Any, keys: int) -> np.ndarray:
         position = np.arange(keys + -keys % 16)

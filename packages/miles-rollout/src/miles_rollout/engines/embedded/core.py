@@ -16,15 +16,15 @@ from miles_rollout.engine import MEMORY_TAGS
 from miles_rollout.engines.embedded.config import DRAFT_PREFIX, EmbeddedConfig
 from miles_rollout.engines.embedded.experts import ExpertStore
 from miles_rollout.engines.embedded.features import FeatureStore
-from miles_rollout.engines.embedded.flight import Blocks, Flight, Start
+from miles_rollout.engines.embedded.flight import Flight, Start
 from miles_rollout.engines.embedded.kv import PagedKV
-from miles_rollout.engines.embedded.output import OutputProcessor, Token
+from miles_rollout.engines.embedded.landing import Landing
+from miles_rollout.engines.embedded.output import OutputProcessor
 from miles_rollout.engines.embedded.pages import PagePool
 from miles_rollout.engines.embedded.prefix import PrefixCache
 from miles_rollout.engines.embedded.runner import Runner
 from miles_rollout.engines.embedded.scheduler import Batch, Scheduler
 from miles_rollout.engines.embedded.speculate import (
-    Committed,
     HistoryProposer,
     Proposer,
     Speculator,
@@ -32,9 +32,8 @@ from miles_rollout.engines.embedded.speculate import (
     named_draft,
 )
 from miles_rollout.engines.embedded.speculate_model import ModelProposer
-from miles_rollout.engines.embedded.state import Delivery, Job, Sequence
+from miles_rollout.engines.embedded.state import Delivery, Job
 from miles_rollout.engines.embedded.tables import Tables
-from miles_rollout.engines.embedded.tail import Tokens
 from miles_rollout.engines.embedded.verification import Verifier
 from miles_rollout.engines.embedded.weights import Staged, swap
 from miles_rollout.text import Tokenizer
@@ -76,7 +75,6 @@ class EngineCore:
         draft: Draft | DraftModel | None = None,
     ) -> None:
         shape, device = decoder.config, decoder.embed_tokens.device
-        self.weight_version = weight_version
         self._config, self._num_pages = config, num_pages
         self._decoder = decoder
         decoder.freeze_quantized()
@@ -91,8 +89,6 @@ class EngineCore:
         self._flights: deque[list[Flight]] = deque()
         overlap = device.type == "cuda" if config.overlap is None else config.overlap
         self._ahead = 1 if overlap else 0
-        self._tells_host = device.type == "cuda" or not self._ahead
-        """Whether tables learn what was drawn from the tokens that arrive; ahead on the CPU they know more by then."""
         self._kv = kv = PagedKV(
             layers=shape.num_hidden_layers,
             kv_heads=shape.num_key_value_heads,
@@ -118,10 +114,32 @@ class EngineCore:
             self._runner.verifier = Verifier(self._rule(), self._tables) if self.speculator.rejects else None
         self._scheduler = Scheduler(config, self._pool, self._cache, self._tables, self.speculator, self._land)
         self._outputs = OutputProcessor(tokenizer, decoder.contract.digest)
-        self._jobs: dict[str, Job] = {}
-        self._num_steps = self._num_generated = self._num_prompt = 0
+        self._landing = Landing(
+            self._tables,
+            self._runner,
+            self._scheduler,
+            self._outputs,
+            self.speculator,
+            tells_host=device.type == "cuda" or not self._ahead,
+        )
+        self.weight_version = weight_version
+        self._num_steps = self._num_prompt = 0
         self._busy_s = 0.0
         self.num_oom = self._oom_in_a_row = 0
+
+    @property
+    def weight_version(self) -> int:
+        """The version of the weights held."""
+        return self._landing.weight_version
+
+    @weight_version.setter
+    def weight_version(self, version: int) -> None:
+        self._landing.weight_version = version
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens sampled since start."""
+        return self._landing.num_generated
 
     @property
     def has_work(self) -> bool:
@@ -130,7 +148,7 @@ class EngineCore:
 
     def add(self, job: Job) -> None:
         """Queue a request that `check_request` let through."""
-        self._jobs[job.request.request_id] = job
+        self._landing.jobs[job.request.request_id] = job
         self._num_prompt += job.num_prompt
         for seq in job.sequences:
             seq.start_version(self.weight_version)
@@ -193,12 +211,12 @@ class EngineCore:
     def abort(self, request_id: str) -> list[Delivery]:
         """Finish a request now, with what it has; returns what became ready, nothing of it when it is not running."""
         self._land()
-        job = self._jobs.get(request_id)
+        job = self._landing.jobs.get(request_id)
         if job is not None:
             for seq in job.sequences:
                 if seq.finish_reason is None:
                     self._outputs.abort(seq, self.weight_version)
-                    self._finish(seq)
+                    self._landing.finish(seq)
         return self._outputs.take_deliveries()
 
     def retract_all(self) -> list[Delivery]:
@@ -209,7 +227,7 @@ class EngineCore:
 
     def flush(self) -> bool:
         """Forget cached prefixes; False, and nothing done, while any request is unfinished."""
-        if self._jobs:
+        if self._landing.jobs:
             return False
         self._scheduler.forget_prefixes()
         return True
@@ -312,12 +330,12 @@ class EngineCore:
             "num_prompt_tokens": self._num_prompt,
             "num_cached_tokens": scheduler.num_cached_tokens,
             "num_computed_tokens": self._runner.num_tokens,
-            "num_generated_tokens": self._num_generated,
+            "num_generated_tokens": self._landing.num_generated,
             "num_retractions": scheduler.num_retractions,
             "kv_used_ratio": self._pool.num_owned / self._pool.num_pages,
             "weight_version": self.weight_version,
             "busy_s": self._busy_s,
-            "generated_tokens_per_s": self._num_generated / self._busy_s if self._busy_s else 0.0,
+            "generated_tokens_per_s": self._landing.num_generated / self._busy_s if self._busy_s else 0.0,
             **(self.speculator.metrics() if self.speculator is not None else {}),
             **({"device_reserved_bytes": torch.cuda.memory_reserved(where)} if where.type == "cuda" else {}),
         }
@@ -379,7 +397,7 @@ class EngineCore:
         tokens = np.where(unsure, -1, tables.last_token[rows]) if not self._flights else np.full(len(rows), -1)
         reach = self._scheduler.reach(rows, unsure, batch.ahead)
         start = Start(rows, tokens, np.where(unsure, -1, tables.position[rows]), tables.last_position[rows], reach)
-        flight = Flight(rows, tables.tail.serial[rows], None, speculator.proposer.ahead.launch(start, batch.ahead))
+        flight = Flight(rows, tables.tail, None, speculator.proposer.ahead.launch(start, batch.ahead))
         flight.proposer = speculator.proposer
         self._runner.num_tokens += batch.num_decode_tokens
         self._scheduler.advance(batch, None)
@@ -407,130 +425,11 @@ class EngineCore:
         while len(self._flights) > keep:
             landed = True
             for flight in self._flights.popleft():
-                self._arrive(flight, flight.wait())
+                self._landing.take_in(flight)
         return landed
-
-    def _arrive(self, flight: Flight, found: Tokens | Blocks) -> None:
-        speculator = self.speculator
-        if isinstance(found, Blocks):
-            assert speculator is not None
-            return self._take_in_blocks(flight, speculator.arrive(flight, found, self._tables))
-        if flight.drafts is None:
-            return self._take_in(flight, found)
-        assert speculator is not None
-        committed = speculator.commit(flight.drafts, flight.rows, self._tables, found)
-        if committed.moves is not None:
-            self._runner.move(committed.moves)
-        return self._take_in_blocks(flight, committed)
-
-    def _take_in(self, flight: Flight, tokens: Tokens) -> None:
-        """One token for each row; rows that have changed hands since are left out."""
-        tail, rows = self._tables.tail, flight.rows
-        if len(rows) <= _FEW:
-            return self._take_in_few(flight, tokens)
-        current = tail.serial[rows] == flight.serials
-        fit = current & (tokens.token_ids >= 0)
-        if not fit.all():
-            for row in rows[current & ~fit].tolist():
-                self._fail_for_nan(row)
-            fit &= tail.serial[rows] == flight.serials  # a failed request takes its other rows along
-            rows, tokens = rows[fit], tokens.take(fit)
-        if self._tells_host:
-            self._tables.last_token[rows] = tokens.token_ids
-        self._num_generated += len(rows)
-        for i in tail.record(rows, tokens).tolist():
-            seq = tail.owners[rows[i]]
-            if seq is not None:  # its request may have failed a moment ago
-                self._look_at(seq, Token(int(tokens.token_ids[i]), float(tokens.logprobs[i]), float(tokens.sampled_logprobs[i])))
-
-    def _take_in_few(self, flight: Flight, tokens: Tokens) -> None:
-        """The same for a few rows, where Python's own numbers are faster than vectors of them."""
-        tail = self._tables.tail
-        values = zip(flight.rows.tolist(), flight.serials.tolist(), *(part.tolist() for part in tokens), strict=True)
-        for row, serial, *drawn in values:
-            seq = tail.owners[row]
-            if seq is None or tail.serial[row] != serial:
-                continue
-            token = Token(*drawn)
-            if token.token_id < 0:
-                self._fail_for_nan(row)
-                continue
-            if self._tells_host:
-                self._tables.last_token[row] = token.token_id
-            self._num_generated += 1
-            tail.append(seq, *token)
-            self._look_at(seq, token)
-
-    def _take_in_blocks(self, flight: Flight, committed: Committed) -> None:
-        """Several tokens for a row: what the drafts agree with, in order, until a stop rule holds."""
-        tail, rows, counts, tokens = self._tables.tail, flight.rows, committed.counts, committed.tokens
-        starts = np.cumsum(counts) - counts
-        alive, taken = np.ones(len(rows), bool), np.zeros(len(rows), np.int64)
-        for turn in range(int(counts.max())):
-            alive &= tail.serial[rows] == flight.serials  # ended in this block, or with another row of its request
-            here = np.flatnonzero(alive & (counts > turn))
-            if not len(here):
-                break
-            part = tokens.take(starts[here] + turn)
-            for row in rows[here][part.token_ids < 0].tolist():
-                self._fail_for_nan(row)
-            fit = (part.token_ids >= 0) & (tail.serial[rows[here]] == flight.serials[here])
-            here, part = here[fit], part.take(fit)
-            self._num_generated += len(here)
-            taken[here] += 1
-            for i in tail.record(rows[here], part).tolist():
-                seq = tail.owners[rows[here[i]]]
-                if seq is not None and tail.serial[rows[here[i]]] == flight.serials[here[i]]:
-                    self._look_at(seq, Token(int(part.token_ids[i]), float(part.logprobs[i]), float(part.sampled_logprobs[i])))
-        assert self.speculator is not None
-        self.speculator.count(committed, taken)
-
-    def _look_at(self, seq: Sequence, token: Token) -> None:
-        """A token that may end its completion, or that somebody reads along with."""
-        try:
-            if self._outputs.note(seq, token, self.weight_version):
-                self._finish(seq)
-        except Exception as error:  # one request's fault, delivered to whoever awaits it; the others go on
-            self._fail(seq.job, error)
 
     def _note_time(self, batch: Batch, seconds: float, is_behind: bool) -> None:
         self._num_steps += 1
         self._busy_s += seconds
         if self.speculator is not None:
             self.speculator.note_step(len(batch.rows), bool(batch.chunks), seconds, is_behind)
-
-    # ------------------------------------------------------------------ ends
-
-    def _fail_for_nan(self, row: int) -> None:
-        seq = self._tables.tail.owners[row]
-        if seq is None:
-            return  # it failed with another row of its request
-        error = ArithmeticError(
-            f"request {seq.job.request.request_id!r}: the logits after {seq.num_tokens} tokens hold NaN or infinity "
-            f"under weight version {self.weight_version}; the weights are damaged or training has diverged"
-        )
-        self._fail(seq.job, error)
-
-    def _finish(self, seq: Sequence) -> None:
-        if self._runner.experts is not None and seq.job.request.return_routed_experts:
-            self._note_experts(seq)
-        self._scheduler.finish(seq)
-        self._outputs.close(seq)
-        if not seq.job.unfinished:
-            del self._jobs[seq.job.request.request_id]
-
-    def _fail(self, job: Job, error: Exception) -> None:
-        """End a request in an error of its own. Its pages may hold NaN, so none is offered to others."""
-        for seq in job.sequences:
-            if seq.row >= 0 or seq.finish_reason is None:
-                seq.finish_reason = "abort"
-                self._scheduler.finish(seq)
-        self._scheduler.forget_prefixes()
-        self._jobs.pop(job.request.request_id, None)
-        self._outputs.fail(job, error)
-
-    def _note_experts(self, seq: Sequence) -> None:
-        """Read which experts the tokens of an ending sequence went to; one that waits has no cache to read them from."""
-        experts = self._runner.experts
-        if experts is not None and seq.row >= 0 and not seq.is_prefilling:
-            seq.experts = experts.read(self._tables.slots_of(seq.pages, 0, seq.num_tokens - 1))

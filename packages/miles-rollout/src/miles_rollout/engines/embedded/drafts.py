@@ -62,12 +62,12 @@ class Drafts(NamedTuple):
 class Accepted(NamedTuple):
     """What a verification keeps."""
 
-    kept: np.ndarray
-    """[S + accepted] int64: of all drawn tokens, those that are committed, row after row in order."""
+    index: np.ndarray
+    """[N + 1, S] int64: which of the drawn tokens are those of each row, in order; counts + 1 of them hold."""
     counts: np.ndarray
     """[S] accepted nodes of each row."""
-    nodes: np.ndarray
-    """[S, N]: the accepted nodes in order, -1 after the end."""
+    nodes: np.ndarray | None = None
+    """[S, N]: the accepted nodes in order, -1 after the end; None: the first ones, as in chains."""
 
 
 def match(drafts: Drafts, drawn: np.ndarray, num_rows: int) -> Accepted:
@@ -76,32 +76,37 @@ def match(drafts: Drafts, drawn: np.ndarray, num_rows: int) -> Accepted:
     counts[: len(drafts.counts)] = drafts.counts
     starts = np.cumsum(counts + 1) - counts - 1
     most = int(counts.max(initial=0))
-    node = np.arange(most)
-    has = node < counts[:, None]
+    if drafts.parents is not None:
+        return _match_trees(drafts, drawn, counts, starts)
+    place = np.arange(most + 1)[:, None]
+    index = starts + np.minimum(place, counts)
+    fits = np.zeros((most, num_rows), bool)
+    has = (place[:-1] < counts).T
+    fits.T[has] = drafts.tokens == drawn[index[:-1].T[has]]
+    return Accepted(index, np.logical_and.accumulate(fits, axis=0).sum(0))
+
+
+def _match_trees(drafts: Drafts, drawn: np.ndarray, counts: np.ndarray, starts: np.ndarray) -> Accepted:
+    """`match` for trees with `counts` [S] nodes, whose tokens begin at `starts` [S]."""
+    num_rows, most = len(counts), int(counts.max(initial=0))
+    has = np.arange(most) < counts[:, None]
     tokens = np.full((num_rows, most), -1, np.int64)
     tokens[has] = drafts.tokens
-    if drafts.parents is None:
-        fits = np.zeros((num_rows, most), bool)
-        fits[has] = drafts.tokens == drawn[(starts[:, None] + node)[has]]
-        accepted = np.logical_and.accumulate(fits, axis=1).sum(1)
-        nodes = np.where(node < accepted[:, None], node, -1)
-    else:
-        parents = np.full((num_rows, most), -2, np.int64)
-        parents[has] = drafts.parents
-        nodes = np.full((num_rows, most), -1, np.int64)
-        at, accepted, each = np.full(num_rows, -1, np.int64), np.zeros(num_rows, np.int64), np.arange(num_rows)
-        going = counts > 0
-        for depth in range(most):
-            children = (parents == at[:, None]) & (tokens == drawn[starts + at + 1][:, None]) & going[:, None]
-            going = children.any(1)
-            if not going.any():
-                break
-            at = np.where(going, children.argmax(1), at)
-            nodes[each[going], depth] = at[going]
-            accepted += going
+    parents = np.full((num_rows, most), -2, np.int64)
+    parents[has] = drafts.parents
+    nodes = np.full((num_rows, most), -1, np.int64)
+    at, accepted, each = np.full(num_rows, -1, np.int64), np.zeros(num_rows, np.int64), np.arange(num_rows)
+    going = counts > 0
+    for depth in range(most):
+        children = (parents == at[:, None]) & (tokens == drawn[starts + at + 1][:, None]) & going[:, None]
+        going = children.any(1)
+        if not going.any():
+            break
+        at = np.where(going, children.argmax(1), at)
+        nodes[each[going], depth] = at[going]
+        accepted += going
     path = np.concatenate((np.zeros((num_rows, 1), np.int64), nodes + 1), 1)
-    kept = (starts[:, None] + path)[np.arange(most + 1) <= accepted[:, None]]
-    return Accepted(kept, accepted, nodes)
+    return Accepted((starts[:, None] + path).T, accepted, nodes)
 
 
 def gather(proposals: Iterable[tuple[int, ...]]) -> Drafts | None:

@@ -1,6 +1,6 @@
 """Tokens on their way from the device to the host: what a step started and a later one, or the same, takes in.
 
-Legend: S = tokens drawn in one go.
+Legend: S = tokens drawn in one go, R = rows of a step, W = most tokens it brings to one.
 
 Nothing here waits until `wait` is called. By then the next step has been handed to the device, which therefore never idles
 while the host looks at the tokens of the step before.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from miles_rollout.engines.embedded.drafts import Drafts
-from miles_rollout.engines.embedded.tail import Tokens
+from miles_rollout.engines.embedded.tail import Tail, Tokens
 
 DEADLINE_S = 120.0
 """Longest wait for a step of the device; compiling kernels happens before a step is in flight."""
@@ -66,9 +66,13 @@ class Blocks(NamedTuple):
     position: np.ndarray
     """int64 [R]: n, before the step"""
     tokens: np.ndarray
-    """int64 [R, W]; `counts` of them"""
+    """[W, R]; the first `counts` of each"""
     logprobs: np.ndarray
-    """float32 [R, W]"""
+    """float32 [W, R]"""
+
+    def take(self, index: np.ndarray) -> Blocks:
+        """Some of the rows."""
+        return Blocks(*(part[..., index] for part in self))
 
 
 class Start(NamedTuple):
@@ -101,8 +105,7 @@ def unpack(packed: np.ndarray) -> Blocks:
     """Blocks of int32 [3 + 2 W, R]."""
     width = (len(packed) - 3) // 2
     counts, drafted, position = packed[:3].astype(np.int64)
-    tokens, bits = packed[3 : 3 + width].T.astype(np.int64), np.ascontiguousarray(packed[3 + width :].T)
-    return Blocks(counts, drafted, position, tokens, bits.view(np.float32))
+    return Blocks(counts, drafted, position, packed[3 : 3 + width], packed[3 + width :].view(np.float32))
 
 
 def pack(token: Tensor, logprob: Tensor, sampled: Tensor) -> Tensor:
@@ -117,15 +120,27 @@ class Flight:
     """One draw: which rows it was for, in which use, and where its tokens will appear."""
 
     def __init__(
-        self, rows: np.ndarray, serials: np.ndarray, drafts: Drafts | None, tokens: Tokens | Readback | BlockReadback
+        self, rows: np.ndarray, tail: Tail, drafts: Drafts | None, tokens: Tokens | Readback | BlockReadback
     ) -> None:
         self.rows = rows
         """int64 [sequences that sample]; with drafts a row has more than one token"""
         self.proposer: Any = None
         """of a step that drafted on the device, who it drafted for"""
-        self.serials = serials
+        self.serials = tail.serial[rows]
+        self._epoch = tail.epoch
         self.drafts = drafts
         self._tokens = tokens
+
+    def current(self, tail: Tail) -> np.ndarray | None:
+        """[rows] bool: which are in the same use as then; None: all."""
+        if tail.epoch == self._epoch:
+            return None
+        same: np.ndarray = tail.serial[self.rows] == self.serials
+        return None if same.all() else same
+
+    def keep(self, which: np.ndarray) -> None:
+        """Leave out the other rows."""
+        self.rows, self.serials = self.rows[which], self.serials[which]
 
     def wait(self) -> Tokens | Blocks:
         """The tokens, once they are here; blocks of a step that drafted on the device."""

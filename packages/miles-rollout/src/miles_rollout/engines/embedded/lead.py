@@ -45,7 +45,7 @@ class RankCore(EngineCore):
 
     def state(self) -> tuple[int, int, int]:
         """What every rank must agree on: steps, tokens drawn, checksum of what was delivered."""
-        return self._num_steps, self._num_generated, self.delivered
+        return self._num_steps, self.num_generated, self.delivered
 
     def note(self, deliveries: list[Delivery]) -> list[Delivery]:
         """Take completions into the checksum."""

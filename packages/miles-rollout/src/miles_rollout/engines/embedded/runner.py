@@ -133,7 +133,7 @@ class Runner:
             rows = np.concatenate((rows, np.array([chunk.seq.row for chunk in finished], np.int64)))
             position = np.concatenate((position, np.array([chunk.stop for chunk in finished], np.int64)))
         if not len(rows) or self._sampler.is_plain(rows):
-            return logits, Flight(rows, tables.tail.serial[rows], None, readback)
+            return logits, Flight(rows, tables.tail, None, readback)
         return logits, self._draw(logits, rows, position, None, rows)
 
     def _launch_verify(self, rows: np.ndarray, drafts: Drafts) -> tuple[Tensor, Flight] | None:
@@ -149,7 +149,7 @@ class Runner:
         if self.features is not None:
             self.features.mark(tables.slots_at(of, tables.position[of] + place))
         if self._sampler.is_plain(rows):
-            return logits, Flight(rows, tables.tail.serial[rows], drafts, readback)
+            return logits, Flight(rows, tables.tail, drafts, readback)
         chosen = logits.index_select(0, upload(places, self._device))
         return logits, self._draw(chosen, of, tables.position[of] + 1 + depth, drafts, rows)
 
@@ -224,12 +224,12 @@ class Runner:
             if drafts is None:  # with drafts the host decides which token was the last
                 self._last.index_copy_(0, upload(rows, self._device), out.token.clamp(min=0))
             readback = Readback(pack(out.token, out.logprob, out.sampled_logprob), len(each))
-            return Flight(rows, tables.tail.serial[rows], drafts, readback)
+            return Flight(rows, tables.tail, drafts, readback)
         token = out.token.numpy()
         if drafts is None:
             tables.last_token[rows] = np.maximum(token, 0)
         drawn = Tokens(token, out.logprob.numpy(), out.sampled_logprob.numpy())
-        return Flight(rows, tables.tail.serial[rows], drafts, drawn)
+        return Flight(rows, tables.tail, drafts, drawn)
 
     # ------------------------------------------------------------------ inputs
 

@@ -65,7 +65,7 @@ class Committed(NamedTuple):
     counts: np.ndarray
     """[S]: 1 + accepted draft tokens"""
     tokens: Tokens
-    """row after row, `counts` each"""
+    """[W, S]: the first `counts` of each row"""
     moves: tuple[np.ndarray, np.ndarray] | None
     """slots whose keys and values must be copied, and to where; None when all lie right"""
     drafted: np.ndarray
@@ -198,17 +198,16 @@ class Speculator:
         return self.proposer.ahead is not None and not self.rejects and self.proposer.prepare(rows, unsure)
 
     def arrive(self, flight: Flight, blocks: Blocks, tables: Tables) -> Committed:
-        """What a step committed that the device drafted for; moves the rows of the tables to where they were found to be."""
-        current = tables.tail.serial[flight.rows] == flight.serials
-        counts = np.where(current, blocks.counts, 0)
-        rows = flight.rows[current]
-        tables.position[rows] += counts[current] - 1
-        live = np.flatnonzero(counts > 0)
-        tables.last_token[flight.rows[live]] = np.maximum(blocks.tokens[live, counts[live] - 1], 0)
-        flight.proposer.arrived(flight.rows[live], Blocks(*(part[live] for part in blocks)))
-        has = np.arange(blocks.tokens.shape[1]) < counts[:, None]
-        logprobs = blocks.logprobs[has]
-        return Committed(counts, Tokens(blocks.tokens[has], logprobs, logprobs), None, blocks.drafted, blocks.tokens.shape[1] - 1)
+        """What a step committed that the device drafted for; moves the rows of the tables to where they were found to be.
+
+        All rows of the flight are in the same use as when it started.
+        """
+        rows, counts = flight.rows, blocks.counts
+        tables.position[rows] += counts - 1
+        tables.last_token[rows] = np.maximum(blocks.tokens[counts - 1, np.arange(len(rows))], 0)
+        flight.proposer.arrived(rows, blocks)
+        tokens = Tokens(blocks.tokens, blocks.logprobs, blocks.logprobs)
+        return Committed(counts, tokens, None, blocks.drafted, len(blocks.tokens) - 1)
 
     def propose(self, sequences: Many[Sequence], lengths: np.ndarray) -> Drafts | None:
         """Drafts of the decoding sequences, at most `lengths` [R] each; None when there are none."""
@@ -231,11 +230,10 @@ class Speculator:
         Moves the rows [S] of the tables behind what is committed.
         """
         accepted = self.accept(drafts, drawn.token_ids, len(rows))
-        moves = None if drafts.parents is None else self._moves(accepted, rows, tables)
-        tokens = drawn.take(accepted.kept)
+        moves = None if accepted.nodes is None else self._moves(accepted.nodes, accepted.counts, rows, tables)
+        tokens = drawn.take(accepted.index)
         tables.position[rows] += accepted.counts
-        last = np.cumsum(accepted.counts + 1) - 1
-        tables.last_token[rows] = tokens.token_ids[last]
+        tables.last_token[rows] = tokens.token_ids[accepted.counts, np.arange(len(rows))]
         drafted = np.zeros(len(rows), np.int64)
         drafted[: len(drafts.counts)] = drafts.counts
         return Committed(accepted.counts + 1, tokens, moves, drafted, self.length, accepted.nodes)
@@ -264,15 +262,17 @@ class Speculator:
         return figures
 
     @staticmethod
-    def _moves(accepted: Accepted, rows: np.ndarray, tables: Tables) -> tuple[np.ndarray, np.ndarray] | None:
+    def _moves(
+        nodes: np.ndarray, counts: np.ndarray, rows: np.ndarray, tables: Tables
+    ) -> tuple[np.ndarray, np.ndarray] | None:
         """Slots of accepted nodes, and those of the positions they turned out to have; enters the latter into the tables."""
-        taken = accepted.nodes >= 0
+        taken = nodes >= 0
         if not taken.any():
             return None
-        each = np.repeat(rows, accepted.counts)
+        each = np.repeat(rows, counts)
         base = tables.position[each]  # one behind the last token's position: that of its first child
         depth = np.broadcast_to(np.arange(taken.shape[1]), taken.shape)[taken]
-        source = tables.slots_at(each, base + accepted.nodes[taken])
+        source = tables.slots_at(each, base + nodes[taken])
         target = tables.slots_at(each, base + depth)
         tables.slots[each, base + depth] = target
         moved = source != target
@@ -280,17 +280,23 @@ class Speculator:
 
     def count(self, committed: Committed, taken: np.ndarray) -> None:
         """Of what was committed rows took `taken` [S] tokens: none after one that ended them, none at all if they had ended."""
-        asked = (committed.drafted > 0) & (taken > 0)
-        drafted, accepted = committed.drafted[asked], np.minimum(committed.counts - 1, taken)[asked]
-        nodes = np.arange(MAX_DRAFT)[None] if committed.nodes is None else committed.nodes[asked]
-        nodes = np.broadcast_to(nodes, (len(drafted), nodes.shape[1]))
-        used = nodes[np.arange(nodes.shape[1]) < accepted[:, None]]
-        proposed_at, accepted_at = _reaching(drafted), np.bincount(used, minlength=MAX_DRAFT)
-        self._num_steps += len(drafted)
-        self._num_committed += int((accepted + 1).sum())
+        drafted, accepted = committed.drafted, np.minimum(committed.counts - 1, taken)
+        rows, nodes = len(taken), committed.nodes
+        if not taken.all():
+            live = taken > 0
+            drafted, accepted, nodes = drafted[live], accepted[live], None if nodes is None else nodes[live]
+            rows = len(drafted)
+        proposed_at = _reaching(drafted)
+        if nodes is None:
+            accepted_at = _reaching(accepted)
+        else:
+            used = nodes[np.arange(nodes.shape[1]) < accepted[:, None]]
+            accepted_at = np.bincount(used, minlength=MAX_DRAFT)
+        asked = int(proposed_at[0])
+        self._num_steps += asked
+        self._num_committed += asked + int(accepted.sum())
         self._proposed_at += proposed_at
         self._accepted_at += accepted_at
-        rows = int((taken > 0).sum())
         if self.controller is not None and rows:
             length = committed.length
             self.controller.note_accepted(proposed_at[:length].tolist(), accepted_at[:length].tolist(), rows)
@@ -298,7 +304,8 @@ class Speculator:
 
 def _reaching(counts: np.ndarray) -> np.ndarray:
     """How many of `counts` are above i, for i = 0 .. MAX_DRAFT - 1."""
-    return np.cumsum(np.bincount(counts, minlength=MAX_DRAFT + 1)[::-1])[::-1][1:]
+    reaching: np.ndarray = np.bincount(counts, minlength=MAX_DRAFT + 1)[:0:-1].cumsum()[::-1]
+    return reaching
 
 
 def make_controller(config: EmbeddedConfig) -> Controller | None:

@@ -1,6 +1,7 @@
 """Tokens of running sequences as arrays by row, and the stop rules that need no text: one step costs a few vector operations.
 
-Legend: B = rows (max_running), W = output tokens a row can hold (grows), E = stop ids kept per row, S = tokens of one step.
+Legend: B = rows (max_running), L = output tokens a row can hold (grows), E = stop ids kept per row, S = rows of one step,
+W = most tokens that it brings to one.
 
 A `Sequence` reads its row only when somebody asks for its output, which is when it ends, streams or leaves its row.
 """
@@ -11,16 +12,19 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from miles_rollout.engines.embedded.config import MAX_DRAFT
+
 if TYPE_CHECKING:
     from miles_rollout.engines.embedded.state import Sequence
 
 MAX_STOP_IDS = 8
 """Rows with more stop ids are looked at one by one."""
 _GROWTH = 256
+_NONE: np.ndarray = np.zeros(0, np.int64)
 
 
 class Tokens(NamedTuple):
-    """What was drawn in one step, all [S]."""
+    """What was drawn in one step, all [S]; or all [W, S], the first of every row, then the second ..., of which a count holds."""
 
     token_ids: np.ndarray
     """int64; -1 where the logits were not numbers"""
@@ -35,12 +39,14 @@ class Tokens(NamedTuple):
 
 
 class Tail:
-    """Output tokens [B, W] of the rows in use."""
+    """Output tokens [B, L] of the rows in use."""
 
     def __init__(self, max_running: int) -> None:
         self.owners: list[Sequence | None] = [None] * max_running
         self.serial: np.ndarray = np.zeros(max_running, np.int64)
         """Which use of the row this is, 0 for none. A token drawn for an earlier use is an over-run and dropped."""
+        self.epoch = 0
+        """Changes with every row that changes hands: equal numbers, equal serials."""
         self.count: np.ndarray = np.zeros(max_running, np.int64)
         """Output tokens so far."""
         self.is_watched: np.ndarray = np.zeros(max_running, bool)
@@ -50,21 +56,25 @@ class Tail:
         self._least: np.ndarray = np.zeros(max_running, np.int64)
         self._stops: np.ndarray = np.full((max_running, MAX_STOP_IDS), -2, np.int64)
         self._num_stops = 0
+        self._num_watched = 0
         self._next_serial = 0
         self._columns = [np.zeros((max_running, _GROWTH), kind) for kind in (np.int64, np.float32, np.float32)]
+        self._flat = [column.reshape(-1) for column in self._columns]
 
     def open(self, seq: Sequence) -> None:
         """A sequence has got its row."""
         row, job = seq.row, seq.job
         sampling = job.request.sampling
-        if sampling.max_new_tokens > self._columns[0].shape[1]:
-            self._widen(sampling.max_new_tokens)
+        if sampling.max_new_tokens + MAX_DRAFT > self._columns[0].shape[1]:
+            self._widen(sampling.max_new_tokens + MAX_DRAFT)  # a block may reach beyond the last token
         self._next_serial += 1
+        self.epoch += 1
         self.serial[row] = self._next_serial
         self.owners[row] = seq
         self.count[row] = self._pulled[row] = len(seq.output)
         self._most[row], self._least[row] = sampling.max_new_tokens, sampling.min_new_tokens
         self.is_watched[row] = job.stream or bool(sampling.stop) or len(job.eos) > MAX_STOP_IDS
+        self._num_watched += int(self.is_watched[row])
         stops = sorted(job.eos)[:MAX_STOP_IDS]
         self._stops[row] = -2
         self._stops[row, : len(stops)] = stops
@@ -74,6 +84,9 @@ class Tail:
     def close(self, seq: Sequence) -> None:
         """The sequence gives its row back."""
         self.pull(seq)
+        self._num_watched -= int(self.is_watched[seq.row])
+        self.is_watched[seq.row] = False
+        self.epoch += 1
         self.serial[seq.row] = 0
         self.owners[seq.row] = None
         seq.tail = None
@@ -102,15 +115,54 @@ class Tail:
     def record(self, rows: np.ndarray, tokens: Tokens) -> np.ndarray:
         """Note one token of each of distinct rows [S]; returns which of the S end or are watched."""
         place = self.count[rows]
-        for column, values in zip(self._columns, tokens, strict=True):
-            column[rows, place] = values
+        at = rows * self._columns[0].shape[1] + place
+        for column, values in zip(self._flat, tokens, strict=True):
+            column[at] = values
         place += 1
         self.count[rows] = place
-        notable = (place >= self._most[rows]) | self.is_watched[rows]
+        notable = place >= self._most[rows]
+        if self._num_watched:
+            notable |= self.is_watched[rows]
         if self._num_stops:
             stopped = (tokens.token_ids[:, None] == self._stops[rows, : self._num_stops]).any(1)
             notable |= stopped & (place >= self._least[rows])
         return np.flatnonzero(notable)
+
+    def record_blocks(self, rows: np.ndarray, counts: np.ndarray, tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
+        """Note `counts` [S] of `tokens` [W, S] of distinct rows [S], up to the one that ends a row.
+
+        Returns how many each row took [S], and which rows are to be looked at, in order: those that end with the last token they
+        took, those whose next one is no number (below 0), and watched ones, of which no token was noted.
+        """
+        place = self.count[rows]
+        at = rows * self._columns[0].shape[1] + place + np.arange(len(tokens.token_ids))[:, None]
+        for column, values in zip(self._flat, tokens, strict=True):
+            column[at] = values  # what lies behind the count is nobody's
+        taken, notable = self._until_the_end(rows, place, counts, tokens.token_ids)
+        self.count[rows] = place + taken
+        return taken, notable
+
+    def _until_the_end(
+        self, rows: np.ndarray, place: np.ndarray, counts: np.ndarray, token_ids: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`record_blocks`, of rows that hold `place` [S] tokens."""
+        most = self._most[rows]
+        ends = token_ids < 0
+        if self._num_stops:
+            for stop in self._stops[rows, : self._num_stops].T:
+                ends |= token_ids == stop
+        if not (self._num_watched or (place + counts >= most).any() or ends.any()):
+            return counts, _NONE
+        length = place + 1 + np.arange(len(token_ids))[:, None]
+        is_number = token_ids >= 0
+        ends &= (length >= self._least[rows]) | ~is_number
+        ends |= length >= most
+        ends &= length <= place + counts
+        found, first = ends.any(0), ends.argmax(0)
+        taken = np.where(found, first + is_number[first, np.arange(len(rows))], counts)
+        watched = self.is_watched[rows]
+        taken[watched] = 0
+        return taken, np.flatnonzero(found | watched)
 
     def _widen(self, width: int) -> None:
         width = max(2 * self._columns[0].shape[1], -(-width // _GROWTH) * _GROWTH)
@@ -118,3 +170,4 @@ class Tail:
         for new, old in zip(wide, self._columns, strict=True):
             new[:, : old.shape[1]] = old
         self._columns = wide
+        self._flat = [column.reshape(-1) for column in wide]
