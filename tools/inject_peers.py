@@ -1,0 +1,113 @@
+"""An allocation failure in one of several processes, in the middle of what they do together: all end in one report, soon.
+
+torchrun --nproc-per-node 2 tools/inject_peers.py SITE [--groups own|torch]     SITE: gather, forward, logits, backward, update
+torchrun --nproc-per-node 2 tools/inject_peers.py SITE --device cpu             the same on a tiny model, over gloo
+
+On a GPU the first process caps its allocator at what it holds when it comes to the site. Every process prints one line: how it
+ended, and after how many seconds. The group's own timeout is two minutes, so a process that says 120 s has been left waiting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from measure_memory import TINY, Bench
+
+from miles_core.algorithm.config import AlgorithmConfig
+from miles_core.memory.config import MemoryConfig
+from miles_core.memory.ladder import OutOfRoom
+from miles_core.trainer.batch import TrainBatch
+from miles_core.trainer.config import OptimizerConfig, TrainerConfig
+from miles_core.trainer.fsdp import FsdpTrainer
+from miles_core.trainer.testing import random_samples
+
+SITES = ("gather", "forward", "logits", "backward", "update")
+
+
+def build(bench: Bench, groups: str) -> tuple[FsdpTrainer, TrainBatch]:
+    shape = replace(bench.shape(), vocab_size=8192, num_hidden_layers=2) if bench.cuda else TINY
+    config = TrainerConfig(max_tokens_per_microbatch=4096)
+    memory = MemoryConfig(release_groups=groups == "own")
+    trainer = FsdpTrainer(bench.decoder(shape), AlgorithmConfig(), config, OptimizerConfig(lr=1e-6), memory=memory)
+    if not bench.cuda:
+        return trainer, TrainBatch.from_groups(random_samples(1), AlgorithmConfig())
+    from bench_train import make_batch
+
+    return trainer, make_batch("rl", 8192, shape.vocab_size)[0]
+
+
+def cap(bench: Bench) -> None:
+    """From now on there is no room in this process."""
+    if not bench.cuda:
+        raise torch.OutOfMemoryError("no room here")
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / torch.cuda.mem_get_info()[1])
+
+
+def arm(trainer: FsdpTrainer, site: str, strike: Callable[[], None]) -> None:
+    """Have `strike` called whenever the site is reached."""
+    if site == "backward":
+        next(iter(trainer.decoder.layers[1].parameters())).register_post_accumulate_grad_hook(lambda _: strike())
+        return
+    places: dict[str, tuple[Any, str]] = {
+        "gather": (trainer.decoder.table, "rows"), "forward": (trainer.decoder.layers[1], "_feed_forward"),
+        "logits": (trainer.decoder, "logprob"), "update": (trainer.optimizer, "_prepare"),
+    }  # fmt: skip
+    owner, name = places[site]
+    plain = getattr(owner, name)
+
+    def struck(*args: Any, **more: Any) -> Any:
+        strike()
+        return plain(*args, **more)
+
+    setattr(owner, name, struck)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("site", choices=SITES)
+    parser.add_argument("--shape", default="qwen3-0.6b")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--groups", choices=("own", "torch"), default="torch")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    rank = int(os.environ["RANK"])
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            sys.exit("no GPU here; --device cpu checks the script")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    from miles_kernels.env import prepare_process
+
+    prepare_process()
+    bench = Bench(options)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if bench.cuda else "gloo", timeout=timedelta(seconds=120))
+    trainer, batch = build(bench, options.groups)
+    trainer.step(batch)
+    if rank == 0:
+        arm(trainer, options.site, lambda: cap(bench))
+    begun, told = time.monotonic(), "the step went through"
+    try:
+        trainer.step(batch)
+    except OutOfRoom as error:
+        told = f"refused: {str(error).splitlines()[0][:180]}"
+    except Exception as error:
+        traceback.print_exc(limit=-8)
+        told = f"OTHER: {type(error).__name__}: {str(error)[:180]}"
+    print(f"{options.site} rank {rank} after {time.monotonic() - begun:.1f} s: {told}", flush=True)
+    os._exit(0)  # the groups are broken: nobody waits for anybody
+
+
+if __name__ == "__main__":
+    main()
