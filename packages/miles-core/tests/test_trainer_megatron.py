@@ -29,9 +29,8 @@ from miles_core.trainer.megatron.convert import hf_to_megatron, megatron_to_hf
 from miles_core.trainer.megatron.model import MegatronModel
 from miles_core.trainer.megatron.standins import on_device
 from miles_core.trainer.megatron.stream import Stream, Work
-from miles_kernels.nn.checkpoint import iter_tensors, random_decoder, save_decoder
-from miles_kernels.nn.config import DecoderConfig
-from miles_kernels.nn.decoder import Decoder
+from miles_kernels.nn.checkpoint import iter_tensors, random_decoder, save_decoder, write_model
+from miles_kernels.nn.decoder import CORRECTION, Decoder
 from miles_kernels.ops.attention import attention, packed_plan
 from miles_kernels.ops.norm import rms_norm
 from miles_kernels.ops.rope import apply_rope
@@ -45,7 +44,7 @@ def layout(name: str, num_processes: int = 2, megatron: dict[str, Any] | None = 
 
 
 PLAN = ["dense dp2", "dense tp2-fused", "gspo cp2-fused", "untied tp2-plain", "moe cp2ep2", "moe tp2ep2", "moe ep2-plain"]
-PLAN += ["idle pp2-plain"]
+PLAN += ["idle pp2-plain", "glm tp2ep2"]
 CHECKPOINTS = [("dense", "pp2", "tp2"), ("moe", "ep2", "pp2"), ("moe", "tp2", "ep2")]
 """(case, layout that saves, layout that loads)"""
 FUSED = megatron_attention.fused_op
@@ -81,7 +80,7 @@ def unequal(a: Tensor, b: Tensor) -> int:
     return int((a.view(torch.int32) != b.view(torch.int32)).sum())
 
 
-@pytest.mark.parametrize("name", ["dense", "untied", "moe", "sft", "gspo", "idle"])
+@pytest.mark.parametrize("name", ["dense", "untied", "moe", "glm", "sft", "gspo", "idle"])
 def test_one_process(name: str) -> None:
     """The oracle's loss, gradient norm, log-probabilities and update, and the `fsdp` backend's log-probabilities to the bit."""
     result = perform(megatron, CASES[name], layout("padded", 1, megatron={"vocab_multiple": 16}))
@@ -164,7 +163,7 @@ def fused_on_cpu(qkv: Tensor, norms: Tensor | None, cos: Tensor, sin: Tensor, pl
     return attention(q, k.transpose(0, 1), v.transpose(0, 1), plan, scale=scale, window=window)
 
 
-@pytest.mark.parametrize("name", ["dense", "untied"])
+@pytest.mark.parametrize("name", ["dense", "untied", "glm"])
 def test_the_way_of_a_gpu_in_one_process(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Order of heads, norms and rotation on the fused way, and their gradients."""
     monkeypatch.setattr(megatron_attention, "fused_op", lambda x: fused_on_cpu)
@@ -256,12 +255,15 @@ def test_cut_names_every_size() -> None:
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "glm4_moe"])
 def test_conversion_and_transformers_logits(family: str, tmp_path: Path) -> None:
     """A model directory to Megatron and back: the same bits; and transformers' logits, with a padded vocabulary."""
-    source = {**CASES["dense"].model, **(CASES["moe"].model if family == "qwen3_moe" else {})}
-    config = DecoderConfig(**source | {"family": family, "tie_word_embeddings": family == "llama"})
+    source = CASES[{"qwen3_moe": "moe", "glm4_moe": "glm"}.get(family, "dense")].shape()
+    config = replace(source, family=family, tie_word_embeddings=family == "llama", topk_group=1)
     decoder = random_decoder(config, 5)
+    for name, view in decoder.hf_state():
+        if name.endswith(CORRECTION):
+            view.copy_(torch.linspace(-0.2, 0.2, len(view)))
     save_decoder(decoder, tmp_path / "hf")
     ledger = hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", vocab_multiple=64)
     assert ledger["vocab_rows"] == 64 and len(ledger["hf"]) == len(dict(decoder.hf_state()))
@@ -284,6 +286,32 @@ def test_conversion_and_transformers_logits(family: str, tmp_path: Path) -> None
     (tmp_path / "megatron" / "ledger.json").write_text(json.dumps(ledger))
     with pytest.raises(ValueError, match="decoder.final_layernorm.weight"):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "never")
+
+
+def test_a_bf16_glm_is_converted_with_its_corrections_in_float32_and_its_draft_left_out(tmp_path: Path) -> None:
+    decoder = random_decoder(CASES["glm"].shape(), 5, dtype=torch.bfloat16)
+    tensors = dict(decoder.hf_state()) | {"model.layers.3.eh_proj.weight": torch.zeros(2, dtype=torch.bfloat16)}
+    config = decoder.config.to_hf(dtype="bfloat16") | {"num_nextn_predict_layers": 1}
+    write_model(tmp_path / "hf", tensors, config)
+    ledger = hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", dtype=torch.bfloat16)
+    assert ledger["left_out"] == ["model.layers.3.eh_proj.weight"]
+    kept = {name for name, entry in ledger["megatron"].items() if entry["dtype"] == "float32"}
+    assert kept == {f"decoder.layers.{layer}.mlp.router.expert_bias" for layer in (1, 2)}
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    back = dict(iter_tensors(tmp_path / "back"))
+    assert all(torch.equal(tensor, back[name]) and tensor.dtype is back[name].dtype for name, tensor in decoder.hf_state())
+
+
+def test_a_router_that_plain_layers_do_not_know_is_refused_by_name() -> None:
+    case = CASES["glm"]
+    with pytest.raises(ValueError, match=r"does not know groups judged by their two best .*; use \"aligned\""):
+        megatron(case.decoder(), case, {"megatron": PLAIN})
+    raw = replace(case, model=case.model | {"topk_group": 1, "norm_topk_prob": False})
+    with pytest.raises(ValueError, match="does not know norm_topk_prob = false"):
+        megatron(raw.decoder(), raw, {"megatron": PLAIN})
+    fits = replace(case, model=case.model | {"topk_group": 1})
+    result = perform(megatron, fits, layout("plain", 1, megatron=PLAIN))
+    assert check(result, expected(fits), Tolerance()) == []
 
 
 def logits(model: MegatronModel, tokens: Tensor) -> Tensor:

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 
 from miles_kernels.nn.config import DecoderConfig
+from miles_kernels.nn.decoder import CORRECTION
 
+EXPERT_BIAS = "router.expert_bias"
+"""How Megatron's name of a router's correction ends: a buffer, float32 in a model of any dtype."""
 Kind = Literal["copy", "qkv", "glu", "vocab"]
 Shape = tuple[int, ...]
 
@@ -37,6 +40,10 @@ class Part:
     """Shape of the whole Megatron tensor, vocabulary padding included."""
     groups: int = 1
     """Key/value heads (qkv only)."""
+
+    def dtype(self, model: torch.dtype) -> torch.dtype:
+        """Of the tensor, in a model of that dtype."""
+        return torch.float32 if self.name.endswith(EXPERT_BIAS) else model
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """The whole Megatron tensor made of `tensors`, in the order of `hf`. A copy where anything is rearranged."""
@@ -103,9 +110,14 @@ def parts(config: DecoderConfig, vocab_rows: int) -> Iterator[Part]:
         yield _copy(prefix + "pre_mlp_layernorm.weight", hf + "post_attention_layernorm.weight", (hidden,))
         if config.is_moe_layer(layer):
             yield _copy(prefix + "mlp.router.weight", hf + "mlp.gate.weight", (config.num_experts, hidden))
+            if config.sigmoid_rule is not None:
+                yield _copy(f"{prefix}mlp.{EXPERT_BIAS}", f"{hf}mlp.{CORRECTION}", (config.num_experts,))
             for expert in range(config.num_experts):
                 names = f"{prefix}mlp.experts.local_experts.{expert}.", f"{hf}mlp.experts.{expert}."
                 yield from _mlp(*names, hidden, config.moe_intermediate_size, False)
+            if config.shared_intermediate_size:
+                names = f"{prefix}mlp.shared_experts.", f"{hf}mlp.shared_experts."
+                yield from _mlp(*names, hidden, config.shared_intermediate_size, False)
         else:
             yield from _mlp(prefix + "mlp.", hf + "mlp.", hidden, config.intermediate_size, biases == "all")
     yield _copy("decoder.final_layernorm.weight", "model.norm.weight", (hidden,))

@@ -43,7 +43,7 @@ _GLM: dict[str, Any] = {
     "num_experts": 8,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
-    "shared_intermediate_size": 24,
+    "shared_intermediate_size": 32,
     "first_k_dense_replace": 1,
     "norm_topk_prob": True,
     "routed_scaling_factor": 1.5,

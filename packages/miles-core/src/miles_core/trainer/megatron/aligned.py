@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from miles_core.trainer.experts import spread_moe
-from miles_core.trainer.megatron.core import MLP, ColumnParallelLinear, MoELayer, mappings
+from miles_core.trainer.megatron.core import MLP, ColumnParallelLinear, MoELayer, SharedExpertMLP, mappings
 from miles_kernels.ops.act import swiglu
 from miles_kernels.ops.linear import linear
 from miles_kernels.ops.moe import moe_mlp
 from miles_kernels.ops.norm import rms_norm
+from miles_kernels.ops.rope import paired_order
 from miles_kernels.ops.router import router
 
 
@@ -33,6 +34,21 @@ class AlignedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x.contiguous(), self.weight, self.eps)
+
+
+class AlignedHeadNorm(AlignedNorm):
+    """RMSNorm of heads; those that are rotated in part leave it, and are summed, in the decoder's order (`paired_order`)."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **kwargs: Any) -> None:
+        super().__init__(config, hidden_size, eps)
+        model = config.miles.model
+        order = paired_order(model.head_dim, model.rotary_dim) if model.rotary_dim < model.head_dim else None
+        self.register_buffer("order", order, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.order is None:
+            return super().forward(x)
+        return rms_norm(x.index_select(-1, self.order), self.weight.index_select(0, self.order), self.eps)
 
 
 class AlignedColumn(ColumnParallelLinear):  # type: ignore[misc]
@@ -71,6 +87,15 @@ class AlignedMLP(MLP):  # type: ignore[misc]
         return self.linear_fc2(swiglu(self.linear_fc1(hidden_states)[0]))
 
 
+class AlignedSharedExpert(SharedExpertMLP):  # type: ignore[misc]
+    """The expert that every token visits."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[t, 1, h] -> [t, 1, h]."""
+        out: Tensor = self.linear_fc2(swiglu(self.linear_fc1(hidden_states)[0]))[0]
+        return out
+
+
 class AlignedMoE(MoELayer):  # type: ignore[misc]
     """Mixture of experts: our router, grouped products and combination in slot order.
 
@@ -86,8 +111,11 @@ class AlignedMoE(MoELayer):  # type: ignore[misc]
         tokens, group = len(x), self.attn_tp_group
         if group.size() > 1:
             x = nn.functional.pad(x, (0, 0, 0, -tokens % group.size()))
-        normalize = self.config.miles.model.norm_topk_prob
-        ids, weights = router(x, self.router.weight, self.config.moe_router_topk, normalize=normalize, mode=mode)
+        model = self.config.miles.model
+        ids, weights = router(
+            x, self.router.weight, model.num_experts_per_tok, normalize=model.norm_topk_prob, mode=mode,
+            rule=model.sigmoid_rule, correction=self.router.expert_bias,
+        )  # fmt: skip
         if group.size() > 1:
             x, weights = (mappings.scatter_to_sequence_parallel_region(each, group=group) for each in (x, weights))
             ids = ids.chunk(group.size())[group.rank()].contiguous()
@@ -101,4 +129,5 @@ class AlignedMoE(MoELayer):  # type: ignore[misc]
         if group.size() > 1:  # what follows is done by all of them alike, so a gradient is split again, not summed
             whole = mappings.gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False, group=group)
             out = whole[:tokens]
-        return out.view(hidden_states.shape), None
+        out = out.view(hidden_states.shape)
+        return (out if self.shared_experts is None else out + self.shared_experts(hidden_states)), None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from miles_core.trainer.megatron.core import SelfAttention, mappings
 from miles_core.trainer.megatron.stream import Stream
 from miles_kernels.ops.attention import attention
-from miles_kernels.ops.rope import apply_rope
+from miles_kernels.ops.rope import apply_rope, paired_order
 
 
 class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
@@ -29,6 +29,7 @@ class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
             out = self._fused(hidden_states, stream)
         else:
             q, k, v = (x.squeeze(1) for x in self.get_query_key_value_tensors(hidden_states, None))
+            q, k = self._paired(q, k, normed=aligned)
             rotate, cos, sin = apply_rope if aligned else _plain_rope, stream.cos[stream.own], stream.sin[stream.own]
             q, k = rotate(q.contiguous(), cos, sin), rotate(k.contiguous(), cos, sin)
             out = self.core_attention(q, k, v, None, attn_mask_type=None, attention_bias=None, packed_seq_params=stream)
@@ -43,11 +44,22 @@ class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
         grouped = mixed.view(mixed.shape[0], self.num_query_groups_per_partition, -1, model.head_dim)
         q = grouped[:, :, :-2].reshape(mixed.shape[0], -1, model.head_dim)
         q, k, v = (core.trade(x, share) for x in (q, grouped[:, :, -2], grouped[:, :, -1]))
-        norms = torch.stack((self.q_layernorm.weight, self.k_layernorm.weight)) if model.qk_norm else None
+        q, k = self._paired(q, k, normed=False)
+        norms = (
+            torch.stack(self._paired(self.q_layernorm.weight, self.k_layernorm.weight, normed=False)) if model.qk_norm else None
+        )
         sizes = (q.shape[1], k.shape[1], core.scale, core.window, model.rms_norm_eps)
         qkv = torch.cat((q, k, v), 1).flatten(1)
         out = fused_op(qkv)(qkv, norms, stream.cos, stream.sin, stream.plan, sizes)
         return core.trade_back(out, share)
+
+    def _paired(self, q: Tensor, k: Tensor, *, normed: bool) -> tuple[Tensor, Tensor]:
+        """Elements of heads in the order that the rotation pairs; `AlignedHeadNorm` leaves them so (`normed`)."""
+        model = self.config.miles.model
+        if model.rotary_dim == model.head_dim or (normed and model.qk_norm):
+            return q, k
+        order = paired_order(model.head_dim, model.rotary_dim).to(q.device)
+        return q.index_select(-1, order), k.index_select(-1, order)
 
 
 def fused_op(x: Tensor) -> Any:

@@ -24,6 +24,7 @@ from miles_core.trainer.megatron import core
 from miles_core.trainer.megatron.model import MegatronModel
 from miles_core.trainer.megatron.standins import on_device
 from miles_core.trainer.state import write_model
+from miles_kernels.nn.decoder import stored_dtype
 
 if TYPE_CHECKING:
     from miles_core.trainer.megatron.backend import MegatronTrainer
@@ -105,7 +106,7 @@ def save(trainer: MegatronTrainer, directory: Path) -> None:
     save_model(trainer.model, directory / FOLDER, _optimizer_state(trainer, loading=False))
     model, dtype = trainer.model, trainer.model.contract.torch_dtype
     named = [item for part in parts(model.config, model.vocab_rows) for item in part.hf]
-    sizes = [(name, math.prod(shape) * dtype.itemsize) for name, shape in named]
+    sizes = [(name, math.prod(shape) * stored_dtype(name, dtype).itemsize) for name, shape in named]
     write_model(directory / "model", model.config, dtype, sizes, model.export_hf(), writer=dist.get_rank() == 0)
     facts = _facts(trainer) | {"num_updates": trainer.num_updates}
     if dist.get_rank() == 0:

@@ -59,7 +59,7 @@ class Cut:
             wrong.append(f"{world_size // pp} processes of a stage are no multiple of trainer.ep = {ep}")
         for what in ("num_attention_heads", "num_key_value_heads"):
             divides(what, getattr(model, what), "trainer.megatron.tp x trainer.cp", tp * cp)
-        for what in ("hidden_size", "intermediate_size"):
+        for what in ("hidden_size", "intermediate_size", "shared_intermediate_size"):
             divides(what, getattr(model, what), "trainer.megatron.tp", tp)
         divides("num_hidden_layers", model.num_hidden_layers, "trainer.megatron.pp", pp)
         divides("num_experts", model.num_experts, "trainer.ep", ep)
@@ -70,6 +70,8 @@ class Cut:
                 'trainer.megatron.tp above 1 with a mixture of experts needs trainer.megatron.layers = "aligned" '
                 "(megatron-core's own layers would need sequence parallelism)"
             )
+        if self.layers == "plain":
+            wrong += [f'trainer.megatron.layers = "plain" does not know {what}; use "aligned"' for what in _unlike(model)]
         if wrong:
             raise ValueError("the megatron backend cannot be cut like this: " + "; ".join(wrong))
 
@@ -80,3 +82,14 @@ class Cut:
         cut = ", ".join(f"{size} {name} parallel" for name, size in sizes.items() if size > 1) or "one process"
         experts = f"; experts over {self.ep} processes" if self.ep > 1 else ""
         return f"megatron-core with {self.layers} layers: {cut}{experts}"
+
+
+def _unlike(model: DecoderConfig) -> list[str]:
+    """What megatron-core's own router computes otherwise, in words."""
+    rule, chosen = model.sigmoid_rule, model.num_experts_per_tok
+    if rule is None:
+        return []
+    out = [] if model.norm_topk_prob or chosen == 1 else ["norm_topk_prob = false (it always divides by the sum)"]
+    if rule.num_groups > 1 and chosen // rule.kept_groups != 2:
+        out.append(f"groups judged by their two best experts (by {chosen // rule.kept_groups} with these sizes)")
+    return out

@@ -8,7 +8,7 @@ every Megatron tensor that came out. The way back checks both before it is done.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from miles_core.trainer.megatron.config import Cut
 from miles_core.trainer.megatron.layout import make_groups
 from miles_core.trainer.megatron.model import MegatronModel
 from miles_kernels.contract import Contract
-from miles_kernels.nn.checkpoint import copy_tokenizer, iter_tensors, load_config, save_decoder
+from miles_kernels.nn.checkpoint import copy_tokenizer, iter_tensors, load_config, mtp_tensors, save_decoder
 from miles_kernels.nn.config import DecoderConfig
-from miles_kernels.nn.decoder import Decoder
+from miles_kernels.nn.decoder import Decoder, stored_dtype
 
 LEDGER = "ledger.json"
 WEIGHTS = "megatron"
@@ -34,6 +34,7 @@ _CPU = torch.device("cpu")
 def hf_to_megatron(model_dir: Path, out: Path, *, dtype: torch.dtype = torch.float32, vocab_multiple: int = 1) -> dict[str, Any]:
     """Convert a model directory on the CPU; returns the ledger. `vocab_multiple` is Megatron's make-vocab-size-divisible-by.
 
+    Layers for multi-token prediction have no place in the converted model: the ledger names their tensors under "left_out".
     Raises ValueError when `out` holds something, a tensor is missing, unexpected or misshaped, or is not of `dtype` (a conversion
     changes no value).
     """
@@ -43,7 +44,8 @@ def hf_to_megatron(model_dir: Path, out: Path, *, dtype: torch.dtype = torch.flo
     ledger: dict[str, Any] = {"dtype": dtype_name(dtype), "vocab_rows": padded_vocab(config, vocab_multiple)}
     model = _model(config, dtype, vocab_multiple)
     ledger["hf"] = {}
-    model.load_hf(_noted(iter_tensors(model_dir), ledger["hf"], dtype))
+    drafts, ledger["left_out"] = mtp_tensors(model_dir), []
+    model.load_hf(_noted(_without(drafts, iter_tensors(model_dir), ledger["left_out"]), ledger["hf"], dtype))
     ledger["megatron"] = {part.name: _entry(tensor) for part, tensor in model.whole()}
     out.mkdir(parents=True, exist_ok=True)
     save_model(model, out / WEIGHTS)
@@ -93,12 +95,24 @@ def _entry(tensor: Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype), "xxh3": tensor_hash(tensor)}
 
 
+def _without(
+    another: Callable[[str], bool], tensors: Iterable[tuple[str, Tensor]], names: list[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that are not `another`'s; the names of those that are go to `names`."""
+    for name, tensor in tensors:
+        if another(name):
+            names.append(name)
+        else:
+            yield name, tensor
+
+
 def _noted(tensors: Iterable[tuple[str, Tensor]], entries: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Write down each tensor as it passes."""
     for name, tensor in tensors:
-        if tensor.dtype is not dtype and not name.endswith("rotary_emb.inv_freq"):
+        wanted = stored_dtype(name, dtype)
+        if tensor.dtype is not wanted and not name.endswith("rotary_emb.inv_freq"):
             raise ValueError(
-                f"{name} is {dtype_name(tensor.dtype)}, not {dtype_name(dtype)}: a conversion changes no value; say so"
+                f"{name} is {dtype_name(tensor.dtype)}, not {dtype_name(wanted)}: a conversion changes no value; say so"
             )
         entries[name] = _entry(tensor)
         yield name, tensor

@@ -27,6 +27,7 @@ try:
         from megatron.core.transformer.mlp import MLP
         from megatron.core.transformer.moe import moe_utils
         from megatron.core.transformer.moe.moe_layer import MoELayer
+        from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
         from megatron.core.transformer.torch_norm import WrappedTorchNorm
         from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
         from megatron.core.transformer.transformer_config import TransformerConfig
@@ -50,6 +51,7 @@ __all__ = [
     "OptimizerConfig",
     "PackedSeqParams",
     "SelfAttention",
+    "SharedExpertMLP",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "TransformerLayer",

@@ -13,8 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from miles_core.convert.megatron import Part, bias_kind, join_all, padded_vocab, parts
-from miles_core.trainer.megatron.aligned import AlignedColumn, AlignedMLP, AlignedMoE, AlignedNorm, AlignedOutput
+from miles_core.convert.megatron import EXPERT_BIAS, Part, bias_kind, join_all, padded_vocab, parts
+from miles_core.trainer.megatron.aligned import (
+    AlignedColumn,
+    AlignedHeadNorm,
+    AlignedMLP,
+    AlignedMoE,
+    AlignedNorm,
+    AlignedOutput,
+    AlignedSharedExpert,
+)
 from miles_core.trainer.megatron.attention import PackedAttention, PackedSelfAttention
 from miles_core.trainer.megatron.config import Cut
 from miles_core.trainer.megatron.core import (
@@ -34,8 +42,9 @@ from miles_core.trainer.megatron.standins import on_device
 from miles_core.trainer.megatron.stream import Work
 from miles_kernels.contract import Contract, OpContract
 from miles_kernels.nn.config import DecoderConfig
+from miles_kernels.nn.decoder import rope_table
 from miles_kernels.ops.logprob import LogprobOutput
-from miles_kernels.ops.rope import INITIAL_POSITIONS, RopeTable
+from miles_kernels.ops.rope import INITIAL_POSITIONS
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,8 @@ def transformer_config(model: DecoderConfig, cut: Cut, contract: Contract, devic
             "moe_permute_fusion": False,
             "expert_model_parallel_size": cut.ep,
             "expert_tensor_parallel_size": 1,
+            "moe_shared_expert_intermediate_size": model.shared_intermediate_size or None,
+            **_sigmoid_router(model),
         }
     with on_device(device):
         config = TransformerConfig(
@@ -127,6 +138,23 @@ def transformer_config(model: DecoderConfig, cut: Cut, contract: Contract, devic
     return config
 
 
+def _sigmoid_router(model: DecoderConfig) -> dict[str, Any]:
+    """Settings of a router of corrected sigmoid scores.
+
+    The rate of 0 keeps the correction as it is: what balances the load in pre-training is no part of a policy's update.
+    """
+    rule = model.sigmoid_rule
+    if rule is None:
+        return {}
+    groups = {"moe_router_num_groups": rule.num_groups, "moe_router_group_topk": rule.kept_groups} if rule.num_groups > 1 else {}
+    return groups | {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_topk_scaling_factor": rule.scale,
+    }
+
+
 def layer_spec(model: DecoderConfig, layer: int, aligned: bool) -> Any:
     """The spec of one layer: megatron-core's local one with our attention and, when `aligned`, our ops everywhere."""
     moe = model.is_moe_layer(layer)
@@ -141,12 +169,17 @@ def layer_spec(model: DecoderConfig, layer: int, aligned: bool) -> Any:
     norm = AlignedNorm if aligned else WrappedTorchNorm
     sub.input_layernorm = sub.pre_mlp_layernorm = norm
     if model.qk_norm:
-        inner.q_layernorm = inner.k_layernorm = norm
+        inner.q_layernorm = inner.k_layernorm = AlignedHeadNorm if aligned else norm
     if aligned:
         inner.linear_qkv, inner.linear_proj = AlignedColumn, AlignedOutput
         sub.mlp = replace_module(sub.mlp, AlignedMoE if moe else AlignedMLP)
         mlp = submodules_of(submodules_of(sub.mlp).experts) if moe else submodules_of(sub.mlp)
         mlp.linear_fc1, mlp.linear_fc2 = AlignedColumn, AlignedOutput
+        if moe and model.shared_intermediate_size:
+            entry = submodules_of(sub.mlp)
+            entry.shared_experts = replace_module(entry.shared_experts, AlignedSharedExpert)
+            shared = submodules_of(entry.shared_experts)
+            shared.linear_fc1, shared.linear_fc2 = AlignedColumn, AlignedOutput
     return spec
 
 
@@ -183,9 +216,16 @@ class MegatronModel:
                 share_embeddings_and_output_weights=config.tie_word_embeddings,
                 position_embedding_type="none",
             ).to(device=device, dtype=contract.torch_dtype)
+        for name, bias in self._corrections():
+            bias.data = torch.zeros(config.num_experts, dtype=torch.float32, device=device)
+            assert self.module.get_buffer(name) is bias
         self._mark()
         longest = config.max_position_embeddings if device.type != "cpu" else INITIAL_POSITIONS
-        self.rope = RopeTable(config.head_dim, config.rope.rope_theta, config.rope.to_hf(), device, longest)
+        self.rope = rope_table(config, device, longest)
+
+    def _corrections(self) -> list[tuple[str, Tensor]]:
+        """The routers' corrections: buffers, never cast and never trained."""
+        return [(name, buffer) for name, buffer in self.module.named_buffers() if name.endswith(EXPERT_BIAS)]
 
     def _mark(self) -> None:
         """How each parameter is cut, where megatron-core would note it while drawing first weights."""
@@ -230,12 +270,12 @@ class MegatronModel:
 
     # ---- weights
 
-    def named(self) -> dict[str, nn.Parameter]:
-        """Parameters of this process under their names in the whole model; a tied head of the last stage is left out."""
+    def named(self) -> dict[str, Tensor]:
+        """Weights of this process under their names in the whole model; a tied head of the last stage is left out."""
         offset = dist.get_rank(parallel_state.get_expert_model_parallel_group()) * self.local_experts
         return {
             _global_name(name, self.first_layer, offset): param
-            for name, param in self.module.named_parameters()
+            for name, param in (*self.module.named_parameters(), *self._corrections())
             if not self._is_tied_copy(name)
         }
 
@@ -310,7 +350,7 @@ class MegatronModel:
         return self.cut.pp - 1
 
     def _from(self, held: Tensor | None, part: Part, owner: int, group: dist.ProcessGroup) -> Tensor:
-        dtype = self.contract.torch_dtype
+        dtype = part.dtype(self.contract.torch_dtype)
         buffer = torch.empty(part.shape, dtype=dtype, device=self.device) if held is None else held.contiguous()
         dist.broadcast(buffer, dist.get_global_rank(group, owner), group=group)
         return buffer
