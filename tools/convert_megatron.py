@@ -36,6 +36,9 @@ def main() -> None:
         sys.exit(f"convert_megatron: {error}")
     counts = f"{len(ledger['hf'])} Hugging Face tensors, {len(ledger['megatron'])} Megatron tensors"
     print(f"{counts}, every hash accounted for: {options.out}")
+    if options.way == "to-megatron" and ledger["left_out"]:
+        print(f"{len(ledger['left_out'])} tensors of layers for multi-token prediction have no place there and are left out:")
+        print(f"a draft's, which `miles-spec export {options.source} OUT` writes by itself")
 
 
 if __name__ == "__main__":

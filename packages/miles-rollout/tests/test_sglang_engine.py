@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -15,12 +16,14 @@ import msgspec
 import pytest
 from fake_sglang import TOKENIZER, save_model
 from replay import listening, recorded
+from safetensors.torch import load_file, save_file
 
 from miles_rollout.conformance import Options, run_suite
 from miles_rollout.conformance.suite import CHECKS
 from miles_rollout.engine import DiskUpdatableEngine, Engine, EngineRefusal, MemoryEngine, PausableEngine
 from miles_rollout.engines.sglang import SglangConfig, SglangEngine, SglangFailure, replies
 from miles_rollout.engines.sglang.cursor import Cursor
+from miles_rollout.engines.sglang.model import model_shape
 from miles_rollout.engines.sglang.process import command
 from miles_rollout.engines.sglang.weights import read_shapes
 from miles_rollout.extras import MissingExtraError
@@ -301,6 +304,19 @@ def test_settings(model: Path) -> None:
         with pytest.raises(ValueError, match="sglang engine"):
             wrong.validate()
     assert read_shapes(model) == {"a": ((2, 2), "F32"), "b": ((2, 2), "F32")}
+
+
+def test_layers_that_draft_are_no_part_of_a_weight_update(model: Path) -> None:
+    """A GLM-4.5's folder holds an MTP layer behind the policy's last; a trainer publishes the policy."""
+    config = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 46, "num_nextn_predict_layers": 1}
+    (model / "config.json").write_text(json.dumps(config))
+    assert model_shape(model).draft_prefixes == ("model.layers.46.",)
+    drafts = save_model(model / "more", 1) / "model.safetensors"
+    save_file({f"model.layers.{layer}.{name}": x for layer in (45, 46) for name, x in load_file(drafts).items()}, drafts)
+    drafts.rename(model / "more.safetensors")
+    engine = object.__new__(SglangEngine)
+    engine._shape = model_shape(model)
+    assert engine._policy_shapes(model).keys() == {"a", "b", "model.layers.45.a", "model.layers.45.b"}
 
 
 def test_routed_experts_recorded_from_a_real_server() -> None:

@@ -58,7 +58,7 @@ class SglangEngine:
         self._http = Upstream(url, token=config.token)
         model = Path(config.model or server.model_path)
         self._shape = model_shape(model)
-        self._held = weights.read_shapes(model) if any(model.glob("*.safetensors")) else {}
+        self._held = self._policy_shapes(model) if any(model.glob("*.safetensors")) else {}
         self._version = int(version) if (version := str(raw.get("weight_version"))).isdigit() else 0
         self._live: dict[str, list[str]] = {}
         self._released: set[str] = set()
@@ -330,9 +330,14 @@ class SglangEngine:
                     f"{len(self._live)} requests are held by a pause with mode {self._paused}; an SGLang process ends when "
                     "its weights change then. Continue, or pause with mode abort, and send the update again"
                 )
-            weights.check_shapes(await asyncio.to_thread(weights.read_shapes, directory), self._held)
+            weights.check_shapes(await asyncio.to_thread(self._policy_shapes, directory), self._held)
             body = {"model_path": directory, "weight_version": str(version), "flush_cache": True}
             await self._swap("/update_weights_from_disk", body, version)
+
+    def _policy_shapes(self, directory: str | Path) -> weights.Shapes:
+        """The tensors of a directory that are the policy's; a draft's beside them take no part in updates."""
+        found = weights.read_shapes(directory)
+        return {name: shape for name, shape in found.items() if not name.startswith(self._shape.draft_prefixes)}
 
     async def _swap(self, path: str, body: dict[str, Any], version: int) -> None:
         """Send an update. What is left after a failure half-way nobody knows, so the engine then serves nothing more."""

@@ -16,6 +16,8 @@ class ModelShape(msgspec.Struct, frozen=True):
     eos_token_ids: tuple[int, ...] = ()
     num_moe_layers: int = 0
     experts_top_k: int = 0
+    draft_prefixes: tuple[str, ...] = ()
+    """How names of tensors begin that are of layers behind the policy's last, for multi-token prediction: a policy has none."""
 
 
 def model_shape(directory: Path) -> ModelShape:
@@ -33,4 +35,7 @@ def model_shape(directory: Path) -> ModelShape:
         eos_token_ids=tuple(eos),
         num_moe_layers=layers,
         experts_top_k=config.get("num_experts_per_tok") or 0,
+        draft_prefixes=tuple(
+            f"model.layers.{config['num_hidden_layers'] + k}." for k in range(config.get("num_nextn_predict_layers") or 0)
+        ),
     )
