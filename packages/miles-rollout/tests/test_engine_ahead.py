@@ -26,7 +26,7 @@ class Played:
         self.where, self.last = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
         self.num_launched = self.num_unsure = self.num_dead = 0
 
-    def launch(self, start: Start, length: int) -> BlockReadback:
+    def launch(self, start: Start, length: int, reach: int) -> BlockReadback:
         tables, rows = self.core._tables, start.rows
         kept = tables.position.copy(), tables.last_token.copy()
         unsure = start.position < 0
@@ -35,8 +35,9 @@ class Played:
         tables.position[rows] = position
         tables.last_token[rows] = np.where(start.tokens < 0, drawn_before, start.tokens)
         alive = position < start.limit
-        assert (np.minimum(position + length + 1, start.limit) <= start.reach)[alive].all(), "more is touched than was promised"
-        assert (tables.capacity[rows] >= start.reach).all(), "pages are missing"
+        touched = np.minimum(position + length + 1, start.limit)[alive]
+        assert (touched <= reach).all(), "more is touched than was promised"
+        assert (tables.capacity[rows][alive] >= touched).all(), "pages are missing"
         blocks = Blocks(np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64), position, *self._nothing(len(rows), length))
         if alive.any():
             self._run(rows[alive], np.flatnonzero(alive), start.limit[alive], length, blocks)

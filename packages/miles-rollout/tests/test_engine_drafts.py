@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from engine_cases import run
 
 from miles_kernels.nn.checkpoint import random_decoder, save_decoder, write_model
-from miles_kernels.nn.decoder import Decoder, PackedKV
+from miles_kernels.nn.config import RopeConfig
+from miles_kernels.nn.decoder import CORRECTION, Decoder, PackedKV
 from miles_kernels.ops.attention import packed_plan
 from miles_rollout.engines.embedded import EmbeddedConfig
 from miles_rollout.engines.embedded.core import EngineCore
@@ -35,6 +37,20 @@ REQUEST = GenerateRequest(
 )
 
 
+def policy_of(name: str) -> Decoder:
+    """Of the shape that goes with a draft; a GLM-4.5's router has a correction that matters."""
+    if name != "glm":
+        return random_decoder(SHAPE, 0)
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    own = {"shared_intermediate_size": 24, "first_k_dense_replace": 1, "n_group": 3, "topk_group": 2, "attention_bias": True}
+    rope = RopeConfig(partial_rotary_factor=0.5)
+    policy = random_decoder(replace(SHAPE, family="glm4_moe", rope=rope, **experts, **own), 0)
+    for tensor_name, view in policy.hf_state():
+        if tensor_name.endswith(CORRECTION):
+            view.copy_(torch.linspace(-0.2, 0.2, len(view)))
+    return policy
+
+
 def draft_of(name: str, policy: Decoder) -> DraftModel:
     if name == "eagle3":
         return Eagle3Draft.from_trunk(policy, Eagle3Config.of(SHAPE, draft_vocab_size=12), draft_ids=range(4, 16))
@@ -43,11 +59,11 @@ def draft_of(name: str, policy: Decoder) -> DraftModel:
     return MtpDraft.from_trunk(policy)
 
 
-@pytest.mark.parametrize("name", ["mtp", "distinct", "eagle3"])
+@pytest.mark.parametrize("name", ["mtp", "distinct", "eagle3", "glm"])
 @pytest.mark.parametrize("disturbed", [False, True])
 def test_served_logits_are_those_of_the_unrolled_draft(name: str, disturbed: bool, monkeypatch: pytest.MonkeyPatch):
     """Train/serve consistency: at every depth and every index of a served sequence, over refusals, retraction, new weights."""
-    policy = random_decoder(SHAPE, 0)
+    policy = policy_of(name)
     draft = draft_of(name, policy)
     core = EngineCore(policy, TOKENIZER, CONFIG, num_pages=64, draft=draft)
     assert core.speculator is not None

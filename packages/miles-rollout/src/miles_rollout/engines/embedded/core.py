@@ -123,6 +123,8 @@ class EngineCore:
             tells_host=device.type == "cuda" or not self._ahead,
         )
         self.weight_version = weight_version
+        self._start = Start(*(np.zeros(0, np.int64) for _ in Start._fields))
+        """Of the last step that drafted on the device."""
         self._num_steps = self._num_prompt = 0
         self._busy_s = 0.0
         self.num_oom = self._oom_in_a_row = 0
@@ -386,18 +388,24 @@ class EngineCore:
 
     def _launch(self, batch: Batch) -> list[Flight]:
         """Start one pass and the draw of everybody who has one coming; nothing is waited for."""
-        if batch.ahead:
-            return [self._launch_ahead(batch), *self._launch_rest(Batch(batch.rows[:0], batch.chunks), len(batch.rows))]
-        return self._launch_rest(batch, 0)
+        if not batch.ahead:
+            return self._launch_rest(batch, 0)
+        flight = self._launch_ahead(batch)
+        if not batch.chunks and not self._scheduler.has_held:
+            return [flight]
+        return [flight, *self._launch_rest(Batch(batch.rows[:0], batch.chunks), len(batch.rows))]
 
     def _launch_ahead(self, batch: Batch) -> Flight:
         """A step of all decoding rows that drafts on the device, from tokens that may still be on their way."""
         speculator, tables, rows, unsure = self.speculator, self._tables, batch.rows, batch.unsure
-        assert speculator is not None and speculator.proposer.ahead is not None and unsure is not None
-        tokens = np.where(unsure, -1, tables.last_token[rows]) if not self._flights else np.full(len(rows), -1)
-        reach = self._scheduler.reach(rows, unsure, batch.ahead)
-        start = Start(rows, tokens, np.where(unsure, -1, tables.position[rows]), tables.last_position[rows], reach)
-        flight = Flight(rows, tables.tail, None, speculator.proposer.ahead.launch(start, batch.ahead))
+        assert speculator is not None and speculator.proposer.ahead is not None
+        if unsure is not None:
+            tokens = np.where(unsure, -1, tables.last_token[rows]) if not self._flights else np.full(len(rows), -1)
+            self._start = Start(rows, tokens, np.where(unsure, -1, tables.position[rows]), tables.last_position[rows])
+        elif self._start.tokens is not self._start.position:  # the step before was the first
+            nothing = np.full(len(rows), -1)
+            self._start = Start(rows, nothing, nothing, tables.last_position[rows])
+        flight = Flight(rows, tables.tail, None, speculator.proposer.ahead.launch(self._start, batch.ahead, batch.reach))
         flight.proposer = speculator.proposer
         self._runner.num_tokens += batch.num_decode_tokens
         self._scheduler.advance(batch, None)

@@ -85,8 +85,6 @@ class Start(NamedTuple):
     """n; -1: the device knows"""
     limit: np.ndarray
     """the position that is never computed"""
-    reach: np.ndarray
-    """positions below this one may be touched"""
 
 
 class BlockReadback:
@@ -119,9 +117,7 @@ def pack(token: Tensor, logprob: Tensor, sampled: Tensor) -> Tensor:
 class Flight:
     """One draw: which rows it was for, in which use, and where its tokens will appear."""
 
-    def __init__(
-        self, rows: np.ndarray, tail: Tail, drafts: Drafts | None, tokens: Tokens | Readback | BlockReadback
-    ) -> None:
+    def __init__(self, rows: np.ndarray, tail: Tail, drafts: Drafts | None, tokens: Tokens | Readback | BlockReadback) -> None:
         self.rows = rows
         """int64 [sequences that sample]; with drafts a row has more than one token"""
         self.proposer: Any = None

@@ -9,6 +9,7 @@ mixed step of a shape, is launched kernel by kernel, to the same bits.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -57,7 +58,8 @@ def row_sizes(most: int) -> list[int]:
 
 def first_at_least(sizes: list[int] | tuple[int, ...], value: int) -> int | None:
     """The smallest of ascending `sizes` that holds `value`."""
-    return next((size for size in sizes if size >= value), None)
+    at = bisect.bisect_left(sizes, value)
+    return sizes[at] if at < len(sizes) else None
 
 
 class StepGraphs:
@@ -86,6 +88,8 @@ class StepGraphs:
         self._staging = [(part, part.numpy()) for part in staging]
         self._copied: list[Any] = [torch.cuda.Event() if self._device.type == "cuda" else None for _ in self._staging]
         self._turn = 0
+        self._sent: object = None
+        """Whose inputs the device has; None: those of some step."""
         self._idle_row = rows
         self._captured: dict[Key, _Captured] = {}
         self._seen: set[Key] = set()
@@ -170,6 +174,7 @@ class StepGraphs:
 
     def _upload(self, used: int) -> None:
         """Start the copy of the first `used` numbers of what `_buffer` gave."""
+        self._sent = None
         self._inputs[:used].copy_(self._staging[self._turn][0][:used], non_blocking=True)
         event = self._copied[self._turn]
         if event is not None:

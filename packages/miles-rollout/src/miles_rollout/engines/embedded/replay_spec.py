@@ -18,7 +18,7 @@ from torch import Tensor
 
 from miles_rollout.engines.embedded.drafts import Drafts
 from miles_rollout.engines.embedded.features import FeatureStore
-from miles_rollout.engines.embedded.flight import Readback
+from miles_rollout.engines.embedded.flight import Readback, Start
 from miles_rollout.engines.embedded.kv import PagedKV
 from miles_rollout.engines.embedded.replay import Key, StepGraphs, first_at_least
 from miles_spec.models.base import DraftModel
@@ -31,6 +31,9 @@ class SpecGraphs(StepGraphs):
     """`StepGraphs`, and steps that verify chains of drafts."""
 
     captures_drafts = True
+    _owners: np.ndarray | None = None
+    """Rows whose pages the device had, all of them, when `Tables.num_changes` was `_owned_at`."""
+    _owned_at = -1
 
     def verify(self, rows: np.ndarray, drafts: Drafts) -> tuple[Tensor, Readback, np.ndarray] | None:
         """One step of rows [R] with their drafts: (logits [S x W, V], drawn tokens [R + D], their places [R + D] in the logits).
@@ -107,31 +110,41 @@ class SpecGraphs(StepGraphs):
         return self._tables.page_size
 
     def launch_rows(
-        self,
-        kind: Key,
-        given: np.ndarray,
-        rows: np.ndarray,
-        reach: np.ndarray,
-        run: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+        self, kind: Key, start: Start, reach: int, run: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     ) -> Tensor | None:
-        """Replay a step of rows [R] that touch positions below `reach` [R]; what it packs, or None when no graph serves it.
+        """Replay a step of rows that touch positions below `reach`; what it packs, or None when no graph serves it.
 
-        `run(lanes, keys)` gets int64 [1 + F + 3, S]: row, what is `given` [F, R], seed, sample id, bits of the temperature; zeros
-        for who pads the step. `kind` tells steps from others that `run` makes of the same sizes.
+        `run(lanes, keys)` gets int64 [7, S]: row, token, position and limit of `start`, seed, sample id, bits of the temperature;
+        zeros for who pads the step. `kind` tells steps from others that `run` makes of the same sizes. Inputs of the same `start`
+        that the device still has are not sent again.
         """
-        size, keys = first_at_least(self._sizes, len(rows)), first_at_least(self._keys, int(reach.max()))
-        fields, count = len(given) + 4, len(rows)
-        if size is None or keys is None or fields * size > len(self._inputs):
+        rows = start.rows
+        size, keys = first_at_least(self._sizes, len(rows)), first_at_least(self._keys, reach)
+        if size is None or keys is None or 7 * size > len(self._inputs):
             return None
-        lanes = self._inputs[: fields * size].view(fields, size)
-        captured = self._get((size, keys, *kind), lambda: self._idle(lanes), lambda: run(lanes, keys))
-        self._refresh_pages(rows, -(-reach // self._tables.page_size))
-        staged = self._buffer()[: fields * size].reshape(fields, size)
-        staged[0, :count], staged[0, count:] = rows, self._idle_row
-        staged[1:-3, :count], staged[-3:, :count] = given, self._keys_of(rows)
-        staged[1:, count:] = 0
-        self._upload(fields * size)
+        key = (size, keys, *kind)
+        is_there = self._sent is start and key in self._captured
+        lanes = self._inputs[: 7 * size].view(7, size)
+        captured = self._get(key, lambda: self._idle(lanes), lambda: run(lanes, keys))
+        self._refresh_owned(rows)
+        if not is_there:
+            count = len(rows)
+            staged = self._buffer()[: 7 * size].reshape(7, size)
+            staged[:, count:] = 0
+            staged[0, :count], staged[0, count:] = rows, self._idle_row
+            staged[1, :count], staged[2, :count], staged[3, :count] = start.tokens, start.position, start.limit
+            staged[4:, :count] = self._keys_of(rows)
+            self._upload(7 * size)
+            self._sent = start
         return self._replay(captured)[1]
+
+    def _refresh_owned(self, rows: np.ndarray) -> None:
+        """Bring all pages that rows have into the device's tables; nothing when neither rows nor pages have changed since."""
+        tables = self._tables
+        if rows is self._owners and tables.num_changes == self._owned_at:
+            return
+        self._refresh_pages(rows, tables.capacity[rows] // tables.page_size)
+        self._owners, self._owned_at = rows, tables.num_changes
 
     def run(self, step: Any) -> tuple[Tensor, Tensor]:
         """(logits, packed draws) of `miles_kernels.cuda.decode.StepInputs`, whose drawn tokens nobody goes on with."""

@@ -48,7 +48,11 @@ class Batch:
     ahead: int = 0
     """Tokens that the device drafts for each decoding row by itself, 0 for none; `drafts` is None then."""
     unsure: np.ndarray | None = None
-    """[R] bool, with `ahead`: rows whose position only the device knows."""
+    """[R] bool, with `ahead`: rows whose position only the device knows; None: all, as `goes_on` says."""
+    goes_on: bool = False
+    """With `ahead`: the rows are those of the step before, which was such a step as well, and nothing came between."""
+    reach: int = 0
+    """With `ahead`: positions below this may be touched."""
 
     @property
     def num_decode_tokens(self) -> int:
@@ -70,6 +74,8 @@ class Fork:
 
 
 _NO_ROWS: np.ndarray = np.zeros(0, np.int64)
+_NOBODY: np.ndarray = np.zeros(0, np.int64)
+"""Rows that no step has: compared by identity."""
 
 
 def _nothing_in_flight() -> bool:
@@ -108,7 +114,9 @@ class Scheduler:
         self._rows_stale = False
         self._unsure = np.zeros(config.max_running, np.int64)
         """The use of a row whose last step was made on the device alone, 0 for others: `position` may be behind by `_reach`."""
-        self._reach = 0
+        self._reach = self._bound = 0
+        self._ahead_rows, self._ahead_of = _NOBODY, 0
+        """Rows of the last step, if it was made on the device alone, and the generation of the draft it was made with."""
         self._slack, self._slack_rows = 0, _NO_ROWS
         """Steps until the first of `_slack_rows` needs a page or has all its tokens started."""
         self._holders: list[Job] = []
@@ -142,17 +150,24 @@ class Scheduler:
                 budget -= self._cut_chunk(seq, budget, chunks)
             self._admit(budget, chunks)
         rows = self.decode_rows()
-        return Batch(rows, chunks, drafts, ahead, self._is_unsure(rows) if ahead else None)
+        if not ahead:
+            return Batch(rows, chunks, drafts)
+        goes_on = rows is self._ahead_rows
+        return Batch(rows, chunks, None, ahead, None if goes_on else self._is_unsure(rows), goes_on, self._bound)
 
     def advance(self, batch: Batch, logits: torch.Tensor | None) -> None:
         """Note what `batch` computed; `logits` [decode tokens + finished chunks, V] follow the decode tokens, then the chunks."""
         self._tables.position[batch.rows] += 1
-        self._unsure[batch.rows] = self._tables.tail.serial[batch.rows] if batch.ahead else 0
-        self._reach = batch.ahead if len(batch.rows) else self._reach
-        if batch.drafts is not None or batch.ahead:
-            self._slack = 0  # rows may move on by more than one position
         if batch.ahead:
+            if batch.rows is not self._ahead_rows:
+                self._unsure[batch.rows] = self._tables.tail.serial[batch.rows]
+                self._ahead_rows = batch.rows
+            self._reach, self._slack = batch.ahead, 0  # rows may move on by more than one position
             return
+        if len(batch.rows):
+            self._ahead_rows = _NOBODY
+        if batch.drafts is not None:
+            self._slack = 0
         finished = batch.num_decode_tokens
         for chunk in batch.chunks:
             seq = chunk.seq
@@ -163,6 +178,11 @@ class Scheduler:
                 assert logits is not None
                 self._finish_prefill(seq, logits[finished : finished + 1])
                 finished += 1
+
+    @property
+    def has_held(self) -> bool:
+        """Whether `fork` has anything to look at."""
+        return bool(self._holders)
 
     def fork(self) -> list[Fork]:
         """Start siblings of computed prompts, as rows and pages allow; they sample their first token in this step."""
@@ -235,7 +255,10 @@ class Scheduler:
     def _give_room_to_decode(self) -> None:
         """A page for every decoding sequence whose next token starts one; the youngest give theirs up if need be."""
         self._slack -= 1
-        if self._slack > 0 and self.decode_rows() is self._slack_rows:
+        rows = self.decode_rows()
+        if rows is self._ahead_rows:
+            return  # they have what the last step may have touched; `_draft` sees to the rest
+        if self._slack > 0 and rows is self._slack_rows:
             return  # the same sequences as before, and nobody at the end of a page or of its tokens yet
         while not self._give_pages():
             pass
@@ -273,9 +296,12 @@ class Scheduler:
         """Take in what is on its way; whether there was any. All positions are known then."""
         if not self._settle():
             return False
-        self._unsure[:] = 0
-        self._slack = 0
+        self._forget_ahead()
         return True
+
+    def _forget_ahead(self) -> None:
+        self._unsure[:] = 0
+        self._ahead_rows, self._slack = _NOBODY, 0
 
     def _draft(self, budget: int) -> tuple[Drafts | None, int]:
         """Draft tokens for the decoding rows, or how many the device is to draft for each.
@@ -289,12 +315,14 @@ class Scheduler:
         length = speculator.choose(len(self.decoding), budget)
         if length and self._can_go_ahead(length):
             return None, length
-        rows = self._rows
-        if (length or self._is_unsure(rows).any()) and self._take_in():
-            self._give_room_to_decode()
+        if length or self._is_unsure(self._rows).any():
+            looked_at = self._rows is not self._ahead_rows
+            if self._take_in() or not looked_at:
+                self._forget_ahead()
+                self._give_room_to_decode()
+            self._unsure[:] = 0
             if not self.decoding:
                 return None, 0
-        self._unsure[rows] = 0
         return (self._propose(min(length, budget // len(self.decoding))) if length else None), 0
 
     def _propose(self, length: int) -> Drafts | None:
@@ -318,24 +346,30 @@ class Scheduler:
         unsure: np.ndarray = self._unsure[rows] == self._tables.tail.serial[rows]
         return unsure
 
-    def reach(self, rows: np.ndarray, unsure: np.ndarray, length: int) -> np.ndarray:
-        """[R] int64: positions below it may be touched by a step that drafts `length` tokens on the device."""
-        tables = self._tables
-        return np.minimum(tables.position[rows] + unsure * self._reach + length + 1, tables.last_position[rows])
-
     def _can_go_ahead(self, length: int) -> bool:
         """Whether the device can draft for all decoding rows by itself; takes the pages for it."""
-        assert self._speculator is not None
-        rows = self._rows
-        unsure = self._is_unsure(rows)
-        if not self._speculator.is_plain(rows):
+        speculator, rows, tables = self._speculator, self._rows, self._tables
+        assert speculator is not None
+        goes_on = rows is self._ahead_rows and self._ahead_of == speculator.generation
+        if not goes_on and not speculator.is_plain(rows):
             return False
-        return self._make_room(self.reach(rows, unsure, length)) and self._speculator.prepare(rows, unsure)
+        unsure = None if goes_on else self._is_unsure(rows)
+        most = self._reach + length + 1 if unsure is None else unsure * self._reach + (length + 1)
+        wanted = np.minimum(tables.position[rows] + most, tables.last_position[rows])
+        if not self._make_room(wanted) or (unsure is not None and not speculator.prepare(rows, unsure)):
+            return False
+        self._bound = int(wanted.max())
+        if not goes_on:
+            self._ahead_rows, self._ahead_of = _NOBODY, speculator.generation
+        return True
 
     def _make_room(self, wanted: np.ndarray) -> bool:
         """Pages for positions below `wanted` [R] of the decoding rows, while there are any that nobody else needs."""
         tables, rows = self._tables, self._rows
-        for i in np.flatnonzero(tables.capacity[rows] < wanted).tolist():
+        short = tables.capacity[rows] < wanted
+        if not short.any():
+            return True
+        for i in np.flatnonzero(short).tolist():
             while tables.capacity[rows[i]] < wanted[i]:
                 pages = self._pool.take(1) if self._pool.num_available > self.num_running else None
                 if pages is None:

@@ -37,6 +37,10 @@ class Proposer(Protocol):
         """The draft's weights, or the policy's, have changed."""
         ...
 
+    def retire(self) -> None:
+        """Another draft takes over, while steps of this one may be on their way."""
+        ...
+
     @property
     def ahead(self) -> Launcher | None:
         """Starts steps that draft on the device alone, None where there are none."""
@@ -54,8 +58,11 @@ class Proposer(Protocol):
 class Launcher(Protocol):
     """Makes speculative steps without the host."""
 
-    def launch(self, start: Start, length: int) -> BlockReadback:
-        """Start a step that drafts `length` tokens a row."""
+    def launch(self, start: Start, length: int, reach: int) -> BlockReadback:
+        """Start a step that drafts `length` tokens a row and touches positions below `reach`; all rows have pages for theirs.
+
+        The same `start` again says that nothing has changed but what the device knows itself.
+        """
         ...
 
 
@@ -93,6 +100,9 @@ class HistoryProposer:
 
     def forget(self) -> None:
         """Nothing here depends on weights."""
+
+    def retire(self) -> None:
+        """Nothing here is kept by row."""
 
     @property
     def ahead(self) -> None:
@@ -150,6 +160,8 @@ class Speculator:
     proposes. Raises ValueError for a `num_draft` outside 1..15.
     """
 
+    proposer: Proposer
+
     def __init__(
         self,
         draft: Draft | DraftModel,
@@ -165,6 +177,8 @@ class Speculator:
         """Whether tokens depend on the draft: verification by rejection."""
         self.draft_version = 0
         """The weight version that the draft model's weights came with."""
+        self.generation = 0
+        """Changes with the draft and with its weights."""
         self._make = make
         self._proposed_at: np.ndarray = np.zeros(MAX_DRAFT, np.int64)
         self._accepted_at: np.ndarray = np.zeros(MAX_DRAFT, np.int64)
@@ -178,6 +192,9 @@ class Speculator:
 
     def use(self, draft: Draft | DraftModel) -> None:
         """Go on with another draft, running requests included."""
+        if self.generation:
+            self.proposer.retire()
+        self.generation += 1
         self.draft = draft
         self.makes_trees = bool(getattr(draft, "makes_trees", False))
         self.proposer = self._make(draft)
@@ -185,6 +202,7 @@ class Speculator:
     def forget(self, version: int | None = None) -> None:
         """Weights have changed, with `version` the draft's: what a draft model made with the old ones is made again."""
         self.draft_version = self.draft_version if version is None else version
+        self.generation += 1
         self.proposer.forget()
 
     def choose(self, num_rows: int, budget: int) -> int:
@@ -262,9 +280,7 @@ class Speculator:
         return figures
 
     @staticmethod
-    def _moves(
-        nodes: np.ndarray, counts: np.ndarray, rows: np.ndarray, tables: Tables
-    ) -> tuple[np.ndarray, np.ndarray] | None:
+    def _moves(nodes: np.ndarray, counts: np.ndarray, rows: np.ndarray, tables: Tables) -> tuple[np.ndarray, np.ndarray] | None:
         """Slots of accepted nodes, and those of the positions they turned out to have; enters the latter into the tables."""
         taken = nodes >= 0
         if not taken.any():

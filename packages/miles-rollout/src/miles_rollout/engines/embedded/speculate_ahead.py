@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,12 +46,11 @@ class AheadSteps:
         self._where = torch.zeros_like(graphs.state[0])
         self._constants: dict[tuple[Any, ...], Tensor] = {}
 
-    def launch(self, start: Start, length: int) -> BlockReadback:
-        """Start a step that drafts `length` tokens a row."""
-        reach = np.maximum(start.reach, self.entries + length + 1)  # what a row without tokens left touches of the null page
+    def launch(self, start: Start, length: int, reach: int) -> BlockReadback:
+        """Start a step that drafts `length` tokens a row; see `Launcher`."""
+        reach = max(reach, self.entries + length + 1)  # what a row without tokens left touches of the null page
         kind = (length, self._number, self.entries, 0, 0, 0)
-        given = np.stack((start.tokens, start.position, start.limit))
-        packed = self._graphs.launch_rows(kind, given, start.rows, reach, lambda lanes, keys: self._run(lanes, length, keys))
+        packed = self._graphs.launch_rows(kind, start, reach, lambda lanes, keys: self._run(lanes, length, keys))
         assert packed is not None, "every number of rows and keys that an engine may have is captured"
         return BlockReadback(packed, len(start.rows))
 

@@ -22,6 +22,7 @@ from miles_kernels.ops.attention import decode_plan, table_plan
 from miles_kernels.ops.attention_plan import KEY_MULTIPLE
 from miles_kernels.ops.sample import sample
 from miles_rollout.engines.embedded.drafts import Drafts
+from miles_rollout.engines.embedded.entries import Entries, spans
 from miles_rollout.engines.embedded.features import FeatureStore
 from miles_rollout.engines.embedded.flight import Blocks
 from miles_rollout.engines.embedded.kv import PagedKV
@@ -99,11 +100,6 @@ class ModelProposer:
         self._max_tokens = max_tokens
         self._widths = widths
         self._wants_probs = wants_probs and not widths
-        self._number = number
-        """What the store's slots say when this draft, with these weights, has made its entry."""
-        self._ready: np.ndarray = np.zeros(len(tables.position), np.int64)
-        """Entries each row has, for the use of the row that `_serial` names; -1 when its features are not known."""
-        self._serial: np.ndarray = np.zeros(len(tables.position), np.int64)
         self.num_computed = 0
         """Tokens computed since start."""
         self.kv = PagedKV(
@@ -125,19 +121,24 @@ class ModelProposer:
         """Entries that such a step makes again: what a row that drafts `num_draft` tokens can lack after the step before."""
         if self._graphs is not None:
             self.ahead = AheadSteps(self._graphs, model, self.kv, store, decoder, entries=self.entries, number=number)
+        self._entries = Entries(tables, store, number, self.entries)
         self._going: np.ndarray = np.zeros(len(tables.position), np.int64)
         """The use of a row that `ahead` has served last."""
 
     def forget(self) -> None:
         """Make every entry again: the weights have changed."""
-        self._number += 1 << 20
-        self._serial[:] = self._going[:] = 0
+        self._entries.forget()
+        self._going[:] = 0
+
+    def retire(self) -> None:
+        """Another draft takes over."""
+        self._entries.retire()
 
     def propose(self, sequences: Many[Sequence], lengths: np.ndarray) -> Drafts | None:
         """Draft tokens of the sequences, `lengths` [R] at most; rows that have to catch up for longer have none."""
         rows = np.fromiter((seq.row for seq in sequences), np.int64, len(sequences))
         last = self._tables.position[rows]
-        ready = self._first_missing(rows, last)
+        ready = self._entries.missing(rows, last)
         lengths = np.minimum(lengths, self._tables.capacity[rows] - last - 1)  # proposals to look at only have got no pages
         done, lengths = self._cut(rows, ready, last, lengths)
         depth = self.model.config.max_depth
@@ -167,7 +168,7 @@ class ModelProposer:
             return False
         if not unsure.all():
             here, last = rows[~unsure], position[~unsure]
-            ready = self._first_missing(here, last)
+            ready = self._entries.missing(here, last)
             if (ready < 0).any():
                 return False
             late = last - ready > self.entries
@@ -179,10 +180,7 @@ class ModelProposer:
 
     def arrived(self, rows: np.ndarray, blocks: Blocks) -> None:
         """Note the entries and features of rows that a step of `ahead` found at `blocks.position`."""
-        position, store, tables = blocks.position, self._store, self._tables
-        of, index = _spans(position, position + blocks.counts)
-        store.mark(tables.slots_at(rows[of], index))
-        self._note(rows, np.maximum(position - self.entries, 0), position)
+        self._entries.arrived(rows, blocks)
 
     def _catch_up(self, rows: np.ndarray, first: np.ndarray, stop: np.ndarray) -> None:
         """Make entries [first, stop) in passes of at most `max_tokens`."""
@@ -194,20 +192,6 @@ class ModelProposer:
             rows, first, stop = rows[end < stop], end[end < stop], stop[end < stop]
 
     # ------------------------------------------------------------------ what is missing
-
-    def _first_missing(self, rows: np.ndarray, last: np.ndarray) -> np.ndarray:
-        """The first entry [R] each row lacks; -1 for one whose features are not known."""
-        tables, store = self._tables, self._store
-        serial = tables.tail.serial[rows]
-        for i in np.flatnonzero(self._serial[rows] != serial).tolist():
-            row, count = rows[i], int(last[i])
-            slots = tables.slots_at(np.full(count, row), np.arange(count))
-            missing = store.entered[slots] != self._number
-            first = int(missing.argmax()) if missing.any() else count
-            # one entry before may be that of another sequence, which shares the page and goes on with another token
-            self._ready[row] = max(first - 1, 0) if store.known[slots].all() else -1
-        self._serial[rows] = serial
-        return np.minimum(self._ready[rows], last - 1)
 
     def _cut(self, rows: np.ndarray, ready: np.ndarray, last: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which of the rows can be brought up to date now, and what they may draft [R]; others get as far as room allows."""
@@ -226,12 +210,12 @@ class ModelProposer:
 
     def _advance(self, rows: np.ndarray, first: np.ndarray, stop: np.ndarray) -> None:
         """Make entries of [first, stop) of rows whose later tokens are known, drafting nothing."""
-        of, index = _spans(first, stop)
+        of, index = spans(first, stop)
         state = self._project(rows[of], index)
         for depth in range(1, self._num_layers + 1):
             tokens = self._tokens_after(rows[of], np.minimum(index + depth, self._tables.position[rows[of]]))
             state = self._pass(rows, first, stop, state, tokens, depth).carried
-        self._note(rows, first, stop)
+        self._entries.note(rows, first, stop)
 
     # ------------------------------------------------------------------ drafting
 
@@ -285,17 +269,17 @@ class ModelProposer:
         tokens = self._graphs.draft(self._drafter, rows[done], lengths[done])
         if tokens is None:
             return None
-        self._note(rows[done], ready[done], last[done])
+        self._entries.note(rows[done], ready[done], last[done])
         self.num_computed += len(done) * (2 * entries - 2)
         has = np.arange(tokens.shape[1]) < lengths[done][:, None]
         return Drafts(tokens[has], lengths)
 
     def _first(self, rows: np.ndarray, first: np.ndarray, stop: np.ndarray) -> DraftState:
         """Entries up to the last feature of every row; what comes out behind the last one [A, H]."""
-        of, index = _spans(first, stop)
+        of, index = spans(first, stop)
         tokens = self._tokens_after(rows[of], index + 1)
         state = self._pass(rows, first, stop, self._project(rows[of], index), tokens, 1)
-        self._note(rows, first, stop)
+        self._entries.note(rows, first, stop)
         ends = upload(np.cumsum(stop - first) - 1, self._device)
         return DraftState(state.hidden.index_select(0, ends), state.carried.index_select(0, ends))
 
@@ -364,7 +348,7 @@ class ModelProposer:
         """One pass per layer, each over the missing entries and those whose later tokens were only drafted before."""
         mine, stop = rows[done], last[done]
         first = np.maximum(ready[done] - self._num_layers + 1, 0)
-        of, index = _spans(first, stop)
+        of, index = spans(first, stop)
         most = int(lengths.max())
         tokens = torch.zeros((len(mine), max(most, 1)), dtype=torch.int64, device=self._device)
         ends = upload(np.cumsum(stop - first) - 1, self._device)
@@ -381,7 +365,7 @@ class ModelProposer:
                 tokens[:, depth - 1] = drawn
                 if q is not None:
                     probs.append(q)
-        self._note(mine, first, stop)
+        self._entries.note(mine, first, stop)
         return self._collect(done, lengths, tokens, np.arange(-1, most - 1), probs)
 
     # ------------------------------------------------------------------ pieces
@@ -394,7 +378,7 @@ class ModelProposer:
         self, rows: np.ndarray, first: np.ndarray, stop: np.ndarray, state: Tensor, tokens: Tensor, depth: int
     ) -> DraftState:
         """One layer over entries [first, stop) of rows."""
-        of, index = _spans(first, stop)
+        of, index = spans(first, stop)
         counts = stop - first
         if self._device.type == "cuda":
             plan: Any = paged_batch(self._tables, self._device, rows, counts, stop)
@@ -459,21 +443,9 @@ class ModelProposer:
             return (pages[:, :, None] * size + np.arange(size)).reshape(len(rows), -1)
         return self._tables.slots[rows, :width]
 
-    def _note(self, rows: np.ndarray, first: np.ndarray, stop: np.ndarray) -> None:
-        of, index = _spans(first, stop)
-        self._store.entered[self._tables.slots_at(rows[of], index)] = self._number
-        self._ready[rows] = stop
-
     def _keys_of(self, rows: np.ndarray) -> _Keys:
         tables = self._tables
         return _Keys(*(upload(getattr(tables, name)[rows], self._device) for name in ("seed", "sample_id", "temperature")))
-
-
-def _spans(first: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of the ranges [first, stop) one after the other: which range, and the number."""
-    counts = stop - first
-    of = np.repeat(np.arange(len(counts)), counts)
-    return of, np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts) + first[of]
 
 
 def _scatter(part: Tensor, which: np.ndarray, count: int) -> Tensor:

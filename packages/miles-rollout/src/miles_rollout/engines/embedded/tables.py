@@ -8,6 +8,8 @@ slot: attention reads only what was written by this sequence or is zero.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -41,6 +43,10 @@ class Tables:
         self.first_stop: np.ndarray = np.zeros(max_running, np.int64)
         """First position a stop token may take (min_new_tokens)."""
         self.tail = Tail(max_running)
+        self.num_changes = 0
+        """Changes with every row that gets pages."""
+        self.before_close: Callable[[int], None] | None = None
+        """Told of a row that is about to be given back, while it still has its pages."""
         self._free = list(range(max_running - 1, -1, -1))
         self.slots_torch = torch.from_numpy(self.slots)
 
@@ -70,6 +76,7 @@ class Tables:
 
     def set_pages(self, seq: Sequence) -> None:
         """Take note of a changed list of pages."""
+        self.num_changes += 1
         self.capacity[seq.row] = len(seq.pages) * self.page_size
         self.pages[seq.row, : len(seq.pages)] = seq.pages
 
@@ -80,6 +87,8 @@ class Tables:
 
     def close(self, seq: Sequence) -> None:
         """Take the row back and leave it clean."""
+        if self.before_close is not None:
+            self.before_close(seq.row)
         self.slots[seq.row, : self.capacity[seq.row]] = 0  # refused drafts reach further than the tokens do
         self.pages[seq.row, : len(seq.pages)] = 0  # what looks beyond its pages must not find somebody else's
         self.capacity[seq.row] = 0
