@@ -44,7 +44,7 @@ def policy_of(name: str) -> Decoder:
     experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
     own = {"shared_intermediate_size": 24, "first_k_dense_replace": 1, "n_group": 3, "topk_group": 2, "attention_bias": True}
     rope = RopeConfig(partial_rotary_factor=0.5)
-    policy = random_decoder(replace(SHAPE, family="glm4_moe", rope=rope, **experts, **own), 0)
+    policy = random_decoder(replace(SHAPE, family="glm4_moe", rope=rope, initializer_range=0.15, **experts, **own), 0)
     for tensor_name, view in policy.hf_state():
         if tensor_name.endswith(CORRECTION):
             view.copy_(torch.linspace(-0.2, 0.2, len(view)))
