@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from miles_kernels.contract import Contract
 from miles_kernels.nn.checkpoint import random_decoder
-from miles_kernels.nn.config import DecoderConfig
-from miles_kernels.nn.decoder import PackedKV
+from miles_kernels.nn.config import DecoderConfig, RopeConfig
+from miles_kernels.nn.decoder import CORRECTION, PackedKV
 from miles_kernels.nn.parallel import shard_decoder
 from miles_rollout.engines.embedded import EmbeddedConfig
 from miles_rollout.engines.embedded.core import EngineCore
@@ -73,7 +73,11 @@ def main(rank: int, ranks: int, folder: Path) -> None:
         group = dist.group.WORLD
     requests = [msgspec.convert(request, GenerateRequest) for request in case["requests"]]
     contract = Contract.for_device(device, case["dtype"])
-    whole = random_decoder(DecoderConfig(**case["shape"]), 0, contract=contract, dtype=contract.torch_dtype, device=device)
+    shape = DecoderConfig(**case["shape"] | {"rope": RopeConfig(**case["shape"]["rope"])})
+    whole = random_decoder(shape, 0, contract=contract, dtype=contract.torch_dtype, device=device)
+    for name, view in whole.hf_state():
+        if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias", CORRECTION)):  # zeros would leave them untested
+            view.copy_(torch.linspace(-0.2, 0.2, len(view)))
     decoder = shard_decoder(whole, group, rank=rank)
     del whole
     config = msgspec.convert(case["config"], EmbeddedConfig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from engine_cases import SHAPE, batch_of
 
 from miles_kernels.nn.checkpoint import random_decoder
-from miles_kernels.nn.config import DecoderConfig
+from miles_kernels.nn.config import DecoderConfig, RopeConfig
 from miles_kernels.nn.parallel import fold_decoder, local_config, shard_decoder
 from miles_rollout.engines.embedded import EmbeddedConfig
 from miles_rollout.engines.embedded.core import EngineCore
@@ -30,6 +31,11 @@ from miles_rollout.wire import GenerateRequest
 WORKER = Path(__file__).with_name("parallel_worker.py")
 WIDE = replace(SHAPE, num_attention_heads=8, num_key_value_heads=2, head_dim=16, intermediate_size=128)
 MOE = replace(WIDE, family="qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, mlp_only_layers=(1,))
+GLM = replace(
+    WIDE, family="glm4_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True, n_group=4,
+    topk_group=2, shared_intermediate_size=128, first_k_dense_replace=1, attention_bias=True, use_qk_norm=True,
+    rope=RopeConfig(partial_rotary_factor=0.5),
+)  # fmt: skip
 
 
 def ranks_of(folder: Path, ranks: int) -> list[dict[str, Any]]:
@@ -51,14 +57,15 @@ def ranks_of(folder: Path, ranks: int) -> list[dict[str, Any]]:
 
 
 def case(folder: Path, shape: DecoderConfig, device: str, dtype: str, requests: list[Any], **config: Any) -> None:
-    fields = {name: getattr(shape, name) for name in shape.__dataclass_fields__ if name != "rope"}
+    fields = dataclasses.asdict(shape)
     content = {"device": device, "dtype": dtype, "shape": fields, "requests": requests, "config": config}
     (folder / "case.json").write_bytes(msgspec.json.encode(content))
 
 
 def test_two_processes_give_the_bits_of_one(tmp_path: Path):
+    """A GLM-4.5: biases, a dense layer, experts and the shared one are divided; Qwen3's below."""
     requests = batch_of(8, 3, most_new=12)
-    case(tmp_path, WIDE, "cpu", "float32", requests, num_pages=40, max_running=8, max_batched_tokens=48, overlap=True)
+    case(tmp_path, GLM, "cpu", "float32", requests, num_pages=40, max_running=8, max_batched_tokens=48, overlap=True)
     (one,) = ranks_of(tmp_path, 1)
     first, second = ranks_of(tmp_path, 2)
     assert first["completions"] == second["completions"] == one["completions"]
@@ -157,6 +164,10 @@ def test_what_cannot_be_divided_is_refused_by_name():
         local_config(replace(SHAPE, intermediate_size=128), 4)
     with pytest.raises(ValueError, match="6 shards must be a power of two and a multiple of the 2 ranks"):
         local_config(WIDE, 2, 6)
+    with pytest.raises(ValueError, match=r"shared_intermediate_size=64 is no multiple of 16 \* 8 shards"):
+        local_config(replace(GLM, shared_intermediate_size=64), 2)
+    with pytest.raises(ValueError, match="attention_bias, output_bias: biases of sums over ranks are not divided"):
+        local_config(replace(WIDE, attention_bias=True), 2)
     with pytest.raises(ValueError, match="num_experts=6 is no multiple of 4"):
         local_config(replace(MOE, num_experts=6), 4)
     with pytest.raises(ValueError, match="tensor_parallel=3 must be 1, 2, 4 or 8"):
