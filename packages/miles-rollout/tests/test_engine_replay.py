@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from engine_cases import SHAPE, TOKENIZER, batch_of
+from engine_cases import SHAPE, TOKENIZER, ask, batch_of
 
 from miles_kernels.nn.checkpoint import random_decoder
 from miles_kernels.ops.attention import table_plan
@@ -151,6 +151,28 @@ def test_a_stale_page_table_is_noticed(monkeypatch: pytest.MonkeyPatch):
     expected = drive(with_direct_graphs(config, 64), requests, 1)
     monkeypatch.setattr(StepGraphs, "_refresh_pages", lambda self, rows, needed: None)
     assert drive(with_direct_graphs(config, 64), requests, 1) != expected
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("told", [True, False])
+def test_pages_reached_between_captured_steps_are_known_to_them(monkeypatch: pytest.MonkeyPatch, told: bool):
+    """Steps of a prompt that wants its log-probabilities are not captured; its rows reach a page, and then it is aborted."""
+    config = EmbeddedConfig(num_pages=64, max_running=4, max_batched_tokens=32, prefill_chunk=4, prefix_cache=False)
+    plain = EngineCore(random_decoder(SHAPE, 0), TOKENIZER, config, num_pages=64)
+    if not told:
+        monkeypatch.setattr(StepGraphs, "gap", lambda self: None)
+    found = []
+    for core in (plain, with_direct_graphs(config, 64)):
+        core.add(Job(ask("a", (5, 6, 7), max_new_tokens=60), 0, frozenset()))
+        for step in range(100):
+            if step == 8:
+                core.add(Job(ask("b", (9,) * 200, max_new_tokens=4, return_prompt_logprobs=True), 1, frozenset()))
+            ready = core.abort("b") if step == 45 else []
+            found += [delivery.item for delivery in ready + core.step() if delivery.item.request_id == "a"]
+            if not core.has_work:
+                break
+    mine, theirs = (result.completions for result in found)
+    assert (mine == theirs) is told
 
 
 def test_sizes_ascend_and_hold_the_largest():

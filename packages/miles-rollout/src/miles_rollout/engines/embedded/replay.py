@@ -88,6 +88,12 @@ class StepGraphs:
         self._staging = [(part, part.numpy()) for part in staging]
         self._copied: list[Any] = [torch.cuda.Event() if self._device.type == "cuda" else None for _ in self._staging]
         self._turn = 0
+        self._decoded: np.ndarray | None = None
+        """Rows of the step before, if it was one of `decode`: then each has moved on by one position, and its pages are known."""
+        self._top = 0
+        """Keys of its longest row."""
+        self._constants: tuple[np.ndarray | None, np.ndarray] = (None, self._serial)
+        """Rows, and what does not change while they are these."""
         self._sent: object = None
         """Whose inputs the device has; None: those of some step."""
         self._idle_row = rows
@@ -95,6 +101,10 @@ class StepGraphs:
         self._seen: set[Key] = set()
         self._pool: Any = None
         self._stream: Any = None
+
+    def gap(self) -> None:
+        """A pass was made without these tables: pages may have been reached that they do not know."""
+        self._decoded = None
 
     def forget(self) -> None:
         """Drop the graphs and their memory; they are captured again when needed."""
@@ -106,14 +116,18 @@ class StepGraphs:
 
         `tokens` [R] replace those drawn last. The positions are those of the tables, which do not change here.
         """
-        position = self._tables.position[rows]
-        size, keys = first_at_least(self._sizes, len(rows)), first_at_least(self._keys, int(position.max()) + 1)
+        tables = self._tables
+        position, goes_on = tables.position[rows], rows is self._decoded
+        self._top = self._top + 1 if goes_on else int(position.max()) + 1
+        size, keys = first_at_least(self._sizes, len(rows)), first_at_least(self._keys, self._top)
         assert size is not None and keys is not None
         lanes = self._inputs[: 7 * size].view(7, size)
         captured = self._get((size, keys), lambda: self._idle(lanes), lambda: self._decode(lanes, keys))
-        self._refresh_pages(rows, position // self._tables.page_size)
-        self._known[rows] = position // self._tables.page_size + 1  # a page the step reaches by itself is entered by the step
+        if not goes_on:  # a page that such steps reach by themselves is entered by them
+            self._refresh_pages(rows, position // tables.page_size)
+            self._known[rows] = position // tables.page_size + 1
         self._stage_decode(rows, position, tokens, size)
+        self._decoded = rows
         return self._launch(captured, len(rows))
 
     def mixed(self, batch: Batch, tokens: np.ndarray | None = None) -> tuple[Tensor, Readback] | None:
@@ -174,7 +188,7 @@ class StepGraphs:
 
     def _upload(self, used: int) -> None:
         """Start the copy of the first `used` numbers of what `_buffer` gave."""
-        self._sent = None
+        self._sent = self._decoded = None
         self._inputs[:used].copy_(self._staging[self._turn][0][:used], non_blocking=True)
         event = self._copied[self._turn]
         if event is not None:
@@ -183,14 +197,18 @@ class StepGraphs:
     def _stage_decode(self, rows: np.ndarray, position: np.ndarray, tokens: np.ndarray | None, size: int) -> None:
         """Write what the rows compute and start its copy to the device."""
         tables, count = self._tables, len(rows)
+        of, constants = self._constants
+        if of is not rows or constants.shape[1] != size:
+            constants = np.zeros((7, size), np.int64)
+            constants[0, :count], constants[0, count:], constants[1, :count] = rows, self._idle_row, -1
+            constants[4:, :count] = self._keys_of(rows)
+            self._constants = (rows, constants)
         lanes = self._buffer()[: 7 * size].reshape(7, size)
-        lanes[0, :count] = rows
-        lanes[1, :count] = -1 if tokens is None else tokens
+        lanes[:] = constants
+        if tokens is not None:
+            lanes[1, :count] = tokens
         lanes[2, :count] = position
         lanes[3, :count] = tables.slots_at(rows, position)
-        lanes[4:, :count] = self._keys_of(rows)
-        lanes[:, count:] = 0
-        lanes[0, count:] = self._idle_row
         self._upload(7 * size)
 
     def _stage_mixed(

@@ -158,6 +158,8 @@ class Runner:
         if batch.is_empty:
             return None
         step = self._inputs(batch, tokens_known)
+        if self.graphs is not None:
+            self.graphs.gap()
         self.num_tokens += len(step.slots)
         features = self.features
         taps = None if features is None else features.taps()
