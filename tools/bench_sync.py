@@ -32,10 +32,12 @@ from miles_rollout.wire import EngineInfo, WeightManifest
 DIGEST = "mk1-bench0000000"
 SHAPES = {
     "tiny": (64, 96, 2, 4, 2, 16, 500),
+    "thin": (16, 16, 36, 1, 1, 16, 16),
     "0.6b": (1024, 3072, 28, 16, 8, 128, 151936),
     "4b": (2560, 9728, 36, 32, 8, 128, 151936),
 }
-"""hidden, inner, layers, heads, key/value heads, head size, vocabulary of Qwen3 models; embeddings tied."""
+"""hidden, inner, layers, heads, key/value heads, head size, vocabulary of Qwen3 models; embeddings tied. "thin" has the tensors
+of the 4B one and next to no bytes: what it takes is what an update costs the host."""
 
 
 def weights(shape: str, device: str, seed: int) -> dict[str, Tensor]:
@@ -159,11 +161,12 @@ def engine_process(args: argparse.Namespace, *, gpu: int, off: bool) -> Iterator
         process.wait(60)
 
 
-def rate(call: Any, num_bytes: int, device: str, times: int = 7) -> float:
-    """Median bytes per second of `call`."""
+def rate(call: Any, num_bytes: int, device: str, times: int = 7, *, idle_s: float = 0.0) -> float:
+    """Median bytes per second of `call`, each time after `idle_s` without work."""
     seconds = []
     for _ in range(times + 2):
         wait(device)
+        time.sleep(idle_s)
         started = time.perf_counter()
         call()
         wait(device)
@@ -178,6 +181,8 @@ def kernels(given: dict[str, Tensor], device: str) -> float:
     b = torch.empty_like(a)
     plain = rate(lambda: b.copy_(a), total, device)
     print(f"  device copy of one tensor of {total / 1e9:.3f} GB     {plain / 1e9:9.1f} GB/s  1.00", flush=True)
+    cold = rate(lambda: b.copy_(a), total, device, idle_s=0.02)  # as an update finds the device
+    print(f"  the same, each after 20 ms of idleness{'':14} {cold / 1e9:9.1f} GB/s  {cold / plain:.2f}", flush=True)
     tensors = list(given.values())
     room = [torch.empty_like(t) for t in tensors]
     cases: dict[str, Any] = {"_foreach_copy_ of all tensors": lambda: torch._foreach_copy_(room, tensors)}

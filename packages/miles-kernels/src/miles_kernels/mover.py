@@ -43,7 +43,8 @@ class Mover:
         self.device = torch.device(device)
         self.sizes = tuple(sizes)
         self.offsets = tuple(offsets) if offsets is not None else _one_after_the_other(self.sizes)
-        self._stop = max((a + size for a, size in zip(self.offsets, self.sizes, strict=True)), default=0)
+        assert len(self.offsets) == len(self.sizes), f"{len(self.offsets)} offsets for {len(self.sizes)} sizes"
+        self._stop = self.offsets[-1] + self.sizes[-1] if self.sizes else 0
         self._cuda: Any = None
         if self.device.type == "cuda":
             from miles_kernels.cuda import checksum

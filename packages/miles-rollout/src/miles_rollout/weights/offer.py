@@ -137,7 +137,13 @@ def window_bytes(wanted: int) -> int:
 
 def layout(manifest: WeightManifest) -> Layout:
     """The tensors one after the other in the manifest's order, aligned; the start of a window is skipped to, not crossed."""
-    return _layout(tuple((spec.name, spec.dtype, spec.shape) for spec in manifest.tensors))
+    last = _LATEST[0]
+    if last is None or last[0] is not manifest.tensors:  # it is asked for a few times in an update
+        last = _LATEST[0] = manifest.tensors, _layout(tuple((spec.name, spec.dtype, spec.shape) for spec in manifest.tensors))
+    return last[1]
+
+
+_LATEST: list[tuple[tuple[TensorSpec, ...], Layout] | None] = [None]
 
 
 @lru_cache(maxsize=8)

@@ -123,8 +123,8 @@ class SpanSource(Protocol):
 
     device: torch.device
 
-    def addresses(self) -> list[int]:
-        """Of every tensor of the manifest, in its order; valid as long as the source is."""
+    def addresses(self) -> Tensor:
+        """Of every tensor of the manifest, in its order, int64 [n] on the CPU; valid as long as the source is."""
         ...
 
 
@@ -258,19 +258,17 @@ def _verify(name: str, found: str, stated: str) -> None:
 
 def swap(held: Iterable[tuple[str, Tensor]], staged: Staged) -> None:
     """Copy a complete staged model over the tensors held. Shapes and dtypes were checked before."""
-    names, targets = [], []
-    for name, tensor in held:
-        names.append(name)
-        targets.append(tensor)
-    assert len(names) == len(staged) and set(names) == set(staged), "staged tensors are not those held"
+    targets = dict(held)
+    assert targets.keys() == staged.keys(), "staged tensors are not those held"
+    ordered = [targets[name] for name in staged]
+    addresses = [tensor.data_ptr() for tensor in ordered]
+    device = staged.stream.device
     with torch.no_grad():
-        if all(t.is_contiguous() and t.device == staged.stream.device and t.data_ptr() % 8 == 0 for t in targets):
-            mover = Mover(staged.where.sizes, staged.stream.device, staged.where.offsets)
-            at = dict(zip(names, targets, strict=True))
-            into = mover.places([at[name].data_ptr() for name in staged])
-            mover.move(mover.places_in(staged.stream.data_ptr()), into, hashed=False)
+        if all(tensor.is_contiguous() and tensor.device == device for tensor in ordered) and not any(a % 8 for a in addresses):
+            mover = Mover(staged.where.sizes, device, staged.where.offsets)
+            mover.move(mover.places_in(staged.stream.data_ptr()), mover.places(addresses), hashed=False)
         else:
-            torch._foreach_copy_(targets, [staged[name] for name in names])
+            torch._foreach_copy_(ordered, list(staged.values()))
 
 
 def _some(names: list[str]) -> str:
