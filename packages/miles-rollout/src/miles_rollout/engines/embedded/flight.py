@@ -60,11 +60,11 @@ class Blocks(NamedTuple):
     """What a step committed, row by row."""
 
     counts: np.ndarray
-    """int64 [R] tokens, 0 for a row that had all its tokens already"""
+    """[R] tokens, 0 for a row that had all its tokens already"""
     drafted: np.ndarray
-    """int64 [R] draft tokens it had"""
+    """[R] draft tokens it had"""
     position: np.ndarray
-    """int64 [R]: n, before the step"""
+    """[R]: n, before the step"""
     tokens: np.ndarray
     """[W, R]; the first `counts` of each"""
     logprobs: np.ndarray
@@ -102,8 +102,7 @@ class BlockReadback:
 def unpack(packed: np.ndarray) -> Blocks:
     """Blocks of int32 [3 + 2 W, R]."""
     width = (len(packed) - 3) // 2
-    counts, drafted, position = packed[:3].astype(np.int64)
-    return Blocks(counts, drafted, position, packed[3 : 3 + width], packed[3 + width :].view(np.float32))
+    return Blocks(packed[0], packed[1], packed[2], packed[3 : 3 + width], packed[3 + width :].view(np.float32))
 
 
 def pack(token: Tensor, logprob: Tensor, sampled: Tensor) -> Tensor:

@@ -133,9 +133,8 @@ class Landing:
                 self._fail_for_nan(row)
             else:
                 self._look_at(seq, _token(tokens, last - 1, i))
-        self.num_generated += int(taken.sum())
         assert self._speculator is not None
-        self._speculator.count(committed, taken)
+        self.num_generated += self._speculator.count(committed, taken)
 
     def _read_along(self, row: int, serial: int, i: int, committed: Committed) -> int:
         """Token after token of a row that is watched; how many it took."""

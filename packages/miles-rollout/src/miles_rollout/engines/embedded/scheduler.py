@@ -300,8 +300,13 @@ class Scheduler:
         return True
 
     def _forget_ahead(self) -> None:
-        self._unsure[:] = 0
+        """The host goes on: it knows all positions now, and looks up the last tokens."""
         self._ahead_rows, self._slack = _NOBODY, 0
+        rows = self.decode_rows()
+        unsure = self._is_unsure(rows)
+        if unsure.any():
+            self._tables.know_last(rows[unsure])
+        self._unsure[:] = 0
 
     def _draft(self, budget: int) -> tuple[Drafts | None, int]:
         """Draft tokens for the decoding rows, or how many the device is to draft for each.
@@ -320,7 +325,8 @@ class Scheduler:
             if self._take_in() or not looked_at:
                 self._forget_ahead()
                 self._give_room_to_decode()
-            self._unsure[:] = 0
+            else:
+                self._forget_ahead()
             if not self.decoding:
                 return None, 0
         return (self._propose(min(length, budget // len(self.decoding))) if length else None), 0

@@ -181,8 +181,8 @@ class Speculator:
         """Changes with the draft and with its weights."""
         self._make = make
         self._proposed_at: np.ndarray = np.zeros(MAX_DRAFT, np.int64)
+        """Drafts that had an i-th token; of the first, as many as drafts were verified."""
         self._accepted_at: np.ndarray = np.zeros(MAX_DRAFT, np.int64)
-        self._num_steps = self._num_committed = 0
         self.length = 0
         """Draft tokens a row that the step was to have, by the last choice."""
         self._last_made: tuple[int, int] | None = None
@@ -218,11 +218,10 @@ class Speculator:
     def arrive(self, flight: Flight, blocks: Blocks, tables: Tables) -> Committed:
         """What a step committed that the device drafted for; moves the rows of the tables to where they were found to be.
 
-        All rows of the flight are in the same use as when it started.
+        All rows of the flight are in the same use as when it started. Their last tokens are left to `Tables.know_last`.
         """
         rows, counts = flight.rows, blocks.counts
         tables.position[rows] += counts - 1
-        tables.last_token[rows] = np.maximum(blocks.tokens[counts - 1, np.arange(len(rows))], 0)
         flight.proposer.arrived(rows, blocks)
         tokens = Tokens(blocks.tokens, blocks.logprobs, blocks.logprobs)
         return Committed(counts, tokens, None, blocks.drafted, len(blocks.tokens) - 1)
@@ -263,12 +262,13 @@ class Speculator:
     def metrics(self) -> dict[str, float]:
         """Counters since start; fixed names, so another thread may read."""
         proposed, accepted = int(self._proposed_at.sum()), int(self._accepted_at.sum())
+        verified = int(self._proposed_at[0])
         figures: dict[str, float] = {
-            "spec_num_verified": self._num_steps,
+            "spec_num_verified": verified,
             "spec_num_drafted": proposed,
             "spec_num_accepted": accepted,
             "spec_accept_rate": accepted / proposed if proposed else 0.0,
-            "spec_accept_length": self._num_committed / self._num_steps if self._num_steps else 0.0,
+            "spec_accept_length": (verified + accepted) / verified if verified else 0.0,
         }
         for i in range(self.num_draft):
             asked = int(self._proposed_at[i])
@@ -294,28 +294,29 @@ class Speculator:
         moved = source != target
         return (source[moved], target[moved]) if moved.any() else None
 
-    def count(self, committed: Committed, taken: np.ndarray) -> None:
-        """Of what was committed rows took `taken` [S] tokens: none after one that ended them, none at all if they had ended."""
-        drafted, accepted = committed.drafted, np.minimum(committed.counts - 1, taken)
-        rows, nodes = len(taken), committed.nodes
-        if not taken.all():
+    def count(self, committed: Committed, taken: np.ndarray) -> int:
+        """Of what was committed rows took `taken` [S] tokens: none after one that ended them, none at all if they had ended.
+
+        Returns how many they took in all.
+        """
+        drafted, accepted, nodes, rows = committed.drafted, committed.counts - 1, committed.nodes, len(taken)
+        is_whole = taken is committed.counts
+        if not is_whole:
             live = taken > 0
-            drafted, accepted, nodes = drafted[live], accepted[live], None if nodes is None else nodes[live]
-            rows = len(drafted)
+            drafted, accepted = drafted[live], np.minimum(accepted, taken)[live]
+            nodes, rows = None if nodes is None else nodes[live], len(drafted)
         proposed_at = _reaching(drafted)
         if nodes is None:
             accepted_at = _reaching(accepted)
         else:
             used = nodes[np.arange(nodes.shape[1]) < accepted[:, None]]
             accepted_at = np.bincount(used, minlength=MAX_DRAFT)
-        asked = int(proposed_at[0])
-        self._num_steps += asked
-        self._num_committed += asked + int(accepted.sum())
         self._proposed_at += proposed_at
         self._accepted_at += accepted_at
         if self.controller is not None and rows:
             length = committed.length
             self.controller.note_accepted(proposed_at[:length].tolist(), accepted_at[:length].tolist(), rows)
+        return rows + int(accepted_at.sum()) if is_whole else int(taken.sum())
 
 
 def _reaching(counts: np.ndarray) -> np.ndarray:

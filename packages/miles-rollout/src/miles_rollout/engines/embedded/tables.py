@@ -85,6 +85,10 @@ class Tables:
         size = self.page_size
         return self.pages[rows, positions // size] * size + positions % size
 
+    def know_last(self, rows: np.ndarray) -> None:
+        """Enter the last tokens of rows that have some, after steps whose tokens the device kept to itself."""
+        self.last_token[rows] = self.tail.last(rows)
+
     def close(self, seq: Sequence) -> None:
         """Take the row back and leave it clean."""
         if self.before_close is not None:

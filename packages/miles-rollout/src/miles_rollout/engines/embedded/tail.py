@@ -101,6 +101,11 @@ class Tail:
             for values, part in zip(seq.recorded, parts, strict=True):
                 values += part
 
+    def last(self, rows: np.ndarray) -> np.ndarray:
+        """The last token of rows [S] that have one."""
+        found: np.ndarray = self._columns[0][rows, self.count[rows] - 1]
+        return found
+
     def append(self, seq: Sequence, token_id: int, logprob: float, sampled_logprob: float) -> None:
         """Note one token of one sequence."""
         row = seq.row
@@ -109,6 +114,7 @@ class Tail:
         token_ids.append(token_id)
         logprobs.append(logprob)
         sampled_logprobs.append(sampled_logprob)
+        self._columns[0][row, self.count[row]] = token_id  # for `last`
         self.count[row] += 1
         self._pulled[row] += 1
 
