@@ -85,17 +85,27 @@ def experts() -> Iterator[Case]:
         name = "{} x {} x {}, {} slots".format(*size)
         for tokens in (1, 3, 5, 40, 700, 3000):
             yield name, f"{tokens} tokens", partial(_experts, tokens, *size)
+            yield name, f"{tokens} tokens, untried variants", partial(_experts, tokens, *size, FEW_COLUMNS=4, SORT_AND_PLAN=True)
         yield name, "700 tokens with gradients", partial(_experts, 700, *size, learns=True)
 
 
-def _experts(tokens: int, experts: int, hidden: int, width: int, slots: int, learns: bool = False) -> None:
-    from miles_kernels.cuda.moe import moe_mlp
+def _experts(
+    tokens: int, experts: int, hidden: int, width: int, slots: int, learns: bool = False, **settings: int | bool
+) -> None:
+    from miles_kernels.cuda import moe
 
+    before = {name: getattr(moe, name) for name in settings}
     x, weights = empty(tokens, hidden), wide(tokens, slots)
     up, down = empty(experts, 2 * width, hidden), empty(experts, hidden, width)
     for each in (x, up, down, weights):
         each.requires_grad_(learns)
-    out = moe_mlp(x, up, down, ids(tokens, slots), weights)
+    try:
+        for name, value in settings.items():
+            setattr(moe, name, value)
+        out = moe.moe_mlp(x, up, down, ids(tokens, slots), weights)
+    finally:
+        for name, value in before.items():
+            setattr(moe, name, value)
     if learns:
         out.backward(torch.empty_like(out))
 

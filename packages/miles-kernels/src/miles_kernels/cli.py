@@ -1,4 +1,4 @@
-"""The `miles-kernels` command: contract, probe, parity, verify, bench. torch is imported inside the commands."""
+"""The `miles-kernels` command: contract, probe, parity, verify, bench, doctor. torch is imported inside the commands."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from miles_kernels.bench.command import add_to as add_bench
+from miles_kernels.doctor import add_to as add_doctor
 from miles_kernels.verify.command import add_to as add_verify
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_verify(commands)
     add_bench(commands)
+    add_doctor(commands)
     return parser
 
 

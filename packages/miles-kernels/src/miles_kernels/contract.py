@@ -164,13 +164,15 @@ class Contract:
         kind = torch.device(device).type
         if kind == "cpu":
             return cls.reference(dtype, precision=precision)
-        if kind != "cuda" or not torch.cuda.is_available():
-            raise ValueError(f"device {device!r}: torch sees no such device; use cpu")
+        from miles_kernels.cuda import ready
+
+        index = torch.device(device).index
+        wrong = ready.problem(index or 0) if kind == "cuda" else "there are no kernels for it"
+        if wrong is not None:
+            raise ValueError(f"device {device!r}: {wrong}; use cpu")
         if dtype != "bfloat16":
             raise ValueError(f"the kernels for cuda compute in bfloat16, not {dtype}; set dtype to bfloat16")
-        import triton
-
-        platform = f"{torch.cuda.get_device_name(device)};triton {triton.__version__}"
+        platform = f"{torch.cuda.get_device_name(device)};triton {ready.triton_version()}"
         contract = cls(dtype=dtype, matmul="native", platform=platform, kernels=CUDA_KERNELS, ops=_cuda_ops())
         return contract.with_precision(precision)
 

@@ -12,8 +12,23 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from miles_kernels import cli
 from miles_kernels.contract import Contract
-from miles_kernels.cuda import attention, chain, dispatch, fp8, gemm_lt, gemm_triton, grouped, launch, logprob, moe, norm, sample
+from miles_kernels.cuda import (
+    attention,
+    chain,
+    dispatch,
+    fp8,
+    gemm_lt,
+    gemm_triton,
+    grouped,
+    launch,
+    logprob,
+    moe,
+    norm,
+    ready,
+    sample,
+)
 from miles_kernels.ops.fp8 import Quantized
 
 HALF = torch.bfloat16
@@ -135,6 +150,7 @@ def test_an_op_runs_on_the_device_of_its_tensor(current: int, monkeypatch: pytes
         visited.append(which.index)
         yield
 
+    monkeypatch.setattr(launch.ready, "require", lambda device: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     monkeypatch.setattr(torch.cuda, "device", device)
     op = launch.at_home(lambda x, factor=1: (x.device.index, factor))
@@ -154,7 +170,91 @@ def test_views_that_begin_anywhere_are_copied_where_sums_depend_on_it() -> None:
     assert flat.data_ptr() % 16 == 0 and (tokens, heads) == (5, 1) and torch.equal(flat[:, 0], odd)
 
 
+# ---------------------------------------------------------------- a handful of tokens' experts
+def test_kernels_that_fail_are_tried_once_and_do_not_serve(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A compiler of another version that cannot build them must not end the process (one had renamed a barrier)."""
+    tried = []
+
+    def attempt(*inputs: Tensor) -> Tensor:
+        tried.append(1)
+        raise NotImplementedError("no attribute 'barrier'")
+
+    monkeypatch.setattr(torch.cuda, "device", lambda which: torch.no_grad())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(moe, "_few_kinds", {})
+    monkeypatch.setattr(moe, "_draw", lambda device, slots, id_dtype, dtype: tuple(torch.ones(2, 2) for _ in range(5)))
+    monkeypatch.setattr(moe, "_sorted", lambda *inputs: torch.ones(2, 2))
+    monkeypatch.setattr(moe, "_few", attempt)
+    capturing = True
+    assert not moe.few_proven(0, 8, torch.int64, HALF) and not tried, "nothing is tried while a graph is captured"
+    capturing = False
+    for _ in range(3):
+        assert not moe.few_proven(0, 8, torch.int64, HALF)
+    assert len(tried) == 1 and "no attribute 'barrier'" in caplog.text
+    monkeypatch.setattr(moe, "_few", lambda *inputs: torch.ones(2, 2))
+    assert moe.few_proven(0, 4, torch.int64, HALF)
+    monkeypatch.setattr(moe, "_few", lambda *inputs: torch.ones(2, 2).nextafter(torch.tensor(2.0)))
+    assert not moe.few_proven(0, 2, torch.int64, HALF) and "4 of 4" in caplog.text
+
+
 # ---------------------------------------------------------------- messages
+@pytest.mark.parametrize(
+    ("cuda", "available", "triton", "capability", "told"),
+    [
+        (None, False, "3.6.0", (9, 0), "built without CUDA: install"),
+        ("13.0", False, "3.6.0", (9, 0), "check `nvidia-smi`"),
+        ("13.0", True, None, (9, 0), "pip install 'triton>=3.6'"),
+        ("13.0", True, "3.5.1", (9, 0), "triton 3.5.1 is too old"),
+        ("13.0", True, "2.1.0", (9, 0), "pip install -U torch"),
+        ("13.0", True, "3.6.0", (8, 0), "compute capability 8.0; the kernels are written for Hopper (9.0)"),
+        ("13.0", True, "3.10.0+git1", (10, 0), "MILES_KERNELS_ANY_GPU=1"),
+        ("13.0", True, "3.6.0", (9, 0), None),
+        ("13.0", True, "4.0.0", (9, 0), None),
+    ],
+)
+def test_what_is_missing_is_said_with_what_to_do(
+    cuda: str | None, available: bool, triton: str | None, capability: tuple[int, int], told: str | None,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.delenv(ready.VARIABLE, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(ready, "triton_version", lambda: triton)
+    found = ready.problem()
+    if told is None:
+        assert found is None
+        return
+    assert found is not None and told in found
+    for command in (
+        ["verify", "rope", "--device", "cuda"],
+        ["bench", "gemm"],
+        ["contract", "--device", "cuda", "--dtype", "bfloat16"],
+    ):
+        assert cli.main(command) == 2
+        assert told in capsys.readouterr().err
+    monkeypatch.setenv(ready.VARIABLE, "1")
+    assert (ready.problem() is None) == (capability != (9, 0))
+
+
+def test_the_doctor_tells_what_serves(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in out and "CPU: " in out and "GPU: none" in out
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
+    monkeypatch.setattr(ready, "problem", lambda device=0: "too old" if device else None)
+    monkeypatch.setattr(gemm_lt, "library", lambda: None)
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "GPU 0: Some GPU: triton, cublaslt, " in out and "GPU 1: Some GPU: too old" in out
+
+
 def test_experts_that_do_not_fit_are_refused() -> None:
     good = (half(3, 16), half(4, 16, 16), half(4, 16, 8), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2))
     moe._check(*good)

@@ -79,8 +79,11 @@ def run(options: argparse.Namespace) -> int:
     if unknown:
         print(f"miles-kernels bench: no section {', '.join(unknown)}; known: {', '.join([*SECTIONS, *EXTRA])}", file=sys.stderr)
         return 2
-    if not torch.cuda.is_available():
-        print("miles-kernels bench: needs a CUDA device", file=sys.stderr)
+    from miles_kernels.cuda import ready
+
+    found_wrong = ready.problem(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    if found_wrong is not None:
+        print(f"miles-kernels bench: needs a CUDA device: {found_wrong}", file=sys.stderr)
         return 2
     machine = Machine(torch.cuda.get_device_name(), str(torch.__version__), copy_bandwidth(), gemm_rate())
     found: list[Row] = []

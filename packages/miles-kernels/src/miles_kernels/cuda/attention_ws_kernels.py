@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name until triton 3.6, and from 3.7 on
 BN = gl.constexpr(64)
 ROWS = gl.constexpr(64)
 
@@ -92,7 +93,7 @@ def compute(
     q_tile = q_smem.index(GROUP)
     q_tile.store(q)
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
     position = offset + (base + gl.arange(0, ROWS, s_rows)) // G
     # keys up to `limit` are seen by every row of this group
     limit = offset + base // G + 1
@@ -106,7 +107,7 @@ def compute(
     mbarrier.wait(k_full.index(0), 0)
     s = warpgroup_mma(q_tile, k_smem.index(0).permute((1, 0)), zero_s, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
-    gl.thread_barrier()
+    thread_barrier()
     mbarrier.arrive(k_empty.index(0), count=1)
     c_top = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
     p, c_top, keep = softmax_block(s, c_top, first, position, limit, scale_log2, s_layout, WINDOW)
@@ -122,7 +123,7 @@ def compute(
         c_out = warpgroup_mma(gl.convert_layout(p16, p_layout), v_smem.index(old), c_out, is_async=True)
         c_total = warpgroup_mma(gl.convert_layout(p16, pl_layout), ones_smem, c_total, is_async=True)
         s = warpgroup_mma_wait(2, deps=[s])
-        gl.thread_barrier()
+        thread_barrier()
         mbarrier.arrive(k_empty.index(index), count=1)
         boundary = start % SPLIT == 0
         old_top = c_top
@@ -131,7 +132,7 @@ def compute(
         p, c_top, keep = softmax_block(s, c_top, start, position, limit, scale_log2, s_layout, WINDOW)
         # meant to keep the softmax before the wait; ptxas of CUDA 13.0 moves it behind all the same
         c_out, c_total, p = warpgroup_mma_wait(0, deps=[c_out, c_total, p])
-        gl.thread_barrier()
+        thread_barrier()
         mbarrier.arrive(v_empty.index(old), count=1)
         p16 = p.to(q_ptr.dtype.element_ty)
         if boundary:
@@ -152,7 +153,7 @@ def compute(
         value = gl.where(gl.expand_dims(key < kv_len, 1), value, gl.full([BN, DV], 0.0, value.dtype, load_layout))
         v_smem.index(old).store(value)
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
     c_out = warpgroup_mma(gl.convert_layout(p16, p_layout), v_smem.index(old), c_out, is_async=True)
     c_total = warpgroup_mma(gl.convert_layout(p16, pl_layout), ones_smem, c_total, is_async=True)
     c_out, c_total = warpgroup_mma_wait(0, deps=[c_out, c_total])
@@ -226,7 +227,7 @@ def attend_ws(
     ones_layout: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
     ones_smem.store(gl.full([8, BN], 1.0, dtype, ones_layout))
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
     ones = ones_smem.permute((1, 0))
     # a tile beyond the sequence has no rows: no keys are loaded and nothing is stored
     if tile * 128 < q_len * G:

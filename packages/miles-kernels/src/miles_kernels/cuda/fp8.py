@@ -77,7 +77,7 @@ def deepgemm_proven(device: int) -> bool:
         for rows in (1, 16, 64, 129, 300):
             try:
                 got = _deep(quantize_rows(x[:rows]), weight)
-            except (RuntimeError, OSError):
+            except Exception:  # whatever the library or its compiler raises: our kernel serves
                 return False
             if not torch.equal(got, expected[:rows]):
                 return False

@@ -216,6 +216,45 @@ def sort_slots(ids, before, offsets, order, place, total, E, BLOCK: tl.constexpr
 
 
 @triton.jit
+def sort_and_plan(
+    ids, before, totals, order, place, offsets, tile_expert, tile_row, num_tiles, total, E,
+    BM: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
+    """`sort_slots` and `plan_offsets` in one launch: every program works out the experts' first rows, the first one writes them.
+
+    `COUNTED`: before[block, e] and totals[e] are those of `scan_counts`; without, every program counts all pairs.
+    """
+    block = tl.program_id(0)
+    experts = tl.arange(0, EXPERTS)
+    earlier = tl.zeros((EXPERTS,), tl.int32)
+    counts = tl.zeros((EXPERTS,), tl.int32)
+    if COUNTED:
+        earlier += tl.load(before + block * E + experts, mask=experts < E, other=0)
+        counts += tl.load(totals + experts, mask=experts < E, other=0)
+    else:
+        for start in range(0, total, BLOCK):
+            each = start + tl.arange(0, BLOCK)
+            those = tl.load(ids + each, mask=each < total, other=-1).to(tl.int32)
+            hits = tl.sum((those[:, None] == experts[None, :]).to(tl.int32), 0)
+            counts += hits
+            earlier += tl.where(start < block * BLOCK, hits, 0)
+    stop = tl.cumsum(counts, 0)
+    pairs = block * BLOCK + tl.arange(0, BLOCK)
+    keep = pairs < total
+    expert = tl.load(ids + pairs, mask=keep, other=-1).to(tl.int32)
+    first = (stop - counts + earlier)[None, :]
+    base = tl.sum(tl.where(expert[:, None] == experts[None, :], first, 0), 1)
+    same = (expert[:, None] == expert[None, :]) & (tl.arange(0, BLOCK)[None, :] < tl.arange(0, BLOCK)[:, None])
+    row = base + tl.sum(same.to(tl.int32), 1)
+    tl.store(order + row, pairs, mask=keep)
+    tl.store(place + pairs, row, mask=keep)
+    if block == 0:
+        tl.store(offsets + experts + 1, stop, mask=experts < E)
+        tl.store(offsets, 0)
+        write_tiles(stop - counts, counts, experts, tile_expert, tile_row, num_tiles, BM)
+
+
+@triton.jit
 def count_slots(ids, counts, total, E, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
     """counts[block, e] = pairs of expert e among ids[block * BLOCK : +BLOCK]."""
     block = tl.program_id(0)

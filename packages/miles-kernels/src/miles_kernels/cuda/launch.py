@@ -9,6 +9,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from miles_kernels.cuda import ready
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -17,13 +19,17 @@ MOST_PROGRAMS = 65535
 
 
 def at_home(op: Callable[P, R]) -> Callable[P, R]:
-    """An op that runs with the device of its first tensor as the current one, which is where kernels are launched."""
+    """An op that runs with the device of its first tensor as the current one, which is where kernels are launched.
+
+    Raises ValueError where they cannot run, saying what to do.
+    """
 
     @functools.wraps(op)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0] if args else None
         if torch.compiler.is_compiling() or not isinstance(first, Tensor) or not first.is_cuda:
             return op(*args, **kwargs)
+        ready.require(first.device.index)
         if first.device.index == torch.cuda.current_device():
             return op(*args, **kwargs)
         with torch.cuda.device(first.device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from miles_kernels.cuda.gemm_triton import descriptor3
 from miles_kernels.cuda.grouped import Groups, default_tile, expert_width, gemm, grouped_linear, weight_gradient
 from miles_kernels.cuda.launch import aligned, at_home, cdiv, starts_early
 
+logger = logging.getLogger("miles_kernels.moe")
 SORT_BLOCK = 128
 GATHER_MULTIPLE = 128
 """Without gradients the first product reads its rows in place where their length is a multiple of this."""
@@ -22,8 +24,14 @@ FEW_SLOTS = (1, 2, 4, 8)
 """..for these numbers of slots, which were compared with the sorted way on a GPU, .."""
 FEW_MULTIPLE = 16
 """..and rows whose lengths are multiples of this, so that they are copied 16 bytes at a time."""
+FEW_COLUMNS = 8
+"""Columns of a program of their second product; 4 compile as well, but have not been on a GPU."""
 SMALL_SORT = 256
 """Up to this many (token, slot) pairs one program plans everything."""
+SORT_AND_PLAN = False
+"""Whether more are sorted in one launch up to `COUNTED_FROM` pairs, in three from there on, instead of four: the same integers,
+but not timed on a GPU yet."""
+COUNTED_FROM = 4096
 
 
 class Dispatch(NamedTuple):
@@ -55,6 +63,12 @@ def plan_dispatch(ids: Tensor, num_experts: int) -> Dispatch:
         )
         return Dispatch(order, place.view(tokens, slots), groups)
     blocks = -(-total // SORT_BLOCK)
+    if SORT_AND_PLAN and total < COUNTED_FROM:
+        grouped_kernels.sort_and_plan[(blocks,)](
+            flat, flat, flat, order, place, offsets, *tiles, total, experts,
+            BM=plan.height, BLOCK=SORT_BLOCK, EXPERTS=width, COUNTED=False, num_warps=8,
+        )  # fmt: skip
+        return Dispatch(order, place.view(tokens, slots), groups)
     counts = torch.empty((blocks, experts), dtype=torch.int32, device=device)
     grouped_kernels.count_slots[(blocks,)](flat, counts, total, experts, BLOCK=SORT_BLOCK, EXPERTS=width)
     before, totals = torch.empty_like(counts), torch.empty(experts, dtype=torch.int32, device=device)
@@ -62,6 +76,12 @@ def plan_dispatch(ids: Tensor, num_experts: int) -> Dispatch:
     grouped_kernels.scan_counts[(-(-experts // lanes),)](
         counts, before, totals, blocks, experts, BLOCKS=1 << (blocks - 1).bit_length(), WIDTH=lanes
     )
+    if SORT_AND_PLAN:
+        grouped_kernels.sort_and_plan[(blocks,)](
+            flat, before, totals, order, place, offsets, *tiles, total, experts,
+            BM=plan.height, BLOCK=SORT_BLOCK, EXPERTS=width, COUNTED=True, num_warps=8,
+        )  # fmt: skip
+        return Dispatch(order, place.view(tokens, slots), groups)
     grouped_kernels.plan_offsets[(1,)](totals, offsets, *tiles, experts, BM=plan.height, EXPERTS=width)
     grouped_kernels.sort_slots[(blocks,)](flat, before, offsets, order, place, total, experts, BLOCK=SORT_BLOCK)
     return Dispatch(order, place.view(tokens, slots), groups)
@@ -90,16 +110,13 @@ def moe_mlp(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tens
     _check(x, gate_up, down, ids, weights)
     x = aligned(x.contiguous())
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up, down, weights))
-    if not learns and _are_few(ids, down):
+    if not learns and _are_few(ids, down) and few_proven(x.device.index or 0, ids.shape[1], ids.dtype, x.dtype):
         gate_up, down = (aligned(each.contiguous()) for each in (gate_up, down))
         return _few(x, gate_up, down, ids.contiguous(), weights.contiguous())
+    if not learns:
+        return _sorted(x, gate_up, down, ids, weights)
     dispatch = plan_dispatch(ids, gate_up.shape[0])
-    if learns:
-        inner = gated_linear(permute(x, dispatch), gate_up, dispatch.groups)
-    elif x.shape[1] % GATHER_MULTIPLE == 0 and ids.numel() <= GATHER_ROWS * gate_up.shape[0]:
-        inner = gemm(x, gate_up, dispatch.groups, gated=True, gather=(dispatch.order, ids.shape[1]))
-    else:
-        inner = gemm(permute(x, dispatch), gate_up, dispatch.groups, gated=True)
+    inner = gated_linear(permute(x, dispatch), gate_up, dispatch.groups)
     return combine(grouped_linear(inner, down, dispatch.groups), weights, dispatch)
 
 
@@ -121,6 +138,63 @@ def _are_few(ids: Tensor, down: Tensor) -> bool:
     return 0 < ids.numel() <= FEW_PAIRS and ids.shape[1] in FEW_SLOTS and wide
 
 
+_few_kinds: dict[tuple[int, int, torch.dtype, torch.dtype], bool] = {}
+
+
+def few_proven(device: int, slots: int, id_dtype: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether the kernels of a handful of tokens have the bits of the sorted way on this device; tried once per process and kind.
+
+    The sorted way defines the layer, and serves where this is False, as on a machine whose compiler cannot build these, or before
+    it was tried while a graph is captured.
+    """
+    kind = (device, slots, id_dtype, dtype)
+    if kind not in _few_kinds:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        _few_kinds[kind] = _try_few(*kind)
+    return _few_kinds[kind]
+
+
+def _try_few(device: int, slots: int, id_dtype: torch.dtype, dtype: torch.dtype) -> bool:
+    with torch.no_grad(), torch.cuda.device(device):
+        inputs = _draw(device, slots, id_dtype, dtype)
+        want = _sorted(*inputs)
+        try:
+            got = _few(*inputs)
+        except Exception as error:  # whatever a compiler or a driver raises: the sorted way serves
+            what = f"{type(error).__name__}: {error}"
+            logger.warning("the kernels for a handful of tokens cannot be used on device %d; tokens are sorted: %s", device, what)
+            return False
+        unequal = int((got != want).sum())
+    if unequal:
+        what = f"{unequal} of {want.numel()}"
+        logger.warning("the kernels for a handful of tokens have other bits on device %d (%s); tokens are sorted", device, what)
+    return not unequal
+
+
+def _draw(device: int, slots: int, id_dtype: torch.dtype, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A small layer with more than one block of everything, and ends that fill none."""
+    tokens, experts, hidden, width = 2, 2 * slots, 80, 1040
+    where = f"cuda:{device}"
+    generator = torch.Generator(where).manual_seed(0)
+    x, gate_up, down = (
+        torch.randn(shape, generator=generator, device=where).to(dtype)
+        for shape in ((tokens, hidden), (experts, 2 * width, hidden), (experts, hidden, width))
+    )
+    ids = torch.rand((tokens, experts), generator=generator, device=where).topk(slots).indices.to(id_dtype)
+    return x, gate_up, down, ids, torch.rand((tokens, slots), generator=generator, device=where)
+
+
+def _sorted(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The layer without gradients, tokens sorted by expert."""
+    dispatch = plan_dispatch(ids, gate_up.shape[0])
+    if x.shape[1] % GATHER_MULTIPLE == 0 and ids.numel() <= GATHER_ROWS * gate_up.shape[0]:
+        inner = gemm(x, gate_up, dispatch.groups, gated=True, gather=(dispatch.order, ids.shape[1]))
+    else:
+        inner = gemm(permute(x, dispatch), gate_up, dispatch.groups, gated=True)
+    return combine(gemm(inner, down, dispatch.groups), weights, dispatch)
+
+
 def _few(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """The layer of a handful of tokens: two launches, each of which starts while the one before it ends."""
     from miles_kernels.cuda import moe_few_kernels
@@ -133,9 +207,9 @@ def _few(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor)
         x, up, ids, inner, slots, hidden, width, hidden,
         BN=16, BK=128, EARLY=early, num_warps=2, num_stages=4, launch_pdl=early,
     )  # fmt: skip
-    moe_few_kernels.few_down[(tokens * hidden // 8,)](
+    moe_few_kernels.few_down[(tokens * hidden // FEW_COLUMNS,)](
         inner, down, ids, weights, out, hidden, width,
-        COUNT=slots, BN=8, STAGES=3, EARLY=early, num_warps=4, launch_pdl=early,
+        COUNT=slots, BN=FEW_COLUMNS, STAGES=3, EARLY=early, num_warps=FEW_COLUMNS // 2, launch_pdl=early,
     )  # fmt: skip
     return out
 

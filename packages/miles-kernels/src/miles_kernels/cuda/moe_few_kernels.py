@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name until triton 3.6, and from 3.7 on
 DEPTH = gl.constexpr(256)
 SLOTS = gl.constexpr(8)
 
@@ -103,7 +104,7 @@ def few_down(inner, w, ids, weights, out, N, K, COUNT: gl.constexpr, BN: gl.cons
         a = ring.index(at).load(gl.DotOperandLayout(0, mma, 2))
         acc = mma_v2(a, vectors.index(at).permute((1, 0)).load(gl.DotOperandLayout(1, mma, 2)), acc)
         if chunk + STAGES < chunks:
-            gl.thread_barrier()
+            thread_barrier()
             copy_input(vectors.index(at), inner, source, chunk + STAGES, K, rows_in)
             ask_weights(ring.index(at), w, first, chunk + STAGES, K, rows_in)
         else:

@@ -276,17 +276,16 @@ class Stock:
 
 
 def backend(device: str) -> Backend:
-    """The implementation this package offers on `device`. Raises ValueError when the device or triton is missing."""
+    """The implementation this package offers on `device`. Raises ValueError saying what is missing, and what to do."""
     if device == "cpu":
         return Reference()
     if device != "cuda":
         raise ValueError(f"device must be cpu or cuda, got {device!r}")
-    if not torch.cuda.is_available():
-        raise ValueError("device cuda: torch sees no CUDA device; use --device cpu")
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        raise ValueError("device cuda needs triton: pip install triton") from None
+    from miles_kernels.cuda import ready
+
+    found = ready.problem(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    if found is not None:
+        raise ValueError(f"device cuda: {found} (--device cpu)")
     return Cuda()
 
 
