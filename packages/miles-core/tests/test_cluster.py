@@ -195,6 +195,17 @@ def test_a_worker_that_does_not_answer_is_named_with_its_stacks(idle: list[Local
         Fleet(idle[:1], deadline_s=20.0).call("step")
 
 
+def test_a_worker_that_takes_nothing_in_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("miles_core.cluster.local.STALL_S", 0.5)
+    handle = LocalHandle("trainer-0", tmp_path / "0.log")
+    try:
+        os.kill(handle.pid, signal.SIGSTOP)
+        with pytest.raises(WaitExpired, match=r"waited 0.5 s for trainer-0 to take in the call of 'step'"):
+            handle.start("step", bytes(16 << 20))  # more than the kernel keeps for a reader
+    finally:
+        handle.close()
+
+
 def test_workers_end_with_a_driver_that_is_killed(tmp_path: Path) -> None:
     script = (
         "import sys, time\nfrom pathlib import Path\nfrom miles_core.cluster.local import LocalHandle\n"
@@ -266,6 +277,21 @@ def test_a_death_is_named_before_what_survivors_say_of_it(monkeypatch: pytest.Mo
     assert caught.value.__cause__ is lost[0]
     with pytest.raises(WorkerFailed, match="trainer-0: RuntimeError"):  # nobody has died: the error itself
         Fleet([Told("trainer-0", lost[0]), Told("trainer-1", b"")], 5).call("step")
+
+
+def test_a_call_that_all_refuse_leaves_them_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that nobody has read would be taken for that of the next call."""
+    monkeypatch.setattr("miles_core.cluster.fleet.BLAME_S", 0.05)
+    no = [ValueError(f"trainer-{i}: no such batch") for i in (0, 1)]
+    fleet = Fleet([Told("trainer-0", no[0], b"0"), Told("trainer-1", None, no[1], b"1")], 5)
+    with pytest.raises(ValueError, match="trainer-0: no such batch"):
+        fleet.call("step")
+    assert fleet.call("step") == [b"0", b"1"]
+    fleet = Fleet([Told("trainer-0", no[0], b"0"), Told("trainer-1")], 5)
+    with pytest.raises(ValueError, match="trainer-0: no such batch"):  # and the other waits for it
+        fleet.call("step")
+    with pytest.raises(WorkerFailed, match="'save' cannot be asked: 'step' was not answered by all workers"):
+        fleet.call("save")
 
 
 def test_an_engine_over_several_gpus_gets_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

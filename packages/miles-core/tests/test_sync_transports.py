@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from miles_rollout.engines.embedded import EmbeddedConfig, EmbeddedEngine
 from miles_rollout.text import CharTokenizer
 from miles_rollout.weights.offer import layout
 from miles_rollout.weights.pack import Packer
+from miles_rollout.weights.receiver import WeightReceiver
 from miles_rollout.weights.shm import folder
 from miles_rollout.weights.stage import check_manifest, make_manifest, outline, seal, stage, swap
 from miles_rollout.wire import EngineInfo, GenerateRequest, GenerateResult, SamplingParams, WeightManifest
@@ -283,6 +285,28 @@ def test_a_silent_publisher_and_a_silent_engine_are_named_within_the_deadline() 
         assert "await_drained" in caught.value.__cause__.stacks
         await mute.close()
         await deaf.close()
+
+    limited(main())
+
+
+def test_leaving_a_group_does_not_hold_up_the_loop() -> None:
+    """gloo waits for a broadcast that is under way, which can take until its deadline."""
+
+    class Busy:
+        def __init__(self) -> None:
+            self.over = threading.Event()
+
+        def close(self) -> None:
+            assert self.over.wait(20), "nothing else could run meanwhile"
+
+    async def main() -> None:
+        receiver, transport, groups = WeightReceiver(Holder(tensors(0))), BroadcastTransport(), [Busy(), Busy()]
+        receiver._groups["w"], transport._group = groups  # type: ignore[assignment]
+        leaving = [asyncio.ensure_future(receiver.leave("w")), asyncio.ensure_future(transport.close())]
+        await asyncio.sleep(0.05)
+        for group in groups:
+            group.over.set()
+        assert await asyncio.gather(*leaving) == [True, None]
 
     limited(main())
 

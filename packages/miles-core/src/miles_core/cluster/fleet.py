@@ -47,47 +47,62 @@ class Handle(Protocol):
 
 
 class Fleet:
-    """Some workers that get the same calls. The first failure is raised; the caller then closes the fleet."""
+    """Some workers that get the same calls. A call that all of them answer, with errors too, leaves them ready for the next one;
+    after any other failure there is nothing to do but to close them."""
 
     def __init__(self, handles: Sequence[Handle], deadline_s: float) -> None:
         self.handles = list(handles)
         self.deadline_s = deadline_s
+        self._unanswered = ""
+        """The method of a call that has not been answered by all."""
 
     def call(self, method: str, payload: bytes = b"", deadline_s: float | None = None) -> list[bytes]:
-        """Every worker's reply, in order. Raises WaitExpired naming those that did not answer, with their stacks in the log."""
+        """Every worker's reply, in order. Raises the first error of a worker, WorkerDied naming one that has ended, and
+        WaitExpired naming those that did not answer, with their stacks in the log."""
         return self.each(method, [payload] * len(self.handles), deadline_s)
 
     def each(self, method: str, payloads: Sequence[bytes], deadline_s: float | None = None) -> list[bytes]:
         """The same, with a payload for every worker."""
+        if self._unanswered:
+            raise WorkerFailed(f"{method!r} cannot be asked: {self._unanswered!r} was not answered by all workers; close them")
         limit = deadline_s or self.deadline_s
         end = time.monotonic() + limit
+        self._unanswered = method
         for handle, payload in zip(self.handles, payloads, strict=True):
             handle.start(method, payload)
         replies: dict[int, bytes] = {}
+        error: Exception | None = None
         while len(replies) < len(self.handles):
             waiting = [number for number in range(len(self.handles)) if number not in replies]
             for number in waiting:
                 try:
                     reply = self.handles[number].poll(POLL_S if len(waiting) == 1 else POLL_S / len(waiting) / 10)
-                except WorkerFailed as error:
-                    self._blame(error)
-                    raise
+                except WorkerDied as death:  # what a survivor said before is only that its connection broke
+                    raise death from error
+                except Exception as failure:
+                    reply, error = b"", error or failure
+                    end = min(end, time.monotonic() + BLAME_S)  # the others have met it too, or wait for this one in vain
                 if reply is not None:
                     replies[number] = reply
             if len(replies) < len(self.handles) and time.monotonic() > end:
+                if error is not None:
+                    raise error
                 names = [handle.name for number, handle in enumerate(self.handles) if number not in replies]
                 stacks = "\n".join(f"{h.name}:\n{h.dump()}" for n, h in enumerate(self.handles) if n not in replies)
                 raise expired(f"{', '.join(names)} to answer {method!r}", limit, stacks)
+        if isinstance(error, WorkerFailed):
+            self._blame(error)
+        self._unanswered = ""
+        if error is not None:
+            raise error
         return [replies[number] for number in range(len(self.handles))]
 
     def _blame(self, error: WorkerFailed) -> None:
-        """Raise WorkerDied if somebody has died: what a survivor says then is only that its connection broke."""
+        """Raise WorkerDied if somebody has died, who answered before."""
         end = time.monotonic() + BLAME_S
         while time.monotonic() < end:  # the connection may break a moment before the process is gone
             try:
                 self.check()
-            except WorkerFailed:
-                pass  # another survivor with the same complaint
             except WorkerDied as death:
                 raise death from error
             time.sleep(0.05)

@@ -17,9 +17,12 @@ import msgspec
 from miles_core.cluster.fleet import WorkerDied, as_error
 from miles_core.cluster.process import Call, Reply, receive, send
 from miles_core.cluster.worker import Build
+from miles_rollout.waits import expired
 
 GRACE_S = 5.0
 """After the socket is closed: how long a worker may take to end by itself."""
+STALL_S = 60.0
+"""How long a call or an answer may stand still on its way: a worker that is stopped takes nothing in."""
 
 
 class LocalHandle:
@@ -43,6 +46,7 @@ class LocalHandle:
         finally:
             theirs.close()
             os.close(read_end)
+        own.settimeout(STALL_S)
         self._socket: socket.socket | None = own
 
     @property
@@ -60,6 +64,8 @@ class LocalHandle:
         self._calling = method
         try:
             send(self._socket, Call(method, payload))
+        except TimeoutError:
+            raise expired(f"{self.name} to take in the call of {method!r}", STALL_S, self.dump()) from None
         except OSError:
             raise self._death() from None
 
@@ -70,6 +76,8 @@ class LocalHandle:
             return None
         try:
             data = receive(self._socket)
+        except TimeoutError:
+            raise expired(f"{self.name} to finish its answer to {self._calling!r}", STALL_S, self.dump()) from None
         except OSError:
             data = None
         if data is None:

@@ -156,5 +156,3 @@ class ClusterEngine:
             with self._watch:
                 self._fleet.check()
             await asyncio.sleep(0.05)
-
-

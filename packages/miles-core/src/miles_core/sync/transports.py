@@ -215,8 +215,8 @@ class BroadcastTransport:
     async def close(self) -> None:
         """See `Transport`."""
         if self._group is not None:
-            self._group.close()
-            self._group = None
+            group, self._group = self._group, None
+            await asyncio.to_thread(group.close)  # gloo waits for what is under way
             await asyncio.gather(*(link.leave(self._name) for link in self._links), return_exceptions=True)
 
 

@@ -112,7 +112,7 @@ class BroadcastGroup:
         return BroadcastSource(self, manifest, bucket_bytes)
 
     def close(self) -> None:
-        """Leave the group; what is under way is cut off."""
+        """Leave the group. NCCL's broadcasts are cut off; gloo's are waited for, at most until their deadline."""
         if self.device.type == "cuda" and self._group is not None:
             self._group.abort()
         self._group = None

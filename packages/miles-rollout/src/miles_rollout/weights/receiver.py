@@ -63,14 +63,14 @@ class WeightReceiver:
     async def join(self, invitation: GroupInvitation) -> None:
         """Join a group for broadcasts; returns when all members have. One of the same name is left first."""
         async with self._lock:
-            self._leave(invitation.name)
+            await asyncio.to_thread(self._leave, invitation.name)
             device = self._device() if invitation.backend == "nccl" else torch.device("cpu")
             self._groups[invitation.name] = await asyncio.to_thread(BroadcastGroup.join, invitation, device)
 
     async def leave(self, name: str) -> bool:
         """Leave a group; False when the engine was not in it."""
         async with self._lock:
-            return self._leave(name)
+            return await asyncio.to_thread(self._leave, name)
 
     def close(self) -> None:
         """Leave all groups."""
