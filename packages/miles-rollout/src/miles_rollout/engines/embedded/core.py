@@ -420,7 +420,8 @@ class EngineCore:
         scheduler.advance(batch, logits)
         forks = scheduler.fork()
         runner.copy_pages(scheduler.take_copies())
-        rows = scheduler.decode_rows()[launched:]
+        rows = scheduler.decode_rows()  # the very array: what is known of these rows is looked up by it
+        rows = rows[launched:] if launched else rows
         if whole is None:
             return [runner.draw(logits, forks, rows, batch.drafts)] if len(rows) else []
         drawn = len(whole[1].rows)

@@ -180,6 +180,7 @@ class StepGraphs:
 
     def _buffer(self) -> np.ndarray:
         """Where the inputs of the next step are written, int64."""
+        self._sent = self._decoded = None
         self._turn = (self._turn + 1) % _RING
         event = self._copied[self._turn]
         if event is not None:
@@ -188,7 +189,6 @@ class StepGraphs:
 
     def _upload(self, used: int) -> None:
         """Start the copy of the first `used` numbers of what `_buffer` gave."""
-        self._sent = self._decoded = None
         self._inputs[:used].copy_(self._staging[self._turn][0][:used], non_blocking=True)
         event = self._copied[self._turn]
         if event is not None:

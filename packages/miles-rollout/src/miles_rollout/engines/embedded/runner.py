@@ -134,7 +134,7 @@ class Runner:
             position = np.concatenate((position, np.array([chunk.stop for chunk in finished], np.int64)))
         if not len(rows) or self._sampler.is_plain(rows):
             return logits, Flight(rows, tables.tail, None, readback)
-        return logits, self._draw(logits, rows, position, None, rows)
+        return logits, self._draw(logits, rows, position)
 
     def _launch_verify(self, rows: np.ndarray, drafts: Drafts) -> tuple[Tensor, Flight] | None:
         """The same for rows with drafts and nothing else."""
@@ -144,14 +144,15 @@ class Runner:
             return None
         logits, readback, places = made
         tables = self._tables
-        of, place, depth = drafts.spread(rows)
+        of, place, depth = drafts.spread(np.arange(len(rows)))
+        each = rows[of]
         self.num_tokens += len(of)
         if self.features is not None:
-            self.features.mark(tables.slots_at(of, tables.position[of] + place))
+            self.features.mark(tables.slots_at(each, tables.position[each] + place))
         if self._sampler.is_plain(rows):
             return logits, Flight(rows, tables.tail, drafts, readback)
         chosen = logits.index_select(0, upload(places, self._device))
-        return logits, self._draw(chosen, of, tables.position[of] + 1 + depth, drafts, rows)
+        return logits, self._draw(chosen, rows, tables.position[each] + 1 + depth, drafts, of)
 
     def forward(self, batch: Batch, *, tokens_known: bool) -> Tensor | None:
         """Logits fp32 [R + D + finished chunks, V] of a batch: decode rows first, then chunks that reach their last token."""
@@ -210,22 +211,25 @@ class Runner:
         parts = [logits] if logits is not None else []
         parts += [fork.logits.expand(len(fork.siblings), -1) for fork in forks]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-        position, each = self._tables.position[rows], rows
+        position, of = self._tables.position[rows], None
         if drafts is not None:
             of, _, depth = drafts.spread(np.arange(len(rows)))
-            each, position = rows[of], position[of] + depth
-        assert len(logits) == len(each)
-        return self._draw(logits, each, position, drafts, rows)
+            position = position[of] + depth
+        assert len(logits) == len(position)
+        return self._draw(logits, rows, position, drafts, of)
 
-    def _draw(self, logits: Tensor, each: np.ndarray, position: np.ndarray, drafts: Drafts | None, rows: np.ndarray) -> Flight:
-        out = self._sampler.draw(logits, each, position)
+    def _draw(
+        self, logits: Tensor, rows: np.ndarray, position: np.ndarray, drafts: Drafts | None = None, of: np.ndarray | None = None
+    ) -> Flight:
+        """Draw at positions [S] of rows, or, with drafts, of `rows[of]`."""
+        out = self._sampler.draw(logits, rows, position, of)
         tables = self._tables
         if drafts is not None and self.verifier is not None:
             out = self.verifier(out, logits, rows, drafts)
         if self._last is not None:
             if drafts is None:  # with drafts the host decides which token was the last
                 self._last.index_copy_(0, upload(rows, self._device), out.token.clamp(min=0))
-            readback = Readback(pack(out.token, out.logprob, out.sampled_logprob), len(each))
+            readback = Readback(pack(out.token, out.logprob, out.sampled_logprob), len(position))
             return Flight(rows, tables.tail, drafts, readback)
         token = out.token.numpy()
         if drafts is None:

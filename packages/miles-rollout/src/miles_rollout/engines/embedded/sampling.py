@@ -43,9 +43,16 @@ class Sampler:
             self._has_minimum = bool((self._tables.first_stop[rows] > self._tables.position[rows]).any())
         return self._is_plain and not self._has_minimum and not self._asks_for_top
 
-    def draw(self, logits: Tensor, rows: np.ndarray, position: np.ndarray) -> SampleOutput:
-        """One token per row of logits [S, V], which will have `position` [S]; on the device, nothing is waited for when plain."""
-        keys = self._arguments_of(rows)
+    def draw(self, logits: Tensor, rows: np.ndarray, position: np.ndarray, of: np.ndarray | None = None) -> SampleOutput:
+        """One token per row of logits [S, V], which will have `position` [S]; on the device, nothing is waited for when plain.
+
+        With `of` int64 [S] several draws may be for one row: `rows[of]`.
+        """
+        keys = dict(self._arguments_of(rows))
+        if of is not None:
+            index = upload(of, self._device)
+            keys = {name: value.index_select(0, index) if isinstance(value, Tensor) else value for name, value in keys.items()}
+            rows = rows[of]
         if self._asks_for_top:
             self._note_top(logits, rows, position)
         keys["position"] = upload(position, self._device)
@@ -76,17 +83,14 @@ class Sampler:
                 self._arguments[name] = default if uniform else upload(values, device)
                 self._is_plain &= uniform or name == "temperature"
             self._has_minimum = bool((tables.first_stop[rows] > tables.position[rows]).any())
-            self._asks_for_top = any(self._num_top(row) for row in rows.tolist())
+            self._asks_for_top = bool(tables.num_top[rows].any())
         return self._arguments
-
-    def _num_top(self, row: int) -> int:
-        owner = self._tables.tail.owners[row]
-        return 0 if owner is None else owner.job.request.num_top_logprobs
 
     def _note_top(self, logits: Tensor, rows: np.ndarray, position: np.ndarray) -> None:
         """Give sequences that ask the likeliest tokens for `position` [S]. Waits for the device."""
-        asked = [i for i, row in enumerate(rows.tolist()) if self._num_top(row)]
-        most = min(max(self._num_top(int(rows[i])) for i in asked), logits.shape[1])
+        wanted = self._tables.num_top[rows]
+        asked = np.flatnonzero(wanted).tolist()
+        most = min(int(wanted.max()), logits.shape[1])
         scores = logits[torch.tensor(asked, device=logits.device)]
         ids = scores.topk(most, dim=1).indices
         heat = torch.from_numpy(self._tables.temperature[rows[asked]]).to(logits.device, torch.float32)

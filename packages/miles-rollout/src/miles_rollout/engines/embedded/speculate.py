@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -93,10 +93,19 @@ class HistoryProposer:
 
     def propose(self, sequences: Many[Sequence], lengths: np.ndarray) -> Drafts | None:
         """What every sequence's session says."""
-        pairs = zip(sequences, lengths.tolist(), strict=True)
+        pairs = list(zip(sequences, lengths.tolist(), strict=True))
         if self._trees:
-            return gather_trees(self._ask_tree(seq, most) for seq, most in pairs)
-        return gather(self._ask(seq, most) for seq, most in pairs)
+            drafts = gather_trees([self._ask_tree(seq, most) for seq, most in pairs])
+        else:
+            drafts = gather([self._session(seq).propose(most) if most > 0 else () for seq, most in pairs])
+        if drafts is None:
+            return None
+        tokens, counts = drafts.tokens, drafts.counts
+        if tokens.min() < 0 or tokens.max() >= self._vocab_size or (counts > np.maximum(lengths, 0)).any():
+            each = np.split(tokens, np.cumsum(counts)[:-1])
+            for (seq, most), proposal in zip(pairs, each, strict=True):
+                self._check(seq, proposal.tolist(), most)
+        return drafts
 
     def forget(self) -> None:
         """Nothing here depends on weights."""
@@ -117,28 +126,21 @@ class HistoryProposer:
         """Does not happen."""
         raise AssertionError("a draft of histories makes no blocks")
 
-    def _session(self, seq: Sequence) -> object:
+    def _session(self, seq: Sequence) -> Any:
         """Its session, brought up to date."""
         maker, session, seen = seq.draft if seq.draft is not None else (None, None, 0)
+        output, prompt = seq.output, seq.job.num_prompt
         if session is None or maker is not self.draft:
-            session, seen = self.draft.begin(seq.token_ids()), seq.num_tokens
-        elif seen < seq.num_tokens:
-            session.extend(seq.output[seen - seq.job.num_prompt :])
-        seq.draft = (self.draft, session, seq.num_tokens)
+            session, seen = self.draft.begin(seq.token_ids()), prompt + len(output)
+        elif seen < prompt + len(output):
+            session.extend(output[seen - prompt :])
+        seq.draft = (self.draft, session, prompt + len(output))
         return session
-
-    def _ask(self, seq: Sequence, most: int) -> tuple[int, ...]:
-        if most < 1:
-            return ()
-        proposal = tuple(self._session(seq).propose(most))  # type: ignore[attr-defined]
-        self._check(seq, proposal, most)
-        return proposal
 
     def _ask_tree(self, seq: Sequence, most: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if most < 1:
             return (), ()
-        tokens, parents = self._session(seq).propose_tree(most)  # type: ignore[attr-defined]
-        self._check(seq, tokens, most)
+        tokens, parents = self._session(seq).propose_tree(most)
         if len(tokens) != len(parents) or any(not -1 <= parent < node for node, parent in enumerate(parents)):
             raise ValueError(
                 f"{type(self.draft).__name__} proposed {tokens} with parents {parents}: a node's parent comes before it"

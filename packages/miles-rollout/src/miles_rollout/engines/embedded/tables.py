@@ -42,6 +42,8 @@ class Tables:
         self.min_p: np.ndarray = np.zeros(max_running, np.float32)
         self.first_stop: np.ndarray = np.zeros(max_running, np.int64)
         """First position a stop token may take (min_new_tokens)."""
+        self.num_top: np.ndarray = np.zeros(max_running, np.int64)
+        """How many of the likeliest tokens are asked for."""
         self.tail = Tail(max_running)
         self.num_changes = 0
         """Changes with every row that gets pages."""
@@ -70,6 +72,7 @@ class Tables:
         self.top_k[row] = sampling.top_k
         self.top_p[row] = sampling.top_p
         self.min_p[row] = sampling.min_p
+        self.num_top[row] = seq.job.request.num_top_logprobs
         self.first_stop[row] = seq.job.num_prompt + sampling.min_new_tokens
         self.slots[row, : seq.num_computed] = self.slots_of(seq.pages, 0, seq.num_computed)
         self.set_pages(seq)
