@@ -138,7 +138,9 @@ def plan(
         str, typer.Argument(metavar="RECIPE|FILE|SHAPE", help="A recipe, a TOML file, or a model's name such as qwen3-235b-a22b.")
     ],
     gpu: Annotated[str, typer.Option(help="Kind of GPU: a100-40, a100-80, l40s, h100, h200, b200.")] = "h200",
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 1,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs in all; of a shape 1, else the configuration's trainers.", show_default=False)
+    ] = None,
     engine_gpus: Annotated[int, typer.Option(min=1, help="GPUs one engine is cut over (shapes only).")] = 1,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a micro-batch (shapes only; 16384).")] = None,
     recompute: Annotated[bool, typer.Option("--recompute", help="Recompute layers in the backward pass (shapes only).")] = False,

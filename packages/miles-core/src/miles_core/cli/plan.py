@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 import typer
 
-from miles_core.memory.jobs import Mode, job_of_run, job_of_shape
+from miles_core.memory.jobs import Mode, job_of_run, job_of_shape, with_settings
+from miles_core.memory.knobs import remedies
 from miles_core.memory.plan import Job, make_plan
 from miles_core.memory.shapes import SHAPES, find_device, find_shape
 from miles_core.memory.show import plan_text, reasons_text
@@ -20,7 +22,7 @@ def plan(
     settings: Sequence[str],
     *,
     gpu: str,
-    num_gpus: int,
+    num_gpus: int | None,
     engine_gpus: int,
     tokens: int | None,
     recompute: bool,
@@ -28,13 +30,10 @@ def plan(
 ) -> None:
     """Print the plan of a recipe, a file or a shape. Ends with exit code 1 when it does not fit."""
     if target.lower() in SHAPES:
-        if settings:
-            raise ValueError(
-                f"{settings[0]}: a shape by name has no settings; use a recipe or a TOML file, or the flags of miles plan"
-            )
         job = job_of_shape(
-            target, gpu=gpu, num_gpus=num_gpus, engine_gpus=engine_gpus, tokens=tokens or 16384, recompute=recompute
+            target, gpu=gpu, num_gpus=num_gpus or 1, engine_gpus=engine_gpus, tokens=tokens or 16384, recompute=recompute
         )
+        job = with_settings(job, settings)
     elif _is_configuration(target):
         if tokens is not None or recompute or engine_gpus != 1:
             raise ValueError(f"{target} has settings of its own: say --trainer.max_tokens_per_microbatch and --trainer.recompute")
@@ -47,6 +46,12 @@ def plan(
     if why:
         typer.echo("\n" + reasons_text(made))
     if not made.fits:
+        given = {"--gpus": num_gpus, "--engine-gpus": engine_gpus if engine_gpus > 1 else None, "--tokens": tokens}
+        words = [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
+        words += ["--recompute"] * recompute
+        for remedy in remedies(made):
+            if remedy.fits:  # of a flag that is given twice, the last one counts
+                typer.echo(f"try: miles plan {shlex.join([target, '--gpu', gpu, *words, *settings])} {' '.join(remedy.flags)}")
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
@@ -56,7 +61,7 @@ def _is_configuration(target: str) -> bool:
     return target in recipe_names() or Path(target).suffix == ".toml"
 
 
-def _job_of_configuration(target: str, settings: Sequence[str], gpu: str, num_gpus: int) -> Job:
+def _job_of_configuration(target: str, settings: Sequence[str], gpu: str, num_gpus: int | None) -> Job:
     from miles_core.config.load import load_config
     from miles_core.models import load_shape
     from miles_core.recipes.catalog import recipe_command
@@ -64,4 +69,4 @@ def _job_of_configuration(target: str, settings: Sequence[str], gpu: str, num_gp
     config = load_config(target, settings)
     shape, _ = load_shape(config.model, lambda line: typer.echo(line, err=True))
     mode: Mode = "train" if target.endswith(".toml") or recipe_command(target) == "train" else "sft"
-    return job_of_run(config, shape, mode, find_device(gpu), num_gpus)
+    return job_of_run(config, shape, mode, find_device(gpu), num_gpus or config.num_trainers)

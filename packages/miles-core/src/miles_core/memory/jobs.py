@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
+from miles_core.config.load import parse_overrides
 from miles_core.config.schema import RunConfig
 from miles_core.memory.plan import Job
 from miles_core.memory.shapes import Device, find_device, find_shape
@@ -39,6 +43,54 @@ def job_of_shape(
     )
 
 
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 1 else None
+
+
+def _one_of(*known: object) -> Callable[[object], object]:
+    return lambda value: value if value in known and type(value) in {type(each) for each in known} else None
+
+
+_SETTINGS: dict[str, tuple[str, Callable[[object], object], str]] = {
+    "engine.kv_memory_bytes": ("kv_bytes", _count, "a number of bytes"),
+    "engine.max_batched_tokens": ("batched_tokens", _count, "a number of tokens"),
+    "engine.max_running": ("max_running", _count, "a number of sequences"),
+    "engine.tensor_parallel": ("engine_gpus", _one_of(1, 2, 4, 8), "1, 2, 4 or 8"),
+    "trainer.max_tokens_per_microbatch": ("microbatch_tokens", _count, "a number of tokens"),
+    "trainer.recompute": ("recompute", _one_of(True, False), "true or false"),
+    "trainer.master": ("master", _one_of("float32", "stochastic"), "float32 or stochastic"),
+    "memory.optimizer": ("optimizer", _one_of("device", "host", "disk"), "device, host or disk"),
+    "memory.sleep": ("sleep", _one_of(True, False), "true or false"),
+    "draft.model": ("draft", _one_of("none", "mtp", "eagle3"), "none, mtp or eagle3"),
+}
+"""Of a run's settings, those that a shape can be planned with: field of the job, what it takes, and that in words."""
+
+
+def with_settings(job: Job, settings: Sequence[str]) -> Job:
+    """The job with `--section.key value` flags. Raises ValueError naming every one that a plan of a shape does not know."""
+    changes: dict[str, Any] = {}
+    wrong = []
+    for override in parse_overrides(settings):
+        name = override.flag.removeprefix("--")
+        if name not in _SETTINGS:
+            near = difflib.get_close_matches(name, _SETTINGS, n=1)
+            wrong.append(f"{override.flag}: " + (f"near it: --{near[0]}" if near else "not a setting of a plan"))
+            continue
+        field, take, what = _SETTINGS[name]
+        changes[field] = take(override.value)
+        if changes[field] is None:
+            wrong.append(f"{override.flag} {override.text}: must be {what}")
+    if wrong:
+        known = ", ".join(f"--{name}" for name in _SETTINGS)
+        raise ValueError(
+            "\n".join([*wrong, f"a shape by name is planned with {known}; a recipe or a TOML file with any setting"])
+        )
+    job = replace(job, **changes)
+    if job.sleep and job.num_gpus > 1:
+        raise ValueError("memory.sleep takes turns inside one process: plan it with --gpus 1")
+    return job
+
+
 def job_of_run(config: RunConfig, shape: DecoderConfig, mode: Mode, device: Device, num_gpus: int) -> Job:
     """The run that `config` describes, on `num_gpus` devices."""
     size = _BYTES[config.model.dtype]
@@ -52,8 +104,7 @@ def job_of_run(config: RunConfig, shape: DecoderConfig, mode: Mode, device: Devi
         page_size = engine.embedded().page_size_on("cpu" if device.is_host else "cuda")
         kv = engine.num_pages * page_size * kv_bytes_per_token(shape, size)
     if device.is_host:
-        context = min(shape.max_position_embeddings, engine.max_context or shape.max_position_embeddings)
-        kv = min(kv, sequences * context * kv_bytes_per_token(shape, size))
+        kv = min(kv, sequences * _context(config, shape) * kv_bytes_per_token(shape, size))
     return Job(
         shape=shape,
         device=device,
@@ -61,6 +112,9 @@ def job_of_run(config: RunConfig, shape: DecoderConfig, mode: Mode, device: Devi
         trains=mode != "rollout",
         rolls_out=rolls_out,
         dtype_bytes=size,
+        backend=trainer.backend,
+        longest_tokens=-(-_context(config, shape) // trainer.cp) if engine.max_context else 4096,
+        engine_gpus=engine.tensor_parallel if rolls_out else 1,
         shard=None if trainer.replicate == 1 else max(1, num_gpus // trainer.replicate),
         cp=trainer.cp,
         master=trainer.master,
@@ -92,7 +146,11 @@ def device_of_run(config: RunConfig) -> Device:
 
 def most_tokens(config: RunConfig, shape: DecoderConfig, mode: Mode) -> int:
     """Most tokens that a step can train on: every sequence as long as the context allows."""
-    context = min(shape.max_position_embeddings, config.engine.max_context or shape.max_position_embeddings)
+    context = _context(config, shape)
     if mode == "sft":
         return config.sft.sequences_per_step * context
     return config.rollout.prompts_per_step * config.rollout.group_size * context
+
+
+def _context(config: RunConfig, shape: DecoderConfig) -> int:
+    return min(shape.max_position_embeddings, config.engine.max_context or shape.max_position_embeddings)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from miles_kernels.nn.config import DecoderConfig
 from miles_spec.models.config import dense_twin
+
+_DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "shared_intermediate_size")
+_SHARDS = 8  # stretches that sums over ranks are made of, whatever the number of ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,25 @@ def count_parameters(shape: DecoderConfig) -> Parameters:
         largest_layer=dense + experts,
         largest_layer_experts=experts,
     )
+
+
+def count_rank(shape: DecoderConfig, ranks: int) -> int:
+    """Weights that one of `ranks` processes of an engine holds: tables, norms and routers whole, of the rest its part."""
+    if ranks == 1:
+        return count_parameters(shape).total
+    parts = {name: max(1, getattr(shape, name) // ranks) for name in _DIVIDED if getattr(shape, name)}
+    found = count_parameters(replace(shape, **parts))
+    return found.total - found.experts + found.experts // ranks
+
+
+def engine_ranks(shape: DecoderConfig) -> list[int]:
+    """Over how many GPUs, more than one, our engine can divide this shape; `miles_kernels.nn.parallel` is what divides it."""
+    sparse = all(shape.is_moe_layer(layer) for layer in range(shape.num_hidden_layers))
+    sizes = {name: getattr(shape, name) for name in _DIVIDED if not (name == "intermediate_size" and sparse)}
+    depths = [shape.num_attention_heads * shape.head_dim, sizes.get("intermediate_size", 0), shape.shared_intermediate_size]
+    if shape.output_bias or shape.mlp_bias or any(depth % (16 * _SHARDS) for depth in depths):
+        return []
+    return [ranks for ranks in (2, 4, 8) if not any(size % ranks for size in (*sizes.values(), shape.num_experts))]
 
 
 def count_draft(shape: DecoderConfig, kind: str) -> int:

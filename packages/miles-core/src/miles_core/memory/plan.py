@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from miles_core.memory.activations import kept_per_token, layer_peak_per_token
-from miles_core.memory.parameters import Parameters, count_draft, count_parameters
+from miles_core.memory.parameters import Parameters, count_draft, count_parameters, count_rank
 from miles_core.memory.shapes import Device
 from miles_core.trainer.layout import layers_per_unit
 from miles_kernels.nn.config import DecoderConfig
@@ -73,6 +73,8 @@ class Job:
     reference: bool = False
     recompute: bool = False
     microbatch_tokens: int = 16384
+    longest_tokens: int = 4096
+    """Of a sequence, on one process: a micro-batch must hold it."""
     num_microbatches: int = 2
     """Passes whose gradients are summed before an update; more than one keeps a sum beside the new gradient."""
     engine_gpus: int = 1
@@ -85,6 +87,8 @@ class Job:
     """Where masters and moments lie: "device", "host" or "disk"."""
     sleep: bool = False
     """Whether engine and trainer take turns on the device."""
+    backend: str = "fsdp"
+    """Of the trainer. The formulas are those of fsdp."""
     draft: str = "none"
     """The draft model that is trained and served beside the policy: "none", "mtp" or "eagle3"."""
 
@@ -267,10 +271,12 @@ def _logprob(job: Job, tokens: int) -> Item:
 def _engine_at_rest(job: Job, parameters: Parameters) -> list[Item]:
     if not job.rolls_out:
         return []
-    why = f"its own copy, N x {job.dtype_bytes}" + _over(job.engine_gpus)
+    why = f"its own copy, N x {job.dtype_bytes}"
+    if job.engine_gpus > 1:
+        why += f", divided over {job.engine_gpus} but for tables, norms and routers"
     draft = count_draft(job.shape, job.draft) * job.dtype_bytes
     return [
-        Item("engine weights", parameters.total * job.dtype_bytes // job.engine_gpus, why),
+        Item("engine weights", count_rank(job.shape, job.engine_gpus) * job.dtype_bytes, why),
         Item("engine's draft", draft, "its own copy"),
     ]
 
@@ -291,8 +297,11 @@ def _engine_working(job: Job) -> list[Item]:
 
 
 def _publishing(job: Job, parameters: Parameters) -> list[Item]:
-    staged = (parameters.total // job.engine_gpus + count_draft(job.shape, job.draft)) * job.dtype_bytes
-    items = [Item("staged weights", staged, "the new version beside the old one, until every hash is checked")]
+    staged = (parameters.total + count_draft(job.shape, job.draft)) * job.dtype_bytes
+    items = [Item("staged weights", staged, "the new version, whole, beside the old one, until every hash is checked")]
+    if job.engine_gpus > 1:
+        part = count_rank(job.shape, job.engine_gpus) * job.dtype_bytes
+        items.append(Item("staged part", part, "what the first GPU of the engine keeps of it; it takes the version in for all"))
     if job.cut > 1:
         largest = max(parameters.embedding, parameters.largest_layer) * job.dtype_bytes
         items.append(Item("gathered tensors", largest, "the largest that travels, whole"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from miles_core.memory.knobs import remedies
+from miles_core.memory.parameters import engine_ranks
 from miles_core.memory.plan import Item, Phase, Plan
 
 _GIB = 1 << 30
@@ -33,8 +34,21 @@ def plan_text(plan: Plan) -> str:
     share = [f"{phase.num_bytes / job.device.memory_bytes:.0%}" for phase in plan.phases]
     lines.append(f"{'of the device':{width}}" + "".join(f"{cell:>11}" for cell in share))
     lines += ["", *(_bar(phase, plan) for phase in plan.phases), ""]
+    lines += [f"note: {note}" for note in _notes(plan)]
     lines += [f"{what}: {_sum(items)}" for what, items in (("host, one node", plan.host), ("disk", plan.disk)) if items]
     return "\n".join([*lines, *verdict(plan)])
+
+
+def _notes(plan: Plan) -> list[str]:
+    """Where the plan is not of what would run."""
+    job, found = plan.job, []
+    if job.backend != "fsdp":
+        found.append(f"the trainer is planned as for the fsdp backend; what {job.backend} holds besides is not in it")
+    can = [1, *engine_ranks(job.shape)]
+    if job.rolls_out and job.engine_gpus not in can:
+        words = " or ".join(map(str, can))
+        found.append(f"our engine divides this shape over {words} GPU(s); one over {job.engine_gpus} would not start")
+    return found
 
 
 def reasons_text(plan: Plan) -> str:
@@ -57,7 +71,8 @@ def verdict(plan: Plan) -> list[str]:
     for remedy in helps:
         lines.append(f"  with {remedy.words} ({remedy.cost})")
     if not helps:
-        lines[-1] = lines[-1].removesuffix(" It would,") + " No setting helps enough."
+        lines[-1] = lines[-1].removesuffix(" It would,") + " No setting helps enough:"
+        lines.append(f"  {found[-1].cost}")
     for remedy in found:
         if not remedy.fits and remedy.saved_bytes > 0:
             lines.append(f"  {remedy.words} alone saves {remedy.saved_bytes / _GIB:.1f} GiB ({remedy.cost})")
