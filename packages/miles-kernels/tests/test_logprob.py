@@ -6,6 +6,8 @@ from torch import Tensor
 
 from miles_kernels.ops.linear import linear
 from miles_kernels.ops.logprob import linear_logprob, logprob_from_logits
+from miles_kernels.ops.norm import rms_norm
+from miles_kernels.ops.sample import sample
 from miles_kernels.testing import across_threads, assert_bitwise_equal, sweep_rows, threads
 
 pytestmark = pytest.mark.usefixtures("formulation")
@@ -136,3 +138,26 @@ def test_errors() -> None:
     for chunk in (128, 4096):
         with pytest.raises((IndexError, RuntimeError)):
             logprob_from_logits(logits.detach(), torch.tensor([0, 300]), chunk=chunk)
+
+
+def test_what_the_kernels_read_is_as_long_as_they_think() -> None:
+    """One temperature for all rows, narrow ids, a vector shorter than the rows: C and CUDA read on behind the end of these."""
+    logits, targets = torch.randn(7, 300), torch.randint(0, 300, (7,))
+    want = logprob_from_logits(logits, targets, torch.full((7,), 0.7)).logprob
+    for temperature in (torch.tensor(0.7), torch.tensor([0.7])):
+        assert torch.equal(logprob_from_logits(logits, targets, temperature).logprob, want)
+    assert torch.equal(logprob_from_logits(logits, targets.int(), torch.tensor(0.7)).logprob, want)
+    with pytest.raises(ValueError, match=r"a number or \[7\]"):
+        logprob_from_logits(logits, targets, torch.ones(3))
+    with pytest.raises(ValueError, match="6 targets for 7 rows"):
+        logprob_from_logits(logits, targets[:6])
+    hidden, weight = torch.randn(7, 16, requires_grad=True), torch.randn(300, 16)
+    (wide,) = torch.autograd.grad(linear_logprob(hidden, weight, targets).logprob.sum(), hidden)
+    (narrow,) = torch.autograd.grad(linear_logprob(hidden, weight, targets.int()).logprob.sum(), hidden)
+    assert torch.equal(wide, narrow)
+    with pytest.raises(ValueError, match="does not end in the shape of weight"):
+        rms_norm(torch.randn(3, 16), torch.randn(32), 1e-6)
+    draw = {"seed": 1, "temperature": 0.7}
+    ids = torch.arange(7)
+    one, other = (sample(logits, sample_id=x, position=x, **draw) for x in (ids, ids.int()))
+    assert torch.equal(one.token, other.token) and torch.equal(one.logprob, other.logprob)

@@ -174,8 +174,11 @@ def test_a_gradient_summed_in_20_bits(rows: int, hidden: int, vocab: int) -> Non
     exact = -(g.double()[:, None] * p) @ w.double()
     found = {}
     for bits in (8, 4):
-        call = [logprob.backward((g[r], None), x[r], w, targets[r], inverse[r], norm[r], ent[r], chunks=(1024, 8192), low_bits=bits)
-                for r in (slice(0, rows), slice(0, rows), slice(5, 40))]  # fmt: skip
+        how = {"chunks": (1024, 8192), "low_bits": bits}
+        call = [
+            logprob.backward((g[r], None), x[r], w, targets[r], inverse[r], norm[r], ent[r], **how)
+            for r in (slice(0, rows), slice(0, rows), slice(5, 40))
+        ]
         one, two, part = (each[0] for each in call)
         assert one is not None and two is not None and part is not None
         assert_bitwise_equal(one, two, "twice")

@@ -72,6 +72,8 @@ class Library:
     def linear(self, x: Tensor, weight: Tensor, depth: int) -> Tensor:
         """`x[M, K] @ weight[N, K]^T`, summed over K in blocks of `depth`."""
         (m, k), n = x.shape, weight.shape[0]
+        if weight.shape[1] != k:
+            raise ValueError(f"linear: rows of {k} and weights of {weight.shape[1]} do not fit")
         x, weight, out = x.contiguous(), weight.contiguous(), x.new_empty(m, n)
         args = (x.data_ptr(), weight.data_ptr(), out.data_ptr(), m, n, k, depth, torch.get_num_threads())
         _check(self._dll.mk_linear(*args), "linear")
@@ -152,7 +154,7 @@ class Library:
 
     def gumbel(self, keys: Tensor, ids: Tensor) -> Tensor:
         """Noise [B, n] under keys int32 [B, 2] of token ids int32 [1, n] or [B, n]."""
-        keys, ids = keys.contiguous(), ids.contiguous()
+        keys, ids = keys.to(torch.int32).contiguous(), ids.to(torch.int32).contiguous()
         out = torch.empty(len(keys), ids.shape[1])
         self._dll.mk_gumbel(keys.data_ptr(), ids.data_ptr(), len(ids) == 1, out.data_ptr(), *out.shape)
         return out
@@ -162,7 +164,7 @@ class Library:
     ) -> tuple[Tensor, Tensor]:
         """Unfiltered draws: (token int64 [B], logprob [B]) of logits[B, V] under (seed, sample_id, position) int64 [B]."""
         logits = logits.contiguous()
-        keys = tuple(key.contiguous() for key in keys)
+        keys = tuple(key.to(torch.int64).contiguous() for key in keys)
         token, logprob = torch.empty(len(logits), dtype=torch.int64), logits.new_empty(len(logits))
         heat = None if temperature is None else temperature.contiguous()
         pointers = (logits.data_ptr(), None if heat is None else heat.data_ptr(), *(key.data_ptr() for key in keys))

@@ -71,10 +71,11 @@ def attention(
         return _on_cuda(q, k_pool, v_pool, plan, scale, window)
     tokens, heads, dim = q.shape
     kv = k_pool.shape[0]
-    if tokens != plan.num_tokens or heads % kv or dim != k_pool.shape[2] or dim % HEAD_MULTIPLE:
+    pools = k_pool.shape
+    if tokens != plan.num_tokens or heads % kv or dim != pools[2] or dim % HEAD_MULTIPLE or v_pool.shape != pools:
         raise ValueError(
-            f"attention: q {tuple(q.shape)}, pool {tuple(k_pool.shape)}, plan of {plan.num_tokens} tokens; need T as in "
-            f"the plan, H a multiple of Hkv, equal D and D a multiple of {HEAD_MULTIPLE}"
+            f"attention: q {tuple(q.shape)}, pools {tuple(pools)} and {tuple(v_pool.shape)}, plan of {plan.num_tokens} tokens; "
+            f"need T as in the plan, H a multiple of Hkv, equal pools, equal D and D a multiple of {HEAD_MULTIPLE}"
         )
     if window is not None and window < 1:
         raise ValueError(f"attention: window must be at least 1, got {window}")

@@ -81,7 +81,7 @@ def linear_logprob(
         from miles_kernels.cuda.logprob import linear_logprob as on_cuda
 
         return LogprobOutput(*on_cuda(hidden, weight, targets, temperature, bias, entropy=entropy))
-    divisor = divisor_of(temperature, hidden.shape[0])
+    divisor, targets = divisor_of(temperature, hidden.shape[0]), targets.to(torch.int64)
     needs = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and needs:
         logprob, ent = _LinearLogprob.apply(hidden, weight, bias, targets, divisor, chunk, entropy, mode)
@@ -93,7 +93,9 @@ def linear_logprob(
 def divisor_of(temperature: Tensor | float, rows: int) -> Tensor | None:
     """The temperature as [N, 1] so that a number and a tensor divide alike; None where dividing would change nothing."""
     if isinstance(temperature, Tensor):
-        return temperature.to(torch.float32).view(-1, 1)
+        if temperature.numel() not in (1, rows):
+            raise ValueError(f"temperature must be a number or [{rows}], got {list(temperature.shape)}")
+        return temperature.to(torch.float32).reshape(-1, 1).expand(rows, 1)
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}; greedy rows are scored at temperature 1")
     return None if temperature == 1.0 else torch.full((rows, 1), temperature)
@@ -121,9 +123,10 @@ def accumulate(
 ) -> LogprobState:
     """Statistics of the rows over chunks (first column, logits [N, C] fp32) that come in ascending order, C <= `chunk`.
 
-    `targets` int64 [N]; `divisor` as from `divisor_of`. Raises IndexError for a target outside the vocabulary.
+    `targets` int64 [N]; `divisor` as from `divisor_of`. Raises IndexError for a target outside the vocabulary,
+    ValueError for another number of targets than rows.
     """
-    targets = targets.reshape(-1, 1)
+    targets = targets.to(torch.int64).reshape(-1, 1)  # the C kernels read 8 bytes for each
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
         raise IndexError(f"targets must lie in [0, {vocab}), got {int(targets.min())} to {int(targets.max())}")
     if vocab == 0:
@@ -131,6 +134,8 @@ def accumulate(
     state: LogprobState | None = None
     running: Tensor | None = None
     for start, logits in chunks:
+        if len(targets) != len(logits):
+            raise ValueError(f"{len(targets)} targets for {len(logits)} rows")
         kernels = kernels_for(logits)
         if kernels is not None:
             running = logits.new_zeros(len(logits), 4) if running is None else running

@@ -57,6 +57,7 @@ def _mix64(x: Tensor, constants: _Constants) -> Tensor:
 def row_keys(seed: Tensor | int, sample_id: Tensor, position: Tensor) -> Tensor:
     """Two int32 keys of each row, [B, 2]. Multiples of the golden ratio keep (seed, id) pairs apart before the first mix."""
     constants = _constants(sample_id.device)
+    sample_id, position = sample_id.to(torch.int64), position.to(torch.int64)
     if not isinstance(seed, Tensor):
         seed = torch.tensor(seed, dtype=torch.int64, device=sample_id.device)
     state = _mix64((seed * constants.wide[2] + sample_id).add_(constants.wide[4]), constants)

@@ -42,6 +42,8 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.shape[-weight.ndim :] != weight.shape:
+        raise ValueError(f"rms_norm: x {tuple(x.shape)} does not end in the shape of weight {tuple(weight.shape)}")
     kernels = kernels_for(x, weight)
     if kernels is not None:
         return kernels.norm(x, weight, eps)
