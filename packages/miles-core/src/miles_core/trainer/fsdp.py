@@ -359,7 +359,8 @@ class FsdpTrainer:
         if self.config.on_nonfinite == "skip":
             return
         found = [name for name, grad in zip(self.optimizer.names, gradients, strict=True) if not bool(grad.isfinite().all())]
-        bad = [name for name in self.optimizer.names if name in self.parallel.union(found)]
+        everywhere = set(self.parallel.union(found))
+        bad = [name for name in self.optimizer.names if name in everywhere]
         self.optimizer.clear()
         raise non_finite(self.num_updates + 1, result, bad)
 
