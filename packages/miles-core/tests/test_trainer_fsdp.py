@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -187,15 +188,15 @@ def test_a_non_finite_step_is_refused_and_changes_nothing(broken: str) -> None:
             next(trainer.decoder.parameters()).data[7, 3] = float("nan")
             bad = replace(batch, token_ids=torch.full_like(batch.token_ids, 7))
         before, moments = weights(trainer), [m.clone() for m in trainer.optimizer.exp_avg]
-        asked, union = [], trainer.parallel.union
-        trainer.parallel.union = lambda names: asked.append(names) or union(names)  # type: ignore[method-assign]
+        asked = Mock(wraps=trainer.parallel.union)
+        trainer.parallel.union = asked  # type: ignore[method-assign]
         if mode == "error":
             with pytest.raises(NonFiniteStep, match=r"update 2: .*not finite.*weights are unchanged"):
                 trainer.step(bad)
         else:
             stats = trainer.step(bad)
             assert (stats.num_updates, stats.num_skipped_updates) == (0, 1)
-        assert len(asked) == (mode == "error")  # the processes are asked for names once, not for every name
+        assert asked.call_count == (mode == "error")  # the processes are asked for names once, not for every name
         assert trainer.num_updates == 1
         assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(before, weights(trainer), strict=True))
         assert same(moments, trainer.optimizer.exp_avg)
