@@ -161,7 +161,7 @@ def test_engine_and_trainer_agree_on_every_bit(family: str, dtype: torch.dtype, 
     assert sum(len(c.token_ids) for r in first for c in r.completions) > 100
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "glm4_moe"])
 def test_float8_agrees_too_also_after_a_weight_update(family: str):
     """FP8 contract: the engine reads weights quantised at each swap, the trainer quantises in every forward."""
     seed = random.randrange(10**9)

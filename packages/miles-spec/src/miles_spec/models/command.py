@@ -30,6 +30,9 @@ def add_arguments(commands: Any) -> None:
     export.add_argument("--layout", choices=LAYOUTS, help="MTP drafts only; default: as it is")
     export.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as it is stored")
     export.add_argument("--policy", type=Path, help="directory of the policy that the draft must fit")
+    export.add_argument(
+        "--join", action="store_true", help="write policy and draft into one directory, as MTP models are published"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -61,9 +64,18 @@ def run(options: argparse.Namespace) -> int:
         other = make_draft(dataclasses.replace(draft.config, layout=options.layout))
         other.load_state_dict(draft.state_dict())
         draft = other
-    for file in save_draft(draft, options.out, dtype=getattr(torch, options.dtype or kinds[0])):
+    dtype = getattr(torch, options.dtype or kinds[0])
+    for file in _join(draft, options, dtype) if options.join else save_draft(draft, options.out, dtype=dtype):
         print(file)
     return 0
+
+
+def _join(draft: Any, options: argparse.Namespace, dtype: Any) -> list[Path]:
+    from miles_spec.models.join import join_policy
+
+    if options.policy is None or draft.config.kind != "mtp":
+        raise ValueError("--join writes an MTP draft into a copy of a policy's directory: name that with --policy")
+    return join_policy(options.policy, draft, options.out, dtype=dtype)
 
 
 def _described(draft: Any, kinds: list[str]) -> list[str]:

@@ -70,7 +70,7 @@ class MtpConfig:
     def of(cls, policy: DecoderConfig, *, num_layers: int = 1, layout: Layout | None = None) -> MtpConfig:
         """Layers shaped as the policy's last one; `layout` is by default that of the policy's family, else "deepseek"."""
         block = _like_last(policy, num_layers)
-        return cls(block=block, trunk_layers=policy.num_hidden_layers, layout=layout or _layout_of(policy.family))
+        return cls(block=block, trunk_layers=policy.num_hidden_layers, layout=layout or layout_of(policy.family))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,10 +193,16 @@ def _mtp_from(data: Mapping[str, Any], own: Mapping[str, Any], policy: DecoderCo
     if not layers:
         raise ValueError(f"it names no draft: none of miles_draft, draft_vocab_size, {', '.join(_COUNTS)} is set")
     model = str(data.get("model_type", ""))
-    return MtpConfig.of(policy, num_layers=layers, layout=_layout_of(model))
+    return MtpConfig.of(policy, num_layers=layers, layout=layout_of(model))
 
 
-def _layout_of(model_type: str) -> Layout:
+def count_field(layout: Layout) -> str:
+    """The field of a policy's config.json that counts the MTP layers it carries."""
+    return "mtp_num_hidden_layers" if layout == "qwen3_next" else "num_nextn_predict_layers"
+
+
+def layout_of(model_type: str) -> Layout:
+    """How the MTP layers of a model of that type are named; "deepseek" where its family has no names of its own."""
     return next((name for start, name in _BY_MODEL.items() if model_type.startswith(start)), "deepseek")
 
 
