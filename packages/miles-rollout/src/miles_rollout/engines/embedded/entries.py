@@ -28,6 +28,8 @@ class Entries:
         self._first: np.ndarray = np.zeros(rows, np.int64)
         self._stop: np.ndarray = np.zeros(rows, np.int64)
         """Positions [first, stop) of each row that steps on the device have committed and the slots know nothing of."""
+        self._arrived: tuple[np.ndarray | None, np.ndarray] = (None, self._stop)
+        """Rows of the last step that arrived, and where each was then."""
         self._is_retired = False
         tables.before_close = self.tell
 
@@ -66,12 +68,14 @@ class Entries:
     def arrived(self, rows: np.ndarray, blocks: Blocks) -> None:
         """A step on the device found rows [R] at `blocks.position`, made the entries before, and committed what follows."""
         position = blocks.position
-        breaks = self._stop[rows] != position
-        if breaks.any():
+        before, reached = self._arrived
+        if rows is not before or position[0] != reached[0]:  # the same rows move on together: one of them tells for all
+            breaks = self._stop[rows] != position
             for row in rows[breaks].tolist():
                 self.tell(row)
             self._first[rows[breaks]] = position[breaks]
-        self._stop[rows] = position + blocks.counts
+        self._stop[rows] = reached = position + blocks.counts
+        self._arrived = (rows, reached)
         self._ready[rows] = position
         if self._is_retired:
             self._tell_all()
@@ -88,6 +92,7 @@ class Entries:
         self._first[row] = self._stop[row] = 0
 
     def _tell_all(self) -> None:
+        self._arrived = (None, self._stop)
         for row in np.flatnonzero(self._first != self._stop).tolist():
             self.tell(row)
 

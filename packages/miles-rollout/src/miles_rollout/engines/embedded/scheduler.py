@@ -114,7 +114,9 @@ class Scheduler:
         self._rows_stale = False
         self._unsure = np.zeros(config.max_running, np.int64)
         """The use of a row whose last step was made on the device alone, 0 for others: `position` may be behind by `_reach`."""
-        self._reach = self._bound = 0
+        self._reach = 0
+        self._limits, self._bound, self._bound_at = _NO_ROWS, 0, -1
+        """Of `_ahead_rows`: positions never computed, and those all pages hold when `Tables.num_changes` was `_bound_at`."""
         self._ahead_rows, self._ahead_of = _NOBODY, 0
         """Rows of the last step, if it was made on the device alone, and the generation of the draft it was made with."""
         self._slack, self._slack_rows = 0, _NO_ROWS
@@ -360,11 +362,14 @@ class Scheduler:
         if not goes_on and not speculator.is_plain(rows):
             return False
         unsure = None if goes_on else self._is_unsure(rows)
+        if unsure is not None:
+            self._limits, self._bound_at = tables.last_position[rows], -1
         most = self._reach + length + 1 if unsure is None else unsure * self._reach + (length + 1)
-        wanted = np.minimum(tables.position[rows] + most, tables.last_position[rows])
+        wanted = np.minimum(tables.position[rows] + most, self._limits)
         if not self._make_room(wanted) or (unsure is not None and not speculator.prepare(rows, unsure)):
             return False
-        self._bound = int(wanted.max())
+        if self._bound_at != tables.num_changes:
+            self._bound, self._bound_at = int(tables.capacity[rows].max()), tables.num_changes
         if not goes_on:
             self._ahead_rows, self._ahead_of = _NOBODY, speculator.generation
         return True

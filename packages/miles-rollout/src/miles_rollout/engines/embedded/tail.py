@@ -21,6 +21,7 @@ MAX_STOP_IDS = 8
 """Rows with more stop ids are looked at one by one."""
 _GROWTH = 256
 _NONE: np.ndarray = np.zeros(0, np.int64)
+_TURNS: np.ndarray = np.arange(MAX_DRAFT + 1)[:, None]
 
 
 class Tokens(NamedTuple):
@@ -141,7 +142,7 @@ class Tail:
         took, those whose next one is no number (below 0), and watched ones, of which no token was noted.
         """
         place = self.count[rows]
-        at = rows * self._columns[0].shape[1] + place + np.arange(len(tokens.token_ids))[:, None]
+        at = rows * self._columns[0].shape[1] + place + _TURNS[: len(tokens.token_ids)]
         for column, values in zip(self._flat, tokens, strict=True):
             column[at] = values  # what lies behind the count is nobody's
         taken, notable = self._until_the_end(rows, place, counts, tokens.token_ids)
@@ -159,7 +160,7 @@ class Tail:
                 ends |= token_ids == stop
         if not (self._num_watched or (place + counts >= most).any() or ends.any()):
             return counts, _NONE
-        length = place + 1 + np.arange(len(token_ids))[:, None]
+        length = place + 1 + _TURNS[: len(token_ids)]
         is_number = token_ids >= 0
         ends &= (length >= self._least[rows]) | ~is_number
         ends |= length >= most
