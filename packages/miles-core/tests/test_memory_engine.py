@@ -19,11 +19,16 @@ import torch
 from msgspec.structs import replace as replace_struct
 
 from miles_core.algorithm.config import AlgorithmConfig
+from miles_core.compose import Request, compose
+from miles_core.config.load import load_config
+from miles_core.loop import train
 from miles_core.memory.config import MemoryConfig
 from miles_core.memory.fake import FakeDevice
 from miles_core.memory.ladder import OutOfRoom
 from miles_core.memory.margin import Margin
 from miles_core.memory.run import RunMemory
+from miles_core.memory.trainer import TRAINER_TAGS
+from miles_core.metrics import read_metrics
 from miles_core.sync.inprocess import publish
 from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
@@ -273,6 +278,70 @@ def test_a_publication_without_memory_is_done_again(sleep: bool, tmp_path: Path,
         runner.run(engine.close())
         runner.close()
     assert all(tokens == told[0] for tokens in told)
+
+
+@pytest.mark.parametrize("sleep", [False, True])
+def test_what_a_check_takes_from_the_engine_it_gives_back(sleep: bool, tmp_path: Path) -> None:
+    """A check of log-probabilities runs out of memory, and then comes a rollout: it must not wait for a cache in vain."""
+    trainer, engine, runner, memory = parts(MemoryConfig(sleep=sleep), tmp_path)
+    memory.publishing(lambda: runner.run(publish(trainer, engine, 0)))
+    expected = runner.run(engine.generate(requests(5)[0])).completions[0].token_ids
+    plain = trainer.forward_logprobs(batch_of(1))
+    trainer.memory.sleep()
+    core, left, seen = engine._core, [1, 1], []
+    assert core is not None
+    forward = trainer._forward_all
+
+    def fails(*args: Any) -> torch.Tensor:
+        seen.append(set(core.released))
+        if left:
+            left.pop()
+            raise torch.OutOfMemoryError("no room for the check")
+        return forward(*args)
+
+    trainer._forward_all = fails  # type: ignore[method-assign]
+    found = memory.between_rollouts(lambda: trainer.forward_logprobs(batch_of(1)))
+    assert torch.equal(found, plain) and seen[-1] == {"kv_cache"} and not core.released
+    assert set(trainer.memory.mover.away) == (set(TRAINER_TAGS) if sleep else {"moments", "reference", "draft"})
+
+    async def generate() -> Any:
+        return await asyncio.wait_for(engine.generate(requests(5)[0]), 120)
+
+    assert runner.run(generate()).completions[0].token_ids == expected
+    runner.run(engine.close())
+    runner.close()
+
+
+def test_a_run_that_takes_turns_is_the_run_without(tmp_path: Path) -> None:
+    """Checks and checkpoints of the trainer come in the engine's turn: never beside its cache, and it sleeps again afterwards."""
+    ends = []
+    for sleep in ("false", "true"):
+        flags = {
+            "run.dir": tmp_path, "run.name": sleep, "run.num_steps": 2, "memory.sleep": sleep, "rollout.prompts_per_step": 2,
+            "rollout.group_size": 2, "eval.every": 1, "eval.max_prompts": 2, "checkpoint.every": 1,
+        }  # fmt: skip
+        config = load_config("quickstart", [word for name, value in flags.items() for word in (f"--{name}", str(value))])
+        with compose(config, Request(), lambda line: None) as run:
+            trainer, core = run.trainer, run.engine._core  # type: ignore[union-attr]
+            assert isinstance(trainer, FsdpTrainer)
+            assert core.released == ({"kv_cache"} if sleep == "true" else set()), "both sides' memory was there at once"
+            seen: dict[str, list[set[str]]] = {"save": [], "forward_logprobs": []}
+            for name, found in seen.items():
+                plain = getattr(trainer, name)
+
+                def noted(*args: Any, plain: Any = plain, found: Any = found, core: Any = core) -> Any:
+                    found.append(set(core.released))
+                    return plain(*args)
+
+                setattr(trainer, name, noted)
+            train(run)
+            assert [len(found) for found in seen.values()] == [2, 3]
+            gone: set[str] = {"kv_cache"} if sleep == "true" else set()
+            assert all(each == gone for found in seen.values() for each in found) and not core.released
+            assert set(trainer.memory.mover.away) == (set(TRAINER_TAGS) if sleep == "true" else set())
+        rows = read_metrics(tmp_path / sleep / "metrics.jsonl")
+        ends.append([[row[k] for k in sorted(row) if not k.startswith(("perf/", "memory/"))] for row in rows])
+    assert ends[0] == ends[1] and len(ends[0]) == 3
 
 
 def test_an_engine_that_waits_keeps_no_staged_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,6 +165,8 @@ def test_state_that_is_elsewhere_is_counted_there() -> None:
     assert {item.name: item.num_bytes for item in away.host}["optimizer state"] == 12 * count
     assert {item.name: item.num_bytes for item in on_disk.disk}["optimizer state"] == 12 * count
     assert here.worst.num_bytes - away.worst.num_bytes > 12 * count
+    behind = make_plan(_job(saves_behind=True))
+    assert {item.name: item.num_bytes for item in behind.host}["checkpoint on its way"] == behind.disk[0].num_bytes == 14 * count
     asleep = make_plan(_job(rolls_out=True, sleep=True))
     assert {item.name: item.num_bytes for item in asleep.host}["sleeping trainer"] == 12 * count  # weights are rounded again
 

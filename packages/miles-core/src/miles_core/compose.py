@@ -128,7 +128,7 @@ def _parts(
         version = 0 if request.mode == "rollout" else -1
         engine = make_engine(config, model, own, weight_version=version, draft=deepcopy(draft))
         stack.callback(lambda: runner.run(engine.close()))
-    trainer = None
+    trainer, released = None, _make_room(config, request, engine, runner)
     if request.mode != "rollout":
         trainer = make_trainer(config, request.mode, model.decoder)
         trainer = trainer if draft is None else with_draft(trainer, config, draft)
@@ -136,7 +136,7 @@ def _parts(
     if trainer is not None and engine is not None:
         publisher = partial(_publish, runner, trainer, engine)
     feed = _feed(config, request, text, engine, scorer, runner, say)
-    memory = _memory(config, trainer, engine, runner, run_dir)
+    memory = _memory(config, trainer, engine, runner, run_dir, released)
     if draft is not None and engine is not None and request.mode != "sft":
         comparison = _comparison(config, model, trainer, runner, stack)
         feed = ServedFeed(feed, engine, trainer if isinstance(trainer, DraftingTrainer) else None, comparison, runner.run)
@@ -146,16 +146,28 @@ def _parts(
     }  # fmt: skip
 
 
+def _make_room(config: RunConfig, request: Request, engine: Engine | None, runner: asyncio.Runner) -> tuple[str, ...]:
+    """Where the two take turns, the engine's keys and values go before the trainer comes; the tags that went."""
+    if not config.memory.sleep or request.mode == "rollout" or not isinstance(engine, MemoryEngine):
+        return ()
+    runner.run(engine.release_memory(("kv_cache",)))
+    return ("kv_cache",)
+
+
 def _memory(
-    config: RunConfig, trainer: Trainer | None, engine: Engine | None, runner: asyncio.Runner, run_dir: RunDir
+    config: RunConfig,
+    trainer: Trainer | None,
+    engine: Engine | None,
+    runner: asyncio.Runner,
+    run_dir: RunDir,
+    released: tuple[str, ...],
 ) -> RunMemory | None:
     """The memory of a run whose trainer can say what it holds."""
     held = getattr(getattr(trainer, "inner", trainer), "memory", None)
     if not isinstance(held, TrainerMemory):
         return None
-    return RunMemory(
-        held, engine if isinstance(engine, MemoryEngine) else None, runner.run, config.memory, run_dir.root / "memory"
-    )
+    known = engine if isinstance(engine, MemoryEngine) else None
+    return RunMemory(held, known, runner.run, config.memory, run_dir.root / "memory", released=released)
 
 
 def _comparison(

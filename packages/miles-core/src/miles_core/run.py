@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from miles_core.background import BackgroundSaver
 from miles_core.checkpoint import Checkpoint, CheckpointStore
@@ -27,6 +28,7 @@ from miles_rollout.text import Tokenizer
 from miles_rollout.wire import write_samples
 
 STATE_SCHEMA = 1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +127,13 @@ class Run:
         return metrics
 
     def _verify(self, result: Evaluation) -> dict[str, float]:
-        if self.trainer is None:
+        trainer = self.trainer
+        if trainer is None:
             return {}
         batch = TrainBatch.from_samples(result.samples, [0.0] * len(result.samples))
         assert batch.rollout_logprobs is not None
-        ours, theirs = self.trainer.forward_logprobs(batch).numpy(), batch.rollout_logprobs.numpy()
+        found = self._between_rollouts(lambda: trainer.forward_logprobs(batch))
+        ours, theirs = found.numpy(), batch.rollout_logprobs.numpy()
         unequal = int((ours.view("int32") != theirs.view("int32")).sum())
         return {"eval/tokens_unequal": unequal, "eval/mismatch_max_abs": float(abs(ours - theirs).max())}
 
@@ -159,7 +163,7 @@ class Run:
             return
 
         def write_trainer(path: Path) -> None:
-            trainer.save(path)
+            self._between_rollouts(lambda: trainer.save(path))
             self.tokenizer.save(path / "model")
 
         def write_state(path: Path) -> None:
@@ -173,6 +177,10 @@ class Run:
         else:
             self.store.save(self.step, parts, score=score)
         self.saved_step = self.step
+
+    def _between_rollouts(self, work: Callable[[], T]) -> T:
+        """What the trainer does in the engine's turn."""
+        return work() if self.memory is None else self.memory.between_rollouts(work)
 
     def _score(self) -> float | None:
         """The metric that `checkpoint.keep_best` names, as of this step; None where it was not measured."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from miles_core.memory.regions import Moved
@@ -21,9 +21,15 @@ class Colocation:
     Example: turns.before_training(); trainer.step(batch); turns.before_publishing(); publish(); turns.after_publishing()
     """
 
-    def __init__(self, trainer: TrainerMemory, engine: MemoryEngine, run: Callable[[Coroutine[Any, Any, None]], object]) -> None:
+    def __init__(
+        self,
+        trainer: TrainerMemory,
+        engine: MemoryEngine,
+        run: Callable[[Coroutine[Any, Any, None]], object],
+        released: Iterable[str] = (),
+    ) -> None:
         self._trainer, self._engine, self._run = trainer, engine, run
-        self._released: set[str] = set()
+        self._released = set(released)
 
     def before_training(self) -> list[Moved]:
         """The engine lets go of everything; the trainer comes back."""

@@ -112,6 +112,7 @@ def job_of_run(config: RunConfig, shape: DecoderConfig, mode: Mode, device: Devi
         trains=mode != "rollout",
         rolls_out=rolls_out,
         dtype_bytes=size,
+        saves_behind=config.checkpoint.asynchronous,
         backend=trainer.backend,
         longest_tokens=-(-_context(config, shape) // trainer.cp) if engine.max_context else 4096,
         engine_gpus=engine.tensor_parallel if rolls_out else 1,

@@ -87,6 +87,8 @@ class Job:
     """Where masters and moments lie: "device", "host" or "disk"."""
     sleep: bool = False
     """Whether engine and trainer take turns on the device."""
+    saves_behind: bool = False
+    """Whether a checkpoint goes to the disk while the run goes on."""
     backend: str = "fsdp"
     """Of the trainer. The formulas are those of fsdp."""
     draft: str = "none"
@@ -315,19 +317,25 @@ def _host(job: Job, parameters: Parameters) -> tuple[Item, ...]:
         items.append(Item("staging", per_node * STAGING_BYTES, "one bucket a process, for loading, saving and publishing"))
         kept = [item for item in _away(job, parameters) if not (item.name == "optimizer state" and job.optimizer == "disk")]
         items += [Item(item.name, per_node * item.num_bytes, item.why) for item in kept]
+        if job.saves_behind:
+            items.append(Item("checkpoint on its way", _checkpoint_bytes(job, parameters), "whole, until it is on the disk"))
     return tuple(items)
 
 
 def _disk(job: Job, parameters: Parameters) -> tuple[Item, ...]:
     if not job.trains:
         return ()
-    size = job.dtype_bytes
-    state = 8 + (4 if size < 4 and job.master == "float32" else 0)
+    size, saved = job.dtype_bytes, _checkpoint_bytes(job, parameters)
     return (
-        Item("one checkpoint", parameters.total * (size + state), f"N x ({size} + {state})"),
+        Item("one checkpoint", saved, f"N x ({size} + {saved // parameters.total - size})"),
         Item("one HF export", parameters.total * size, f"N x {size}"),
         *(item for item in _away(job, parameters) if item.name == "optimizer state" and job.optimizer == "disk"),
     )
+
+
+def _checkpoint_bytes(job: Job, parameters: Parameters) -> int:
+    masters = 4 if job.dtype_bytes < 4 and job.master == "float32" else 0
+    return parameters.total * (job.dtype_bytes + 8 + masters)
 
 
 def _over(cut: int) -> str:

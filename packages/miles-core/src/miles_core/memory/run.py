@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,8 @@ T = TypeVar("T")
 
 
 class RunMemory:
-    """Wraps the phases of a step. `engine` is None when the run only trains; `run` waits for a coroutine.
+    """Wraps the phases of a step. `engine` is None when the run only trains; `run` waits for a coroutine. `released` are the
+    engine's tags that it has let go of already.
 
     Example: stats = memory.training(lambda: trainer.step(batch)); memory.publishing(lambda: publish(version))
     """
@@ -34,10 +35,12 @@ class RunMemory:
         run: Callable[[Coroutine[Any, Any, None]], object],
         config: MemoryConfig,
         directory: Path,
+        *,
+        released: Iterable[str] = (),
     ) -> None:
         self.trainer, self.config, self.directory = trainer, config, directory
         trainer.facts.directory = directory
-        self._turns = None if engine is None else Colocation(trainer, engine, run)
+        self._turns = None if engine is None else Colocation(trainer, engine, run, released)
         self._rows: dict[str, float] = {}
         self._steps = 0
         self.margin = Margin.of(trainer.device, config.reserve_bytes)
@@ -69,6 +72,19 @@ class RunMemory:
         if turns is not None:
             ladder.run("wake", turns.after_publishing if self.config.sleep else turns.resume)
         self.margin.look()
+        return result
+
+    def between_rollouts(self, work: Callable[[], T]) -> T:
+        """What the trainer does in the engine's turn, a check or a checkpoint: without keys and values, which then come back.
+
+        Also where the work had to make room at the engine's cost: nothing else would give that back before the next rollout.
+        """
+        turns = self._turns
+        if turns is not None and self.config.sleep:
+            turns.before_publishing()
+        result = work()
+        if turns is not None:
+            self.trainer.ladder.run("wake", turns.after_publishing if self.config.sleep else turns.resume)
         return result
 
     def metrics(self) -> dict[str, float]:

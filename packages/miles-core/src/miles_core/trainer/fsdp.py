@@ -169,7 +169,7 @@ class FsdpTrainer:
         """
         with self.memory.alike("export"):
             self.memory.run("wake", lambda: self.memory.onload(["weights"]), alone=True)
-        return self._exported()
+        return self.model.export() if self.parallel.size == 1 else self._exported()
 
     def _exported(self) -> Iterator[tuple[str, Tensor]]:
         with self.memory.alike("export"):
