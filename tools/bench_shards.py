@@ -28,6 +28,7 @@ from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.conformance import ProcessesFailed, run_processes
 from miles_core.trainer.conformance.worker import watch_parent
+from miles_core.trainer.processes import leave
 from miles_kernels.contract import Contract
 from miles_kernels.nn.config import DecoderConfig
 from miles_kernels.nn.decoder import Decoder
@@ -112,7 +113,7 @@ def child(options: argparse.Namespace) -> None:
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else 0.0
     if dist.get_rank() == 0:
         print(json.dumps({"tokens_per_s": options.tokens / seconds, "step_s": seconds, "peak_GiB": peak}))
-    dist.destroy_process_group()
+    leave()
 
 
 def launch(options: argparse.Namespace, layout: str, ranks: int) -> dict[str, float]:

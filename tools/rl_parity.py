@@ -34,6 +34,7 @@ from miles_core.trainer.conformance import ProcessesFailed, run_processes
 from miles_core.trainer.conformance.worker import watch_parent
 from miles_core.trainer.fsdp import FsdpTrainer
 from miles_core.trainer.hashing import combined_hash
+from miles_core.trainer.processes import leave
 from miles_kernels.contract import Contract
 from miles_kernels.nn.config import DecoderConfig
 from miles_kernels.nn.decoder import Decoder
@@ -192,7 +193,7 @@ def child(options: argparse.Namespace) -> None:
     timeout = timedelta(seconds=options.deadline)
     dist.init_process_group("cpu:gloo,cuda:nccl" if options.device == "cuda" else "gloo", timeout=timeout)
     code = asyncio.run(loop(options))
-    dist.destroy_process_group()
+    leave()
     sys.exit(code)
 
 
