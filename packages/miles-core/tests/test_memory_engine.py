@@ -19,6 +19,7 @@ import torch
 from msgspec.structs import replace as replace_struct
 
 from miles_core.algorithm.config import AlgorithmConfig
+from miles_core.cli.app import main
 from miles_core.compose import Request, compose
 from miles_core.config.load import load_config
 from miles_core.loop import train
@@ -324,6 +325,7 @@ def test_a_run_that_takes_turns_is_the_run_without(tmp_path: Path) -> None:
         with compose(config, Request(), lambda line: None) as run:
             trainer, core = run.trainer, run.engine._core  # type: ignore[union-attr]
             assert isinstance(trainer, FsdpTrainer)
+            assert "planned, GiB: rollout" in trainer.memory._report("step", "no room", [])
             assert core.released == ({"kv_cache"} if sleep == "true" else set()), "both sides' memory was there at once"
             seen: dict[str, list[set[str]]] = {"save": [], "forward_logprobs": []}
             for name, found in seen.items():
@@ -342,6 +344,20 @@ def test_a_run_that_takes_turns_is_the_run_without(tmp_path: Path) -> None:
         rows = read_metrics(tmp_path / sleep / "metrics.jsonl")
         ends.append([[row[k] for k in sorted(row) if not k.startswith(("perf/", "memory/"))] for row in rows])
     assert ends[0] == ends[1] and len(ends[0]) == 3
+
+
+def test_a_run_that_finds_no_room_while_it_is_made_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_room(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room for masters\nand a trace")
+
+    monkeypatch.setattr("miles_core.compose.make_trainer", no_room)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "quickstart", "--run.dir", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert ended.value.code == 3 and "are made: no room for masters\nmiles plan, with the same arguments" in said, said
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_engine_that_waits_keeps_no_staged_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

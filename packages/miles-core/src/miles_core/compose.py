@@ -27,7 +27,9 @@ from miles_core.eval.held_out import load_held_out
 from miles_core.feed import Feed, ReplayFeed, RolloutFeed, SftFeed
 from miles_core.interrupt import StopRequest
 from miles_core.memory import prepare_heap
-from miles_core.memory.check import require_room
+from miles_core.memory.check import require_room, while_building
+from miles_core.memory.jobs import device_of_run, job_of_run
+from miles_core.memory.plan import make_plan
 from miles_core.memory.run import RunMemory
 from miles_core.memory.trainer import TrainerMemory
 from miles_core.models import LoadedModel, load_model, load_shape, prompt_room, use_threads
@@ -88,14 +90,15 @@ def compose(config: RunConfig, request: Request, say: Say) -> Run:
         run_dir.check_new(resumable=request.is_resumable)
     with ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
-        parts = _cluster_parts if is_clustered(config) else _parts
+        with while_building():
+            parts = (_cluster_parts if is_clustered(config) else _parts)(config, request, run_dir, runner, stack, say)
         run = Run(
             config=config,
             dir=run_dir,
             runner=runner,
             progress=make_progress(config.run.num_steps, checkpoint.step if checkpoint else 0),
             stop=StopRequest(say),
-            **parts(config, request, run_dir, runner, stack, say),
+            **parts,
         )
         if not request.resume:
             run_dir.create(config, resumable=request.is_resumable)
@@ -238,7 +241,11 @@ def make_trainer(config: RunConfig, mode: Mode, decoder: Decoder) -> Trainer:
         from miles_core.trainer.megatron.backend import MegatronTrainer
 
         return MegatronTrainer(decoder, config.algorithm, config.trainer, config.optimizer, total_updates=updates)
-    return FsdpTrainer(decoder, config.algorithm, config.trainer, config.optimizer, total_updates=updates, memory=config.memory)
+    job = job_of_run(config, decoder.config, mode, device_of_run(config), config.num_trainers)
+    memory = config.memory
+    trainer = FsdpTrainer(decoder, config.algorithm, config.trainer, config.optimizer, total_updates=updates, memory=memory)
+    trainer.memory.facts.plan = make_plan(job)
+    return trainer
 
 
 def _feed(
