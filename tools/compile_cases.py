@@ -85,7 +85,11 @@ def experts() -> Iterator[Case]:
         name = "{} x {} x {}, {} slots".format(*size)
         for tokens in (1, 3, 5, 40, 700, 3000):
             yield name, f"{tokens} tokens", partial(_experts, tokens, *size)
-            yield name, f"{tokens} tokens, untried variants", partial(_experts, tokens, *size, FEW_COLUMNS=4, SORT_AND_PLAN=True)
+            yield (
+                name,
+                f"{tokens} tokens, untried variants",
+                partial(_experts, tokens, *size, FEW_COLUMNS=4, SORT_AND_PLAN=True, READ_ONCE_FROM=0),
+            )
         yield name, "700 tokens with gradients", partial(_experts, 700, *size, learns=True)
 
 

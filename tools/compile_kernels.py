@@ -186,7 +186,7 @@ def main() -> int:
             try:
                 call()
             except Exception as error:  # whatever the compiler raises is what this looks for
-                recorder.failures.append(f"{': '.join(recorder.case)}: {type(error).__name__}: {str(error)[:400]}")
+                recorder.failures.append(f"{': '.join(recorder.case)}: {type(error).__name__}: {str(error).strip()[-300:]}")
             if args.verbose:
                 for each in recorder.built[before:]:
                     print(f"  {each.problem}: {each.call}: {each.kernel} {each.constants}", *each[3:7])

@@ -141,6 +141,19 @@ def test_tokens_sorted_in_fewer_launches(tokens: int, slots: int, experts: int, 
     assert not torch.equal(old.order, moe.plan_dispatch(ids.flip(0), experts).order)  # the control
 
 
+def test_copies_that_leave_the_cache_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    from miles_kernels.cuda import moe
+
+    x, weights, ids = half(700, 264), torch.rand(700, 4), torch.rand(700, 16).topk(4).indices
+    plan = moe.plan_dispatch(ids, 16)
+    rows = moe.permute(x, plan)
+    whole = moe.combine(rows, weights, plan)
+    monkeypatch.setattr(moe, "READ_ONCE_FROM", 1)
+    assert_bitwise_equal(moe.permute(x, plan), rows, "sorted copy")
+    assert_bitwise_equal(moe.combine(rows, weights, plan), whole, "combined")
+    assert count_unequal(moe.combine(rows, weights.flip(0), plan), whole) > 0  # the control
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_experts_of_few_tokens_in_narrower_programs(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from miles_kernels.cuda import moe

@@ -160,6 +160,11 @@ def test_an_op_runs_on_the_device_of_its_tensor(current: int, monkeypatch: pytes
     assert op(torch.empty(3)) == (None, 1)
 
 
+def test_what_finds_the_device_can_be_traced() -> None:
+    traced = torch.compile(launch.at_home(lambda x: x + 1), backend="eager", fullgraph=True)
+    assert traced(torch.ones(3)).tolist() == [2.0, 2.0, 2.0]
+
+
 def test_views_that_begin_anywhere_are_copied_where_sums_depend_on_it() -> None:
     whole = half(5 * 64 + 1)
     odd = whole[1:].view(5, 64)

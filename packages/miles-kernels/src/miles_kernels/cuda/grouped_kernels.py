@@ -266,14 +266,18 @@ def count_slots(ids, counts, total, E, BLOCK: tl.constexpr, EXPERTS: tl.constexp
 
 
 @triton.jit
-def spread_rows(x, place, out, H, K_SLOTS: tl.constexpr, BLOCK: tl.constexpr):
-    """out[place[t, s]] = x[t] for every slot s: a row is read once and written `K_SLOTS` times."""
+def spread_rows(x, place, out, H, K_SLOTS: tl.constexpr, BLOCK: tl.constexpr, ONCE: tl.constexpr = False):
+    """out[place[t, s]] = x[t] for every slot s: a row is read once and written `K_SLOTS` times.
+
+    `ONCE`: what is written is the first to leave L2.
+    """
+    evict: tl.constexpr = "evict_first" if ONCE else ""
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(x + token * H + cols, mask=cols < H, other=0.0)
     for slot in tl.static_range(K_SLOTS):
         target = tl.load(place + token * K_SLOTS + slot).to(tl.int64)
-        tl.store(out + target * H + cols, row, mask=cols < H)
+        tl.store(out + target * H + cols, row, mask=cols < H, eviction_policy=evict)
 
 
 @triton.jit
@@ -286,18 +290,20 @@ def combine_rows(
     K_SLOTS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
+    ONCE: tl.constexpr = False,
 ):
     """out[t] = sum over slots s = 0, 1, .. of weights[t, s] * y[place[t, s]], float32 in slot order, one rounding.
 
-    Product and sum round separately (no fused multiply-add), as the plain torch ops do.
+    Product and sum round separately (no fused multiply-add), as the plain torch ops do. `ONCE`: rows are not kept in L2.
     """
+    evict: tl.constexpr = "evict_first" if ONCE else ""
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     keep = cols < H
     acc = tl.zeros((BLOCK,), tl.float32)
     for slot in tl.static_range(K_SLOTS):
         row = tl.load(place + token * K_SLOTS + slot).to(tl.int64)
-        part = tl.load(y + row * H + cols, mask=keep, other=0.0).to(tl.float32)
+        part = tl.load(y + row * H + cols, mask=keep, other=0.0, eviction_policy=evict).to(tl.float32)
         if WEIGHTED:
             part = rounded_product(part, tl.load(weights + token * K_SLOTS + slot).to(tl.float32))
         acc = part if slot == 0 else acc + part

@@ -24,6 +24,8 @@ FEW_SLOTS = (1, 2, 4, 8)
 """..for these numbers of slots, which were compared with the sorted way on a GPU, .."""
 FEW_MULTIPLE = 16
 """..and rows whose lengths are multiples of this, so that they are copied 16 bytes at a time."""
+READ_ONCE_FROM: int | None = None
+"""From so many pairs on the sorted copies leave L2 first, as they do not fit there; None: never. Not timed on a GPU yet."""
 FEW_COLUMNS = 8
 """Columns of a program of their second product; 4 compile as well, but have not been on a GPU."""
 SMALL_SORT = 256
@@ -222,7 +224,7 @@ def _gather(x: Tensor, dispatch: Dispatch) -> Tensor:
     if tokens:
         block = min(2048, _width(hidden))
         grouped_kernels.spread_rows[(tokens, -(-hidden // block))](
-            x.contiguous(), dispatch.place, out, hidden, K_SLOTS=slots, BLOCK=block, num_warps=4
+            x.contiguous(), dispatch.place, out, hidden, K_SLOTS=slots, BLOCK=block, ONCE=_once(tokens * slots), num_warps=4
         )
     return out
 
@@ -237,9 +239,13 @@ def _combine(y: Tensor, weights: Tensor | None, dispatch: Dispatch) -> Tensor:
         block = min(2048 if tokens >= 1024 else 1024, _width(hidden))
         grouped_kernels.combine_rows[(tokens, -(-hidden // block))](
             y, weights.contiguous() if weights is not None else y, dispatch.place, out, hidden,
-            K_SLOTS=slots, WEIGHTED=weights is not None, BLOCK=block, num_warps=4,
+            K_SLOTS=slots, WEIGHTED=weights is not None, BLOCK=block, ONCE=_once(tokens * slots), num_warps=4,
         )  # fmt: skip
     return out
+
+
+def _once(pairs: int) -> bool:
+    return READ_ONCE_FROM is not None and pairs >= READ_ONCE_FROM
 
 
 def _width(size: int) -> int:
