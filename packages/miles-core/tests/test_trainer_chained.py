@@ -22,7 +22,7 @@ from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.fsdp import FsdpTrainer
 from miles_core.trainer.testing import random_samples
 from miles_kernels.nn.checkpoint import random_decoder
-from miles_kernels.nn.config import DecoderConfig
+from miles_kernels.nn.config import DecoderConfig, RopeConfig
 from miles_kernels.nn.parallel import fold_decoder
 from miles_kernels.ops import chain
 
@@ -154,6 +154,9 @@ def test_models_that_cannot_be_chained_are_refused():
 
     with pytest.raises(ValueError, match="gradients of biases are not chained"):
         build(replace(LLAMA, family="qwen2", attention_bias=True))
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    with pytest.raises(ValueError, match="rotated in part are reordered, and their gradients not chained; use summed"):
+        build(replace(LLAMA, family="glm4_moe", rope=RopeConfig(partial_rotary_factor=0.5), **experts))
 
 
 PROCESS = """

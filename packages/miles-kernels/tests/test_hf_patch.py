@@ -42,6 +42,8 @@ CASES = {
 @pytest.fixture(params=sorted(CASES))
 def model(request):
     name, extra = CASES[request.param]
+    if "moe" in request.param:  # of two experts scored alike but for rounding either may be chosen: one draw without such
+        torch.manual_seed(1)
     config = getattr(transformers, name)(**SHAPE | extra)
     made = transformers.AutoModelForCausalLM.from_config(config).eval()
     for name, buffer in made.named_buffers():
