@@ -284,12 +284,12 @@ async def faults(trainer: Trained, url: str, transport: Any) -> None:
     def windows(self: Packer, room: Any) -> Iterator[tuple[int, Tensor]]:
         for number, window in packed(self, room):
             if number == 0:
-                window[1000] ^= 4
+                window[min(1000, tensor.nbytes - 1)] ^= 4
             yield number, window
 
     def offer(self: Lender, tensors: Any) -> Any:
         made = lent(self, tensors)
-        tensor.view(torch.int16).view(-1)[500] ^= 4
+        tensor.view(torch.int16).view(-1)[min(500, tensor.numel() - 1)] ^= 4
         return made
 
     Packer.windows, Lender.offer = windows, offer  # type: ignore[method-assign]

@@ -49,5 +49,8 @@ def current_sizes() -> tuple[int, int, int, int]:
 
 
 def forget_groups() -> None:
-    """Let go of megatron-core's groups, which then end with torch's."""
+    """Let go of megatron-core's groups, which then end with torch's; its own function leaves some in their places."""
     parallel_state.destroy_model_parallel()
+    for name, value in list(vars(parallel_state).items()):
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)
