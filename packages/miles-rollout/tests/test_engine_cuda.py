@@ -12,8 +12,8 @@ from engine_cases import staged
 
 from miles_kernels.contract import Contract
 from miles_kernels.nn.checkpoint import random_decoder
-from miles_kernels.nn.config import DecoderConfig
-from miles_kernels.nn.decoder import Decoder, PackedKV
+from miles_kernels.nn.config import DecoderConfig, RopeConfig
+from miles_kernels.nn.decoder import CORRECTION, Decoder, PackedKV
 from miles_rollout.engines.embedded import EmbeddedConfig
 from miles_rollout.engines.embedded.core import EngineCore
 from miles_rollout.engines.embedded.state import Job
@@ -28,6 +28,11 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 DENSE = DecoderConfig(family="qwen3", **COMMON)
 MOE = DecoderConfig(family="qwen3_moe", num_experts=16, num_experts_per_tok=4, moe_intermediate_size=128, **COMMON)
+GLM = DecoderConfig(
+    family="glm4_moe", num_experts=16, num_experts_per_tok=4, moe_intermediate_size=128, shared_intermediate_size=128, n_group=4,
+    topk_group=2, norm_topk_prob=True, routed_scaling_factor=1.5, first_k_dense_replace=1, attention_bias=True, use_qk_norm=True,
+    rope=RopeConfig(partial_rotary_factor=0.5), **COMMON,
+)  # fmt: skip
 CONFIG = EmbeddedConfig(
     page_size=16, num_pages=600, max_running=48, max_batched_tokens=512, prefill_chunk=96, record_routed_experts=True
 )
@@ -36,7 +41,11 @@ EAGER = msgspec.structs.replace(CONFIG, cuda_graphs=False, overlap=False)
 
 def make(shape: DecoderConfig, seed: int = 0) -> Decoder:
     contract = Contract.for_device("cuda", "bfloat16")
-    return random_decoder(shape, seed, contract=contract, dtype=torch.bfloat16, device="cuda").requires_grad_(False)
+    made = random_decoder(shape, seed, contract=contract, dtype=torch.bfloat16, device="cuda").requires_grad_(False)
+    for name, view in made.hf_state():
+        if name.endswith(CORRECTION):  # zeros would leave a part of the router untested
+            view.copy_(torch.linspace(-0.2, 0.2, len(view)))
+    return made
 
 
 def requests(count: int, seed: int, *, plain: bool = False) -> list[GenerateRequest]:
@@ -91,7 +100,7 @@ def outcome(result: GenerateResult) -> Any:
     return result.completions
 
 
-@pytest.mark.parametrize("shape", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("shape", [DENSE, MOE, GLM], ids=["dense", "moe", "glm"])
 def test_graphs_and_overlap_give_the_bits_of_the_eager_engine(shape: DecoderConfig):
     decoder = make(shape)
     asked = requests(40, 1)
@@ -109,7 +118,7 @@ def test_graphs_and_overlap_give_the_bits_of_the_eager_engine(shape: DecoderConf
             assert outcome(found[name]) == outcome(result), (config, name)
 
 
-@pytest.mark.parametrize("shape", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("shape", [DENSE, MOE, GLM], ids=["dense", "moe", "glm"])
 @pytest.mark.parametrize("rows", [48, 256])
 @torch.inference_mode()
 def test_every_token_has_the_trainers_bits(shape: DecoderConfig, rows: int):
