@@ -354,6 +354,35 @@ def _float8_experts(rows: int, n: int, k: int) -> None:
     fp8.grouped(fp8.quantize_rows(empty(rows, k)), fp8.quantize_weight(empty(8, n, k)), groups)
 
 
+def nothing() -> Iterator[Case]:
+    """No rows at all: nothing may be described or launched that CUDA would refuse."""
+    from miles_kernels.cuda import act, chain, embedding, folded, norm
+    from miles_kernels.cuda import linear as dense
+    from miles_kernels.cuda.router import _route
+
+    yield "product", "", partial(_product, 0, 72, 40, bias=True)
+    yield "linear, backward", "", partial(dense.backward, empty(0, 72), empty(0, 40), empty(72, 40), (True, True, True), HALF)
+    yield "experts", "", partial(_experts, 0, 8, 96, 48, 2)
+    yield "experts", "with gradients", partial(_experts, 0, 8, 96, 48, 2, learns=True)
+    yield "router", "", partial(_route._init_fn, wide(0, 8), 2, True)
+    yield "norm", "", partial(norm._forward, empty(0, 64), empty(0, 64), empty(64), 1e-6)
+    yield "norm, backward", "", partial(norm._backward, empty(0, 64), None, empty(0, 64), empty(64), 1e-6)
+    yield "swiglu", "", partial(act._forward, empty(0, 64))
+    yield "swiglu, backward", "", partial(act._backward, empty(0, 64), empty(0, 32))
+    yield "embedding, backward", "", partial(embedding._backward, ids(0), empty(0, 64), 9)
+    yield "heads", "", partial(_turn, 0, 4, 2, 64, True, "cache")
+    yield "heads, backward", "", partial(_turn_back, 0, 4, 2, 64, True)
+    yield "attention", "", partial(_attend, 0, 64, 64, 4, 2, 64, 64, None)
+    yield "attention, backward", "", partial(_attend_back, 0, 4, 2, 64, 64, None)
+    yield "log-probability", "", partial(_logprob, 0, 64, 97, bias=True)
+    yield "draw", "", partial(_draw, 0, 97, WIDE, True)
+    yield "chain", "", partial(chain.add_product, wide(72, 40), empty(0, 72), empty(0, 40))
+    yield "chain of a look-up", "", partial(chain.add_lookup, wide(5, 40), ids(0), empty(0, 40))
+    yield "shards", "", partial(folded.product, empty(0, 96), empty(72, 96), 2, HALF)
+    yield "float8", "", partial(_float8, 0, 200, 144)
+    yield "float8 experts", "", partial(_float8_experts, 0, 256, 144)
+
+
 GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "products": products,
     "experts": experts,
@@ -365,4 +394,5 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "sampling": sampling,
     "sums": sums,
     "float8": float8,
+    "nothing": nothing,
 }
