@@ -25,6 +25,8 @@ from miles_spec.control import Controller
 from miles_spec.draft import DRAFTS, Draft
 from miles_spec.models.base import DraftModel
 
+_LENGTHS: np.ndarray = np.arange(MAX_DRAFT + 1)
+
 
 class Proposer(Protocol):
     """Makes the draft tokens of a step."""
@@ -182,9 +184,12 @@ class Speculator:
         self.generation = 0
         """Changes with the draft and with its weights."""
         self._make = make
-        self._proposed_at: np.ndarray = np.zeros(MAX_DRAFT, np.int64)
-        """Drafts that had an i-th token; of the first, as many as drafts were verified."""
+        self._drafted: np.ndarray = np.zeros(MAX_DRAFT + 1, np.int64)
+        """How many drafts had so many tokens; of none for a row without a draft."""
+        self._accepted: np.ndarray = np.zeros(MAX_DRAFT + 1, np.int64)
+        """How many chains had so many of them accepted."""
         self._accepted_at: np.ndarray = np.zeros(MAX_DRAFT, np.int64)
+        """How often the i-th node of a tree was accepted."""
         self.length = 0
         """Draft tokens a row that the step was to have, by the last choice."""
         self._last_made: tuple[int, int] | None = None
@@ -263,8 +268,8 @@ class Speculator:
 
     def metrics(self) -> dict[str, float]:
         """Counters since start; fixed names, so another thread may read."""
-        proposed, accepted = int(self._proposed_at.sum()), int(self._accepted_at.sum())
-        verified = int(self._proposed_at[0])
+        proposed_at, accepted_at = _reaching(self._drafted), _reaching(self._accepted) + self._accepted_at
+        proposed, accepted, verified = int(proposed_at.sum()), int(accepted_at.sum()), int(proposed_at[0])
         figures: dict[str, float] = {
             "spec_num_verified": verified,
             "spec_num_drafted": proposed,
@@ -273,8 +278,8 @@ class Speculator:
             "spec_accept_length": (verified + accepted) / verified if verified else 0.0,
         }
         for i in range(self.num_draft):
-            asked = int(self._proposed_at[i])
-            figures[f"spec_accept_rate_at_{i}"] = int(self._accepted_at[i]) / asked if asked else 0.0
+            asked = int(proposed_at[i])
+            figures[f"spec_accept_rate_at_{i}"] = int(accepted_at[i]) / asked if asked else 0.0
         if isinstance(self.draft, DraftModel):
             figures["spec_draft_version"] = self.draft_version
         if self.controller is not None:
@@ -307,23 +312,26 @@ class Speculator:
             live = taken > 0
             drafted, accepted = drafted[live], np.minimum(accepted, taken)[live]
             nodes, rows = None if nodes is None else nodes[live], len(drafted)
-        proposed_at = _reaching(drafted)
+        drafts = np.bincount(drafted, minlength=MAX_DRAFT + 1)
+        self._drafted += drafts
         if nodes is None:
-            accepted_at = _reaching(accepted)
+            chains = np.bincount(accepted, minlength=MAX_DRAFT + 1)
+            self._accepted += chains
+            num_accepted = int(chains @ _LENGTHS)
         else:
             used = nodes[np.arange(nodes.shape[1]) < accepted[:, None]]
-            accepted_at = np.bincount(used, minlength=MAX_DRAFT)
-        self._proposed_at += proposed_at
-        self._accepted_at += accepted_at
+            found = np.bincount(used, minlength=MAX_DRAFT)
+            self._accepted_at += found
+            num_accepted = len(used)
         if self.controller is not None and rows:
-            length = committed.length
-            self.controller.note_accepted(proposed_at[:length].tolist(), accepted_at[:length].tolist(), rows)
-        return rows + int(accepted_at.sum()) if is_whole else int(taken.sum())
+            length, accepted_at = committed.length, _reaching(chains) if nodes is None else found
+            self.controller.note_accepted(_reaching(drafts)[:length].tolist(), accepted_at[:length].tolist(), rows)
+        return rows + num_accepted if is_whole else int(taken.sum())
 
 
-def _reaching(counts: np.ndarray) -> np.ndarray:
-    """How many of `counts` are above i, for i = 0 .. MAX_DRAFT - 1."""
-    reaching: np.ndarray = np.bincount(counts, minlength=MAX_DRAFT + 1)[:0:-1].cumsum()[::-1]
+def _reaching(histogram: np.ndarray) -> np.ndarray:
+    """Of a histogram of 0 .. MAX_DRAFT, how many are above i, for i = 0 .. MAX_DRAFT - 1."""
+    reaching: np.ndarray = histogram[:0:-1].cumsum()[::-1]
     return reaching
 
 
