@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -188,6 +189,8 @@ def test_the_fused_forward_has_the_bits_of_the_decoder(family: Family, kernels: 
 def test_what_cannot_be_fused_says_why(kernels: Library) -> None:
     assert FusedForward.refusal(random_decoder(tiny_config("qwen3"), seed=0)) is None
     assert "mixture-of-experts" in str(FusedForward.refusal(random_decoder(tiny_config("qwen3_moe"), seed=0)))
+    dense = dataclasses.replace(tiny_config("glm4_moe"), first_k_dense_replace=2)
+    assert "a part of each head" in str(FusedForward.refusal(random_decoder(dense, seed=0)))
     half = random_decoder(tiny_config("llama"), seed=0, dtype=torch.bfloat16)
     assert "bfloat16" in str(FusedForward.refusal(half))
     with pytest.raises(ValueError, match="bfloat16"):

@@ -82,6 +82,8 @@ class FusedForward:
             return "its sums run over several ranks"
         if any(layer.is_moe for layer in _layers(decoder)):
             return "it has mixture-of-experts layers"
+        if config.rotary_dim < config.head_dim:
+            return "it rotates a part of each head only"
         if decoder.contract.dtype != "float32" or decoder.embed_tokens.device.type != "cpu":
             return f"it computes in {decoder.contract.dtype} on {decoder.embed_tokens.device}, not float32 on the CPU"
         if decoder.contract.precision != "full":
