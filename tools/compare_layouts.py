@@ -2,9 +2,10 @@
 
     python tools/compare_layouts.py [--device cpu|cuda] [--steps 6] [--layouts one,disaggregated] [RECIPE]
 
-Layouts: "one" process; "disaggregated", "colocated" and "ray" with a trainer and an engine in processes of their own (on a GPU
-the first takes two, over NCCL, and the second shares one, over CUDA IPC). Every token's log-probability is compared between
-engine and trainer, every published tensor is hashed where it was loaded. Last, a control with another seed must differ.
+Layouts: "one" process; "disaggregated", "colocated", "lent" and "ray" with a trainer and an engine in processes of their own (on a
+GPU the first takes two, over NCCL, and the next two share one, over CUDA IPC: "lent" needs a GPU). Every token's log-probability
+is compared between engine and trainer, every published tensor is hashed where it was loaded. Last, a control with another seed
+must differ.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ LAYOUTS: dict[str, list[str]] = {
     "one": [],
     "disaggregated": [*APART, "--cluster.layout", "disaggregated"],
     "colocated": [*APART, "--cluster.layout", "colocated"],
+    "lent": [*APART, "--cluster.layout", "colocated", "--sync.kind", "lent"],
     "ray": [*APART, "--cluster.kind", "ray"],
 }
 
