@@ -2,8 +2,8 @@
 
     python tools/compare_layouts.py [--device cpu|cuda] [--steps 6] [--layouts one,disaggregated] [RECIPE]
 
-Layouts: "one" process; "disaggregated", "colocated", "lent" and "ray" with a trainer and an engine in processes of their own (on
-a GPU the first takes two, over NCCL, and the next two share one, over CUDA IPC: "lent" needs a GPU). Every token's log-probability
+Layouts: "one" process; "disaggregated", "colocated", "lent" and "ray" with a trainer and an engine in processes of their own. On
+a GPU the first takes two, over NCCL; the next two share one, over CUDA IPC, and "lent" needs one. Every token's log-probability
 is compared between engine and trainer, every published tensor is hashed where it was loaded. Last, a control with another seed
 must differ.
 """
