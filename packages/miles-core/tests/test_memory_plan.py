@@ -321,5 +321,10 @@ def test_the_command_for_a_recipe() -> None:
     done = _plan("quickstart", "--engine.kv_memory_bytes", str(200 << 30))
     assert done.returncode == 1 and "with engine.kv_memory_bytes = " in done.stdout
     (advice,) = [line for line in done.stdout.splitlines() if line.startswith("try: miles plan ")]
+    assert advice.count("kv_memory_bytes") == 1, "the setting that does not fit is said again"
     done = _plan(*shlex.split(advice.removeprefix("try: miles plan ")))
     assert done.returncode == 0 and "fits: " in done.stdout, advice
+    done = _plan("quickstart", "--gpus", "4", "--trainer.replicate", "2")
+    assert done.returncode == 0 and "trainer cut over 2;" in done.stdout, "a layout is that of the GPUs planned with"
+    done = _plan("quickstart", "--gpus", "5", "--trainer.replicate", "2")
+    assert done.returncode == 2 and "does not divide the 5 process(es)" in done.stderr
