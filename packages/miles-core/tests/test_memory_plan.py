@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from miles_core.cli.app import main
 from miles_core.config.load import load_config
 from miles_core.memory.activations import kept_per_token
 from miles_core.memory.check import require_room
@@ -299,32 +300,48 @@ def test_a_run_that_cannot_fit_is_refused_before_it_loads() -> None:
     require_room(small, shape, "train", find_device("h200"))
 
 
-def _plan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from miles_core.cli.app import main\ntry:\n main(sys.argv[1:])\nfinally:\n print('torch' in sys.modules)"
-    return subprocess.run([sys.executable, "-c", code, "plan", *arguments], capture_output=True, text=True, timeout=120)
+def _said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of `miles plan`."""
+    code = 0
+    try:
+        main(["plan", *arguments])
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def _advice(out: str) -> list[str]:
+    (line,) = [line for line in out.splitlines() if line.startswith("try: miles plan ")]
+    return shlex.split(line.removeprefix("try: miles plan "))
 
 
 def test_the_command_on_a_laptop() -> None:
-    done = _plan("qwen3-235b-a22b", "--gpus", "64", "--engine-gpus", "8", "--why")
+    code = "import sys; from miles_core.cli.app import main\ntry:\n main(sys.argv[1:])\nfinally:\n print('torch' in sys.modules)"
+    arguments = ("plan", "qwen3-235b-a22b", "--gpus", "64", "--engine-gpus", "8", "--why")
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "does not fit: publish" in done.stdout
     assert done.stdout.splitlines()[-1] == "False", "a plan of a shape needs no torch"
-    done = _plan("qwen3-0.6b", "--recompute")
-    assert done.returncode == 0 and "fits: " in done.stdout
-    done = _plan("qwen3-8b", "--gpu", "h100", "--memory.sleep", "true")
-    advice = [line for line in done.stdout.splitlines() if line.startswith("try: miles plan ")]
-    assert done.returncode == 1 and len(advice) == 1
-    done = _plan(*shlex.split(advice[0].removeprefix("try: miles plan ")))
-    assert done.returncode == 0 and "fits: " in done.stdout, advice
 
 
-def test_the_command_for_a_recipe() -> None:
-    done = _plan("quickstart", "--engine.kv_memory_bytes", str(200 << 30))
-    assert done.returncode == 1 and "with engine.kv_memory_bytes = " in done.stdout
-    (advice,) = [line for line in done.stdout.splitlines() if line.startswith("try: miles plan ")]
-    assert advice.count("kv_memory_bytes") == 1, "the setting that does not fit is said again"
-    done = _plan(*shlex.split(advice.removeprefix("try: miles plan ")))
-    assert done.returncode == 0 and "fits: " in done.stdout, advice
-    done = _plan("quickstart", "--gpus", "4", "--trainer.replicate", "2")
-    assert done.returncode == 0 and "trainer cut over 2;" in done.stdout, "a layout is that of the GPUs planned with"
-    done = _plan("quickstart", "--gpus", "5", "--trainer.replicate", "2")
-    assert done.returncode == 2 and "does not divide the 5 process(es)" in done.stderr
+def test_the_command_for_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = _said(capsys, "qwen3-0.6b", "--recompute")
+    assert code == 0 and "fits: " in out
+    code, out, _ = _said(capsys, "qwen3-8b", "--gpu", "h100", "--memory.sleep", "true")
+    assert code == 1
+    code, followed, _ = _said(capsys, *_advice(out))
+    assert code == 0 and "fits: " in followed, out
+    assert _said(capsys, "qwen3-8b", "--memory.slep", "true")[0] == 2
+
+
+def test_the_command_for_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = _said(capsys, "quickstart", "--engine.kv_memory_bytes", str(200 << 30))
+    assert code == 1 and "with engine.kv_memory_bytes = " in out
+    advice = _advice(out)
+    assert advice.count("--engine.kv_memory_bytes") == 1, "the setting that does not fit is said again"
+    code, out, _ = _said(capsys, *advice)
+    assert code == 0 and "fits: " in out, advice
+    code, out, _ = _said(capsys, "quickstart", "--gpus", "4", "--trainer.replicate", "2")
+    assert code == 0 and "trainer cut over 2;" in out, "a layout is that of the GPUs planned with"
+    code, _, err = _said(capsys, "quickstart", "--gpus", "5", "--trainer.replicate", "2")
+    assert code == 2 and "does not divide the 5 process(es)" in err
