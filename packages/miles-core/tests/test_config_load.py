@@ -150,6 +150,33 @@ def test_key_lines() -> None:
     assert line_of(lines, ("a", "b", "nothing")) == 2 and line_of(lines, ("zzz",)) is None
 
 
+APART = ["--cluster.num_engines", "1"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--sync.kind", "broadcast"], "is for engines in processes of their own"),
+        ([*APART, "--sync.kind", "inprocess"], "puts trainer and engine into processes of their own"),
+        ([*APART, "--sync.kind", "lent", "--cluster.layout", "disaggregated"], "needs trainer and engines on one GPU"),
+        ([*APART, "--sync.kind", "lent", "--cluster.num_trainers", "2"], "lends the weights of a trainer of one process"),
+    ],
+)
+def test_a_way_of_weights_that_does_not_fit_is_refused_before_anything_is_loaded(
+    flags: list[str], words: str, tmp_path: Path
+) -> None:
+    found = problems(tmp_path / "my.toml", MODEL, *flags)
+    assert len(found) == 1 and words in found[0], found
+
+
+@pytest.mark.parametrize(
+    "flags", [["--sync.kind", "inprocess"], [*APART, "--sync.kind", "lent"], [*APART, "--sync.kind", "broadcast"]]
+)
+def test_a_way_of_weights_that_fits_is_taken(flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text(MODEL)
+    assert load_config(str(tmp_path / "my.toml"), flags).sync.kind == flags[-1]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

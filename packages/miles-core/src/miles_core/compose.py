@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from miles_core.checkpoint import Checkpoint, CheckpointStore
-from miles_core.cluster.start import is_clustered
 from miles_core.config.dump import differences, read_config
 from miles_core.config.schema import RunConfig
 from miles_core.data.load import load_prompts, load_sft
@@ -91,7 +90,7 @@ def compose(config: RunConfig, request: Request, say: Say) -> Run:
     with ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
         with while_building():
-            parts = (_cluster_parts if is_clustered(config) else _parts)(config, request, run_dir, runner, stack, say)
+            parts = (_cluster_parts if config.clustered else _parts)(config, request, run_dir, runner, stack, say)
         run = Run(
             config=config,
             dir=run_dir,

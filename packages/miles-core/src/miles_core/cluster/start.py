@@ -152,12 +152,6 @@ class Cluster:
         self.close()
 
 
-def is_clustered(config: RunConfig) -> bool:
-    """Whether a run of this configuration has worker processes at all."""
-    cluster = config.cluster
-    return cluster.kind == "ray" or cluster.num_trainers is not None or cluster.num_engines is not None
-
-
 def start(
     config: RunConfig,
     mode: Literal["train", "sft", "rollout"],

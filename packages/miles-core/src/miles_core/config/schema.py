@@ -49,7 +49,8 @@ class RunConfig(Section):
             self._check_tensor_parallel()
         if self.trainer.backend == "fsdp":
             ProcessLayout.of(self.trainer, self.num_trainers)
-        if self.run.profile_steps and (self.cluster.kind == "ray" or self.cluster.num_trainers or self.cluster.num_engines):
+        self._check_sync()
+        if self.run.profile_steps and self.clustered:
             raise ValueError(
                 "run.profile_steps records this process, and with [cluster] the work is done by others: leave [cluster] out, or "
                 "profile a server by its /start_profile"
@@ -63,8 +64,7 @@ class RunConfig(Section):
             raise ValueError('draft.model needs trainer.backend = "fsdp": the other does not show the states a draft learns from')
         if self.engine.tensor_parallel > 1:
             raise ValueError("draft.model: an engine over several GPUs knows no drafts yet; leave engine.tensor_parallel at 1")
-        clustered = self.cluster.kind == "ray" or self.cluster.num_trainers is not None or self.cluster.num_engines is not None
-        if clustered and self.draft.compare:
+        if self.clustered and self.draft.compare:
             raise ValueError("draft.compare needs trainer and engines in one process: leave it out, or [cluster] as it is")
         if self.draft.compare and self.rollout.producer != "single_turn":
             raise ValueError(
@@ -73,6 +73,17 @@ class RunConfig(Section):
             )
         if self.num_trainers > 1 and self.draft.model == "eagle3":
             raise ValueError('draft.model = "eagle3" reads layers that a trainer of several processes does not show; use "mtp"')
+
+    def _check_sync(self) -> None:
+        kind, what = self.sync.kind, f'sync.kind = "{self.sync.kind}"'
+        if not self.clustered and kind not in ("auto", "inprocess"):
+            raise ValueError(f"{what} is for engines in processes of their own; leave it out, or set cluster.num_engines")
+        if self.clustered and kind == "inprocess":
+            raise ValueError(f"{what}, but [cluster] puts trainer and engine into processes of their own; use auto")
+        if kind in ("cuda_ipc", "lent") and self.cluster.layout != "colocated":
+            raise ValueError(f"{what} needs trainer and engines on one GPU: cluster.layout colocated; or use broadcast")
+        if kind == "lent" and self.num_trainers > 1:
+            raise ValueError(f"{what} lends the weights of a trainer of one process, and there are {self.num_trainers}; use auto")
 
     def _check_tensor_parallel(self) -> None:
         what = f"engine.tensor_parallel = {self.engine.tensor_parallel}"
@@ -84,6 +95,11 @@ class RunConfig(Section):
             raise ValueError(f"{what}: several engines share no GPUs with trainers one by one; use cluster.layout disaggregated")
         if self.cluster.kind == "ray":
             raise ValueError(f"{what}: an engine's processes share a machine, which Ray is not asked for; use cluster.kind local")
+
+    @property
+    def clustered(self) -> bool:
+        """Whether the work is done by worker processes."""
+        return self.cluster.kind == "ray" or self.cluster.num_trainers is not None or self.cluster.num_engines is not None
 
     @property
     def num_trainers(self) -> int:
