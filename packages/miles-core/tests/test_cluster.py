@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -19,7 +21,9 @@ from miles_core.algorithm.config import AlgorithmConfig
 from miles_core.cluster.codec import pack_batch, pack_stats, unpack_batch, unpack_stats
 from miles_core.cluster.fleet import Fleet, WorkerDied, WorkerFailed
 from miles_core.cluster.local import LocalHandle
+from miles_core.cluster.parts import ClusterEngine
 from miles_core.cluster.start import Cluster, LocalPlacement, Seat, start
+from miles_core.cluster.worker import EngineAnswer
 from miles_core.compose import make_trainer
 from miles_core.config.schema import RunConfig
 from miles_core.draft.build import load_draft, with_draft
@@ -29,7 +33,7 @@ from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.hashing import combined_hash
 from miles_core.trainer.testing import random_samples
 from miles_rollout.waits import WaitExpired
-from miles_rollout.wire import GenerateRequest, GenerateResult, SamplingParams
+from miles_rollout.wire import EngineInfo, GenerateRequest, GenerateResult, SamplingParams
 from miles_spec.models.store import load_draft as load_draft_dir
 
 MODEL = {
@@ -292,6 +296,52 @@ def test_a_call_that_all_refuse_leaves_them_in_step(monkeypatch: pytest.MonkeyPa
         fleet.call("step")
     with pytest.raises(WorkerFailed, match="'save' cannot be asked: 'step' was not answered by all workers"):
         fleet.call("save")
+
+
+def test_all_workers_are_ended_although_one_cannot_be() -> None:
+    ended: list[str] = []
+
+    class Stubborn(Told):
+        def close(self) -> None:
+            ended.append(self.name)
+            if self.name != "trainer-1":
+                raise OSError(f"{self.name} stays")
+
+    with pytest.raises(OSError, match="stays"):
+        Fleet([Stubborn(f"trainer-{i}") for i in range(3)], 5).close()
+    assert ended == ["trainer-0", "trainer-1", "trainer-2"]
+
+
+def test_a_streamed_request_can_be_aborted_and_a_death_is_named() -> None:
+    """The driver's engine asks one of several servers; an abort has to go to the same one."""
+    aborted: list[str] = []
+
+    class Client:
+        async def stream(self, request: GenerateRequest) -> AsyncIterator[str]:
+            yield "first"
+            if request.request_id == "lost":
+                raise ConnectionError("gone")
+
+        async def abort(self, request_id: str) -> bool:
+            aborted.append(request_id)
+            return True
+
+    info = EngineInfo(model="m", contract_digest="d", weight_version=1, vocab_size=9, max_context=9, max_running=9)
+    said = msgspec.msgpack.encode(EngineAnswer("http://127.0.0.1:1", info))
+    died = Told("engine-0", said, WorkerDied("engine-0 died"))
+    engine = ClusterEngine(Fleet([died], 5), None, timeout_s=1.0, shared_host=True, shared_gpu=False)
+
+    async def main() -> None:
+        await engine.close()
+        engine._clients = [Client()]  # type: ignore[list-item]
+        async for chunk in engine.stream(GenerateRequest(request_id="a", input_ids=(1,))):
+            assert chunk == "first" and await engine.abort("a")
+        assert aborted == ["a"] and not await engine.abort("a")
+        with pytest.raises(WorkerDied, match="engine-0 died"):
+            async for _ in engine.stream(GenerateRequest(request_id="lost", input_ids=(1,))):
+                pass
+
+    asyncio.run(main())
 
 
 def test_an_engine_over_several_gpus_gets_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from miles_core.trainer import copied
+from miles_core.trainer.parallel import DataParallel
 
 LEAVING = """
 import atexit, contextlib, warnings
@@ -88,3 +90,14 @@ def test_an_exchange_under_way_is_waited_for_when_another_fails(fails: str, monk
     with pytest.raises(RuntimeError, match="no room" if fails.endswith("third") else "broke"):
         copied.all_reduce_many_([torch.ones(2) for _ in range(4)], None)
     assert len(begun) == 2 and all(work.waited for work in begun)
+
+
+def test_a_world_without_host_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+    with pytest.raises(ValueError, match=r'initialised with cuda:nccl: .* use init_process_group\("cpu:gloo,cuda:nccl"\)'):
+        DataParallel()
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cpu:gloo,cuda:nccl")
+    assert DataParallel().size == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Protocol
 
 from miles_core.trainer.base import NonFiniteStep
@@ -113,9 +114,10 @@ class Fleet:
             handle.poll(0.0)
 
     def close(self) -> None:
-        """End all workers, whatever state they are in. Idempotent."""
-        for handle in self.handles:
-            handle.close()
+        """End all workers, whatever state they are in, also if one cannot be ended. Idempotent."""
+        with ExitStack() as stack:
+            for handle in reversed(self.handles):
+                stack.callback(handle.close)
 
 
 def as_error(name: str, kind: str, message: str) -> Exception:

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,21 +110,27 @@ class ClusterEngine:
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """All completions of one request. Raises WorkerDied naming the engine when that is why it failed."""
+        async with self._at_one(request) as client:
+            return await client.generate(request)
+
+    async def stream(self, request: GenerateRequest) -> AsyncIterator[GenerateChunk]:
+        """The same, token by token."""
+        async with self._at_one(request) as client:
+            async for chunk in client.stream(request):
+                yield chunk
+
+    @asynccontextmanager
+    async def _at_one(self, request: GenerateRequest) -> AsyncIterator[RolloutClient]:
+        """The server whose turn it is, where the request can be aborted."""
         client = self._clients[next(self._turn) % len(self._clients)]
         self._where[request.request_id] = client
         try:
-            return await client.generate(request)
+            yield client
         except Exception:
             await self._name_the_dead()
             raise
         finally:
             self._where.pop(request.request_id, None)
-
-    async def stream(self, request: GenerateRequest) -> AsyncIterator[GenerateChunk]:
-        """The same, token by token."""
-        client = self._clients[next(self._turn) % len(self._clients)]
-        async for chunk in client.stream(request):
-            yield chunk
 
     async def abort(self, request_id: str) -> bool:
         """End a request now."""

@@ -188,9 +188,10 @@ def start(
         Fleet(handles, cluster.deadline_s).each("build", [msgspec.msgpack.encode(build) for build in builds])
         return Cluster(placement, trainers, engines, config, token)
     except BaseException:
-        for handle in handles:
-            handle.close()
-        placement.close()
+        try:
+            Fleet(handles, cluster.deadline_s).close()
+        finally:
+            placement.close()
         raise
 
 

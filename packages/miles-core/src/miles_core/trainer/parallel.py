@@ -23,6 +23,11 @@ class DataParallel:
         self.group = group
         self.rank = dist.get_rank(group) if active else 0
         self.size = dist.get_world_size(group) if active else 1
+        if self.size > 1 and "cpu:" not in (backends := dist.get_backend_config(group)):
+            raise ValueError(
+                f"torch.distributed was initialised with {backends}: processes of a trainer tell each other counts and names in "
+                'host memory, too; use init_process_group("cpu:gloo,cuda:nccl")'
+            )
 
     def sum_(self, values: Tensor) -> None:
         """Replace `values` float64 [n], few, by their sum over processes, in the order of ranks: the same bits everywhere."""
