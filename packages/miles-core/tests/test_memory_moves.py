@@ -472,3 +472,24 @@ def test_room_that_others_take_meanwhile_is_noticed(monkeypatch: pytest.MonkeyPa
     with pytest.raises(torch.OutOfMemoryError, match="others have taken the room meanwhile"):
         held.take(1 << 19)
     assert held.num_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "gib"),
+    [
+        ({}, 8.0),
+        ({"memory.max": "max", "memory.current": "1"}, 8.0),
+        ({"memory.max": str(6 << 30), "memory.current": str(3 << 30), "memory.stat": f"file 1\ninactive_file {1 << 30}"}, 4.0),
+        ({"memory/memory.limit_in_bytes": str(5 << 30), "memory/memory.usage_in_bytes": str(4 << 30), "memory/memory.stat":
+          f"inactive_file 7\ntotal_inactive_file {1 << 29}"}, 1.5),
+        ({"memory/memory.limit_in_bytes": str((1 << 63) - 4096), "memory/memory.usage_in_bytes": "1"}, 8.0),
+    ],
+    ids=["no group", "no limit", "version 2", "version 1", "version 1, no limit"],
+)  # fmt: skip
+def test_the_room_of_a_container_is_that_of_its_group(files: dict[str, str], gib: float, tmp_path: Path) -> None:
+    all_of_them = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    for name, text in ({"proc/meminfo": f"MemTotal: 9 kB\nMemAvailable: {8 << 20} kB\n"} | all_of_them).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="ascii")
+    assert slabs.available_host_bytes(tmp_path) == int(gib * 2**30)
+    assert slabs.available_host_bytes(tmp_path / "nowhere") is None

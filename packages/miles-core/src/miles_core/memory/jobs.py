@@ -127,7 +127,7 @@ def job_of_run(config: RunConfig, shape: DecoderConfig, mode: Mode, device: Devi
         batched_tokens=engine.max_batched_tokens,
         max_running=min(engine.max_running, sequences),
         optimizer=config.memory.optimizer,
-        sleep=config.memory.sleep and rolls_out and mode == "train",
+        sleep=config.memory.sleep and rolls_out and mode != "rollout",
         draft=config.draft.model if mode == "train" else "none",
     )
 

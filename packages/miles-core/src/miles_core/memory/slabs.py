@@ -19,6 +19,11 @@ from torch import Tensor
 
 _TOUCH_BYTES = 256 << 20
 _DISKLESS = {"tmpfs", "ramfs", "overlay-tmpfs"}
+_GROUPS = (
+    ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current", "inactive_file"),
+    ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Of control groups, version 2 and 1: the limit, what is used, and the part of it that is cached files and can go."""
 
 
 class HostSlabs:
@@ -67,25 +72,24 @@ class HostSlabs:
         self._held.clear()  # the mappings go when the last view of them does
 
 
-def available_host_bytes() -> int | None:
+def available_host_bytes(root: Path = Path("/")) -> int | None:
     """What this machine, or the control group this process lives in, can still give; None where it is not known."""
-    room = None
+    rooms = []
     try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        for line in (root / "proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                room = int(line.split()[1]) * 1024
+                rooms.append(int(line.split()[1]) * 1024)
     except OSError:
         return None
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
-        cache = _stat("/sys/fs/cgroup/memory.stat", "inactive_file")
-    except (OSError, ValueError):
-        return room
-    if limit != "max":
-        left = int(limit) - used + cache
-        room = left if room is None else min(room, left)
-    return room
+    for limit, used, cache in _GROUPS:
+        try:
+            most = (root / limit).read_text(encoding="ascii").strip()
+            if most != "max":
+                held = int((root / used).read_text(encoding="ascii"))
+                rooms.append(int(most) - held + _stat(root / Path(used).with_name("memory.stat"), cache))
+        except (OSError, ValueError):
+            continue
+    return min(rooms, default=None)
 
 
 def require_disk(directory: Path) -> None:
@@ -113,8 +117,8 @@ def _filesystem(path: Path) -> str:
     return kind
 
 
-def _stat(file: str, name: str) -> int:
-    for line in Path(file).read_text(encoding="ascii").splitlines():
+def _stat(file: Path, name: str) -> int:
+    for line in file.read_text(encoding="ascii").splitlines():
         key, value = line.split()
         if key == name:
             return int(value)
