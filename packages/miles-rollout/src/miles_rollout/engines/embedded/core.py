@@ -122,7 +122,7 @@ class EngineCore:
             self.speculator,
             tells_host=device.type == "cuda" or not self._ahead,
         )
-        self.weight_version = weight_version
+        self._landing.weight_version = weight_version
         self._start = Start(*(np.zeros(0, np.int64) for _ in Start._fields))
         """Of the last step that drafted on the device."""
         self._num_steps = self._num_prompt = 0
@@ -133,10 +133,6 @@ class EngineCore:
     def weight_version(self) -> int:
         """The version of the weights held."""
         return self._landing.weight_version
-
-    @weight_version.setter
-    def weight_version(self, version: int) -> None:
-        self._landing.weight_version = version
 
     @property
     def num_generated(self) -> int:
@@ -245,7 +241,7 @@ class EngineCore:
         if self.speculator is not None:
             self.speculator.forget(version if any(name.startswith(DRAFT_PREFIX) for name in staged) else None)
         self._decoder.freeze_quantized()
-        self.weight_version = version
+        self._landing.weight_version = version
         self._scheduler.most_tokens = self._config.max_batched_tokens
         self.released.discard("new weights")
         for seq in self._scheduler.waiting:
