@@ -8,6 +8,7 @@ import random
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -178,6 +179,37 @@ def test_graphs_that_cannot_be_captured_are_done_without(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(core._runner, "launch_whole", whole)
     assert served(core, requests(4)) == expected and core.num_oom == 2
+
+
+def test_a_capture_without_room_says_that_it_had_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what CUDA says of the broken capture when it is ended: only a lack of memory is done again in smaller parts."""
+
+    class Graph:
+        def capture_begin(self, **how: Any) -> None: ...
+
+        def capture_end(self) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+    for name, value in {
+        "CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream, "stream": lambda stream: nullcontext(),
+        "graph_pool_handle": tuple,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    graphs = object.__new__(StepGraphs)
+    graphs._stream = graphs._pool = None
+    calls = iter((False, True))
+
+    def run() -> Any:
+        if next(calls):
+            raise torch.OutOfMemoryError("in the capture")
+
+    with pytest.raises(torch.OutOfMemoryError, match="in the capture"):
+        graphs._capture(run)
 
 
 def test_waking_without_room_leaves_the_engine_asleep_and_alive() -> None:

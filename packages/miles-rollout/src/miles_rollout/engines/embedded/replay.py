@@ -10,6 +10,7 @@ mixed step of a shape, is launched kernel by kernel, to the same bits.
 from __future__ import annotations
 
 import bisect
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -293,8 +294,11 @@ class StepGraphs:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 logits, packed = run()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # of a capture that has been broken; why it was is what counts
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         current.wait_stream(self._stream)
         return _Captured(graph, logits, packed)
 
