@@ -375,17 +375,18 @@ def add_nibbles(left, right, high, low, rows, left_cols, right_cols, M, N, FIRST
     at_left = high + rows[:, None] * N + left_cols[None, :]
     at_right = high + rows[:, None] * N + right_cols[None, :]
     if not FIRST:
-        byte = tl.load(low, mask=keep_left, other=0).to(tl.int32)
-        upper = tl.load(at_left, mask=keep_left, other=0).to(tl.int32) << 16
-        left += (upper | ((byte & 15) << 12)).to(tl.float32, bitcast=True)
+        byte = tl.load(low, mask=keep_left, other=0)
         upper = tl.load(at_right, mask=keep_right, other=0).to(tl.int32) << 16
-        right += (upper | ((byte >> 4) << 12)).to(tl.float32, bitcast=True)
+        right += (upper | ((byte >> 4).to(tl.int32) << 12)).to(tl.float32, bitcast=True)
+        upper = tl.load(at_left, mask=keep_left, other=0).to(tl.int32) << 16
+        left += (upper | ((byte & 15).to(tl.int32) << 12)).to(tl.float32, bitcast=True)
     if LAST:
-        tl.store(at_left, left.to(tl.bfloat16).to(tl.int16, bitcast=True), mask=keep_left)
         tl.store(at_right, right.to(tl.bfloat16).to(tl.int16, bitcast=True), mask=keep_right)
+        tl.store(at_left, left.to(tl.bfloat16).to(tl.int16, bitcast=True), mask=keep_left)
     else:
-        left_bits = left.to(tl.int32, bitcast=True) + 2048
-        right_bits = right.to(tl.int32, bitcast=True) + 2048
-        tl.store(at_left, (left_bits >> 16).to(tl.int16), mask=keep_left)
-        tl.store(at_right, (right_bits >> 16).to(tl.int16), mask=keep_right)
-        tl.store(low, (((left_bits >> 12) & 15) | (((right_bits >> 12) & 15) << 4)).to(tl.uint8), mask=keep_left)
+        bits = right.to(tl.int32, bitcast=True) + 2048
+        tl.store(at_right, (bits >> 16).to(tl.int16), mask=keep_right)
+        nibbles = ((bits >> 8) & 0xF0).to(tl.uint8)  # four to a register until the other half is done
+        bits = left.to(tl.int32, bitcast=True) + 2048
+        tl.store(at_left, (bits >> 16).to(tl.int16), mask=keep_left)
+        tl.store(low, nibbles | ((bits >> 12) & 15).to(tl.uint8), mask=keep_left)
