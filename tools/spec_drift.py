@@ -170,7 +170,7 @@ def arms_of(options: argparse.Namespace, decoder: Any, weights: dict[str, Any]) 
         return Arm(trainer=DraftTrainer(draft, config, num_draft=options.num_draft), train=train)
 
     arms = {
-        "draft": arm(max_rows=options.max_rows, lr=options.draft_lr, capture=options.capture),
+        "draft": arm(max_rows=options.max_rows, lr=options.draft_lr, capture=options.capture, updates=options.draft_updates),
         "frozen": arm(train=False),
         "upstream": arm(**UPSTREAM, lr=options.lr),
     }
@@ -247,6 +247,7 @@ def options_of() -> argparse.Namespace:
     numbers |= {
         "draft-steps": 300,
         "draft-rollouts": 6,
+        "draft-updates": 1,
         "num-draft": 3,
         "measure-every": 10,
         "every": 16,

@@ -297,3 +297,41 @@ def test_offline_training_reads_samples_and_says_what_is_wrong(tmp_path: Path, c
     assert main(["train", str(tmp_path), str(file), "--out", str(tmp_path / "draft")]) == 2
     assert "samples.jsonl:1" in capsys.readouterr().err
     assert replace(given[0], sample_id=None).sample_id is None
+
+
+def test_several_updates_of_a_step_are_as_many_steps_on_shares_of_it() -> None:
+    """Also when the sequences lie in other streams, as on several processes; the estimate is that of the draft as it came."""
+    decoder, given = random_decoder(SHAPE, 2), rollouts(5, 24)
+    policy, plain = policy_of(decoder), DraftTrainConfig(lr=1e-2, warmup_steps=2)
+    streams = [stream_of(decoder, given[:10]), stream_of(decoder, given[10:])]
+    owner = [(number * 0x9E3779B97F4A7C15 % 2**64 >> 32) % 3 for number in range(24)]
+    assert {owner.count(share) for share in range(3)} <= set(range(4, 13)), "shares of about a third each"
+
+    def trainer(config: DraftTrainConfig) -> DraftTrainer:
+        return DraftTrainer(MtpDraft.from_trunk(decoder), config, num_draft=3)
+
+    several, steps, whole = trainer(replace(plain, updates=3)), trainer(plain), trainer(plain)
+    made = several.step(streams, policy)
+    for share in range(3):
+        mine = [
+            [i for i, number in enumerate(range(first, last)) if owner[number] == share] for first, last in ((0, 10), (10, 24))
+        ]
+        steps.step([stream.select(each) for stream, each in zip(streams, mine, strict=True) if each], policy, measure=False)
+    once = whole.step(streams, policy)
+    weights = [torch.cat([p.flatten() for p in t.draft.parameters()]) for t in (several, steps, whole)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert several.num_updates == 3 and made.num_labels == once.num_labels and made.num_rows == once.num_rows
+    assert made.estimate == once.estimate and made.estimate.stats.num_proposed > 0
+    assert made.loss_by_depth[0] == pytest.approx(once.loss_by_depth[0], rel=0.3)
+    mixed = trainer(replace(plain, updates=3))
+    mixed.step([stream_of(decoder, given)], policy)
+    assert torch.allclose(torch.cat([p.flatten() for p in mixed.draft.parameters()]), weights[0], atol=1e-5)
+
+
+def test_a_share_that_nobody_has_updates_nothing() -> None:
+    decoder = random_decoder(SHAPE, 2)
+    trainer = DraftTrainer(MtpDraft.from_trunk(decoder), DraftTrainConfig(updates=8))
+    trainer.step([stream_of(decoder, rollouts(1, 2))], policy_of(decoder))
+    assert 1 <= trainer.num_updates <= 2
+    with pytest.raises(ValueError, match="updates=0"):
+        DraftTrainConfig(updates=0)

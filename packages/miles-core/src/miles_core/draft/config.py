@@ -52,6 +52,9 @@ class DraftConfig(Section):
     """Decay of a running mean of the weights, which is served then. 0 is off."""
     max_rows: int | None = Field(default=None, ge=1)
     """Most tokens, prompts included, the draft is trained on per step. None: all."""
+    updates: int = Field(default=1, ge=1)
+    """Updates of the draft in a step, each on a share of its sequences: it follows faster for the same arithmetic. On a GPU
+    a small draft pays for every further update with its launches."""
     every: int = Field(default=1, ge=1)
     """Steps of the policy from one update of the draft to the next."""
     capture: bool = False

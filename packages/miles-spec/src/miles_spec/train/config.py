@@ -36,6 +36,8 @@ class DraftTrainConfig:
     """Decay per update of a running mean of the weights, which is what is served then; 0 serves the weights themselves."""
     max_rows: int | None = None
     """Most rows (tokens, prompts included) trained on per step; whole sequences, chosen by a key. None: all."""
+    updates: int = 1
+    """Updates of the draft in a step, each on a share of the sequences: no more work, and a draft that follows faster."""
     every: int = 1
     """Steps of the policy from one update of the draft to the next; the others cost it nothing."""
     capture: bool = False
@@ -48,7 +50,7 @@ class DraftTrainConfig:
         wrong = []
         if self.loss not in LOSSES:
             wrong.append(f"loss={self.loss!r} must be one of {', '.join(LOSSES)}")
-        for name in ("depths", "every"):
+        for name in ("depths", "updates", "every"):
             if getattr(self, name) < 1:
                 wrong.append(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("depth_decay", "eps"):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,6 +84,22 @@ class DraftStep:
         return found | self.estimate.metrics()
 
 
+class _Pass(NamedTuple):
+    """One update, or one look; labels of all processes, losses and acceptance by depth of this one's share."""
+
+    labels: list[int]
+    losses: Tensor
+    accepted: Tensor
+    lr: float = 0.0
+    norm: float = 0.0
+    skipped: bool = False
+
+
+def _share(sample_id: int | None, place: int, count: int) -> int:
+    """Which of `count` updates a sequence belongs to."""
+    return ((place if sample_id is None else sample_id) * 0x9E3779B97F4A7C15 % 2**64 >> 32) % count
+
+
 class DraftTrainer:
     """Trains `draft` and says how well it would have served.
 
@@ -133,36 +149,76 @@ class DraftTrainer:
         measure: bool = True,
         total: Sum | None = None,
     ) -> DraftStep:
-        """One update on all streams together; with `train` off only loss and estimate, with `measure` off no estimate.
+        """`updates` updates, each on its share of the sequences; with `train` off only loss and estimate, with `measure` off no
+        estimate, which is that of the draft as it comes.
 
         With several processes each brings its own streams and the same `total`, which adds over all of them.
         """
-        whole = self._whole(streams) if train and not (measure and self.num_draft) else None
-        found = Estimate()
-        if whole is not None:
-            labels, losses, accepted = self._replay(whole, policy, total)
-        else:
-            labels, losses, accepted = self._passes(streams, policy, train, found if measure else None, total)
-        lr, norm, skipped = 0.0, 0.0, False
+        found = Estimate() if measure else None
+        parts = self._parts(streams) if train else [list(streams)]
+        if len(parts) > 1 and found is not None and self.num_draft:
+            self._look(streams, policy, found)
+        passes = [self._update(part, policy, train, found if len(parts) == 1 else None, total) for part in parts]
         if train:
-            lr = self.config.lr_at(self.num_updates)
-            norm = self.optimizer.step(total)
-            skipped = not math.isfinite(norm)
-            if self.config.ema and not skipped:
-                self.optimizer.write_mean(self.serving.parameters())
             for stream in streams:
                 self.replay.add(stream)
-        losses, accepted, found, num_rows = self._shared(losses, accepted, found, streams, total)
+        labels = [sum(each) for each in zip(*(one.labels for one in passes), strict=True)]
+        weights = [torch.tensor([a / max(1, b) for a, b in zip(one.labels, labels, strict=True)]) for one in passes]
+        losses, accepted = (
+            torch.stack([torch.where(w > 0, part * w, 0.0) for part, w in zip(shares, weights, strict=True)]).sum(0)
+            for shares in ([one.losses for one in passes], [one.accepted for one in passes])
+        )
+        losses, accepted, estimate, num_rows = self._shared(losses, accepted, found or Estimate(), streams, total)
         return DraftStep(
             loss_by_depth=tuple(float(v) if n else math.nan for v, n in zip(losses, labels, strict=True)),
             acceptance_by_depth=tuple(float(v) if n else math.nan for v, n in zip(accepted, labels, strict=True)),
-            grad_norm=norm,
-            lr=lr,
+            grad_norm=sum(one.norm for one in passes) / len(passes),
+            lr=passes[-1].lr,
             num_rows=num_rows,
             num_labels=labels[0],
-            skipped=skipped,
-            estimate=found,
+            skipped=any(one.skipped for one in passes),
+            estimate=estimate,
         )
+
+    def _parts(self, streams: Sequence[DraftStream]) -> list[list[DraftStream]]:
+        """The sequences of every update. Which is whose follows from sample ids alone, over however many processes they lie."""
+        count = self.config.updates
+        parts: list[list[DraftStream]] = [[] for _ in range(count)]
+        if count == 1:
+            return [list(streams)]
+        for stream in streams:
+            owners = [_share(rollout.sample_id, place, count) for place, rollout in enumerate(stream.sequences)]
+            for number, part in enumerate(parts):
+                mine = [place for place, owner in enumerate(owners) if owner == number]
+                if mine:
+                    part.append(stream if len(mine) == len(owners) else stream.select(mine))
+        return parts
+
+    @torch.no_grad()
+    def _look(self, streams: Sequence[DraftStream], policy: Policy, found: Estimate) -> None:
+        """Add the estimate of the draft as it is."""
+        for stream in streams:
+            inputs = self._targets(stream).input_ids
+            states = self.serving.unroll(stream.features, inputs, stream.plan(), self.num_draft, embed=policy.embed)
+            found.merge(self._estimate(states, stream, policy))
+
+    def _update(
+        self, streams: Sequence[DraftStream], policy: Policy, train: bool, found: Estimate | None, total: Sum | None
+    ) -> _Pass:
+        """One update on all streams together."""
+        whole = self._whole(streams) if train and not (found is not None and self.num_draft) else None
+        if whole is not None:
+            labels, losses, accepted = self._replay(whole, policy, total)
+        else:
+            labels, losses, accepted = self._passes(streams, policy, train, found, total)
+        if not train or (self.config.updates > 1 and not any(labels)):  # a share that nobody has
+            return _Pass(labels, losses, accepted)
+        lr = self.config.lr_at(self.num_updates)
+        norm = self.optimizer.step(total)
+        skipped = not math.isfinite(norm)
+        if self.config.ema and not skipped:
+            self.optimizer.write_mean(self.serving.parameters())
+        return _Pass(labels, losses, accepted, lr, norm, skipped)
 
     def _whole(self, streams: Sequence[DraftStream]) -> DraftStream | None:
         """All streams as one, if that may be trained on as one graph."""
