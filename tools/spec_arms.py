@@ -91,7 +91,7 @@ def training_seconds(
     facts = Policy(embed=decoder.embed_tokens.detach(), head=decoder.head.detach(), seed=options.seed)
     found = {}
     for arm, config in {
-        "ours": DraftTrainConfig(max_rows=options.max_rows, lr=options.draft_lr, capture=capture),
+        "ours": DraftTrainConfig(max_rows=options.max_rows, lr=options.draft_lr, capture=capture, updates=options.draft_updates),
         "upstream": DraftTrainConfig(**UPSTREAM, lr=options.lr),
     }.items():
         trainer = DraftTrainer(deepcopy(draft).requires_grad_(True), config, num_draft=options.num_draft)
