@@ -4,7 +4,8 @@
 
 Starts workers (`miles-rollout serve`, a tiny model) under our supervisor and a router in a process of its own, all on loopback.
 Demands: no wrong token (each is recomputed under the version it states), no request without an answer, no answer twice, nothing
-sampled under a version older than the one whose update had succeeded before the request was sent. Exit code 1 otherwise.
+sampled under a version older than the one whose update had succeeded before the request was sent, and, once the mischief has ended,
+an update that reaches every worker within a minute. Exit code 1 otherwise.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ TOKENIZER = CharTokenizer("0123456789+= abcdefghijklmnopqrstuvwxyz")
 NUM_MODELS = 4
 JSON = "Content-Type: application/json\r\n"
 ANSWER_S = 30.0
+CALM_S = 60.0
+"""How long the service may take, once left alone, until all its workers take an update."""
 TOKEN = "chaos-secret"
 
 
@@ -94,6 +97,10 @@ class Chaos:
         """(seconds from listening to ready, seconds from the kill to ready)"""
         self.confirmed = 0
         self.tried = 0
+        self.calm = asyncio.Event()
+        """Set when the mischief has ended; the load goes on."""
+        self.whole = asyncio.Event()
+        """Set by the first update that was sent after that and succeeded."""
         self.over = False
         self.problems: list[str] = []
 
@@ -189,7 +196,7 @@ class Chaos:
         while not self.over:
             await asyncio.sleep(self.rng.uniform(1.0, 3.0))
             self.tried += 1
-            version = self.tried
+            version, calm = self.tried, self.calm.is_set()
             body = {"model_path": str(self.models[version % NUM_MODELS]), "weight_version": version}
             try:
                 status, _ = await upstream.request("POST", "/update_weights_from_disk", msgspec.json.encode(body), timeout_s=25)
@@ -198,13 +205,17 @@ class Chaos:
             self.events["update done" if status == 200 else "update failed"] += 1
             if status == 200:
                 self.confirmed = version
+                if calm:
+                    self.whole.set()
         upstream.abort_all()
 
     async def mischief(self, supervisor: Supervisor) -> None:
         deeds = ["kill", "stop", "slow", "router"]
         watches: list[asyncio.Future[None]] = []
-        while not self.over:
-            await asyncio.sleep(self.rng.uniform(1.5, 3.5))
+        while not self.calm.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.calm.wait(), self.rng.uniform(1.5, 3.5))
+                break
             deed = self.rng.choice(deeds)
             port = self.rng.choice(self.ports)
             child = supervisor.children.get(port)
@@ -272,6 +283,11 @@ class Chaos:
             tasks = [asyncio.ensure_future(self.client(upstream)) for _ in range(self.num_clients)]
             tasks += [asyncio.ensure_future(self.updater()), asyncio.ensure_future(self.mischief(supervisor))]
             await asyncio.wait(tasks, timeout=self.seconds, return_when=asyncio.FIRST_EXCEPTION)
+            self.calm.set()
+            try:
+                await asyncio.wait_for(self.whole.wait(), CALM_S)
+            except TimeoutError:
+                self.problems.append(f"no update succeeded in the {CALM_S:g} s after the last mischief")
             self.over = True
             done, late = await asyncio.wait(tasks, timeout=ANSWER_S + 35)
             for task in late:
