@@ -335,3 +335,10 @@ def test_a_share_that_nobody_has_updates_nothing() -> None:
     assert 1 <= trainer.num_updates <= 2
     with pytest.raises(ValueError, match="updates=0"):
         DraftTrainConfig(updates=0)
+
+
+def test_nothing_to_train_on_is_said() -> None:
+    decoder = random_decoder(SHAPE, 2)
+    trainer = DraftTrainer(MtpDraft.from_trunk(decoder), DraftTrainConfig())
+    with pytest.raises(ValueError, match="0 rollouts hold no row"):
+        next(train_offline(trainer, decoder, [], 1, 100))
