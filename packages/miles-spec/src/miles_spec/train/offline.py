@@ -88,7 +88,7 @@ def train_offline(
 ) -> Iterator[DraftStep]:
     """`num_steps` updates, each on about `rows_per_step` rows of rollouts in an order that `seed` keys; yields every step.
 
-    `noise_seed` is the seed the rollouts were sampled with, for the estimate. Raises ValueError where there is nothing to train on.
+    `noise_seed` is the seed the rollouts were sampled with, for the estimate. ValueError where there are no rows.
     """
     if not any(rollout.num_rows > 0 for rollout in rollouts):
         raise ValueError(f"{len(rollouts)} rollouts hold no row to train a draft on; sample some that are longer than one token")
