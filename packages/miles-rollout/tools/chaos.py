@@ -4,8 +4,8 @@
 
 Starts workers (`miles-rollout serve`, a tiny model) under our supervisor and a router in a process of its own, all on loopback.
 Demands: no wrong token (each is recomputed under the version it states), no request without an answer, no answer twice, nothing
-sampled under a version older than the one whose update had succeeded before the request was sent, and, once the mischief has ended,
-an update that reaches every worker within a minute. Exit code 1 otherwise.
+sampled under a version older than the one whose update had succeeded before the request was sent, and an update
+that succeeds within a minute after the mischief has ended. Exit code 1 otherwise.
 """
 
 from __future__ import annotations
