@@ -1,6 +1,6 @@
 """How large a delta of each step of a run is: bytes of the disk transport's delta over bytes of all weights.
 
-    python tools/measure_delta.py runs/NAME      a run with checkpoint.every = 1 that kept several checkpoints
+python tools/measure_delta.py runs/NAME      a run with checkpoint.every = 1 that kept several checkpoints
 """
 
 from __future__ import annotations
