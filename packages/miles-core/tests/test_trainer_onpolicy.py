@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,36 +23,32 @@ from miles_rollout.text.char import CharTokenizer
 from miles_rollout.wire import GenerateRequest, Sample, SamplingParams
 
 TOKENIZER = CharTokenizer("0123456789+-= abcdef")
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES: dict[str, Any] = {
+    "vocab_size": TOKENIZER.vocab_size,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.1,
+}
+MIXTURE = SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
 MODELS = {
-    "dense": DecoderConfig(family="qwen3", vocab_size=TOKENIZER.vocab_size, head_dim=16, initializer_range=0.1, **SIZES),
+    "dense": DecoderConfig(family="qwen3", **SIZES),
     "moe": DecoderConfig(
         family="qwen3_moe",
-        vocab_size=TOKENIZER.vocab_size,
-        head_dim=16,
-        initializer_range=0.1,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-        norm_topk_prob=True,
-        **SIZES,
+        **MIXTURE,
     ),
     "glm": DecoderConfig(
         family="glm4_moe",
-        vocab_size=TOKENIZER.vocab_size,
-        head_dim=16,
-        initializer_range=0.1,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
         shared_intermediate_size=32,
         first_k_dense_replace=1,
         n_group=2,
-        norm_topk_prob=True,
         routed_scaling_factor=1.5,
         attention_bias=True,
         rope=RopeConfig(partial_rotary_factor=0.5),
-        **SIZES,
+        **MIXTURE,
     ),
 }
 PROMPTS = [tuple(TOKENIZER.encode(text)) for text in ("1+1=", "22+19-3 =", "a", "0 = 7 - 7 abc - ")]

@@ -6,6 +6,7 @@ are the device's own: what the host rewrites too early, enters too late or reads
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import deque
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from test_engine_replay import Step
-from test_engine_spec_graphs import DirectDrafter, DirectSpec
+from test_engine_spec_graphs import DirectDrafter, DirectSpec, slot_table
 
 from miles_kernels.cuda import draft as draft_kernels
 from miles_kernels.cuda import sample as sample_kernels
@@ -236,15 +237,7 @@ def make_late(core: EngineCore, device: Device, monkeypatch: pytest.MonkeyPatch,
     runner.graphs = graphs
     core._landing.tells_host = True
 
-    def table(rows: Any, keys: int) -> np.ndarray:
-        position = np.arange(keys + -keys % 16)
-        slots = np.zeros((len(rows), len(position)), np.int64)
-        for i, row in enumerate(np.asarray(rows).tolist()):
-            known = position[position < tables.capacity[row]]
-            slots[i, : len(known)] = tables.slots_at(np.full(len(known), row), known)
-        return slots
-
-    runner._table = lambda rows, keys: torch.from_numpy(table(rows, keys))  # type: ignore[method-assign]
+    runner._table = lambda rows, keys: torch.from_numpy(slot_table(tables, rows, keys))  # type: ignore[method-assign]
     for owner, names in ((runner, ("forward", "copy_pages", "move", "_draw")), (core._scheduler, ("_finish_prefill",))):
         for name in names:
             monkeypatch.setattr(owner, name, in_order(device, getattr(owner, name)))
@@ -259,7 +252,7 @@ def make_late(core: EngineCore, device: Device, monkeypatch: pytest.MonkeyPatch,
     proposer = core.speculator.proposer
     assert isinstance(proposer, ModelProposer) and runner.features is not None
     weight, head, store = core._decoder.embed_tokens, core._decoder.head, runner.features
-    proposer._table = table  # type: ignore[method-assign]
+    proposer._table = functools.partial(slot_table, tables)  # type: ignore[method-assign]
     proposer._graphs = graphs
     proposer._drafter = DirectDrafter(proposer.model, proposer.kv, store, weight, head, tables.page_size, 1)
     proposer.ahead = LateSteps(graphs, proposer.model, proposer.kv, store, core._decoder, entries=proposer.entries, number=1)

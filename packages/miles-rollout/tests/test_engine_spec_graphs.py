@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import msgspec
@@ -19,6 +20,16 @@ from miles_rollout.engines.embedded.core import EngineCore
 from miles_rollout.engines.embedded.replay_spec import GraphDrafter, SpecGraphs
 from miles_rollout.engines.embedded.speculate_model import ModelProposer
 from miles_spec.models import DraftModel, Eagle3Config, Eagle3Draft, MtpDraft
+
+
+def slot_table(tables: Any, rows: Any, keys: int) -> np.ndarray:
+    """Slots of `keys` positions (padded to 16) of each row, as the device's kernel writes them from the rows' pages."""
+    position = np.arange(keys + -keys % 16)
+    slots = np.zeros((len(rows), len(position)), np.int64)
+    for i, row in enumerate(np.asarray(rows).tolist()):
+        known = position[position < tables.capacity[row]]
+        slots[i, : len(known)] = tables.slots_at(np.full(len(known), row), known)
+    return slots
 
 
 class DirectSpec(DirectGraphs, SpecGraphs):
@@ -81,17 +92,9 @@ def build(config: EmbeddedConfig, pages: int, draft: DraftModel, *, captured: bo
     graphs.calls, graphs.features = {}, runner.features
     runner.graphs = graphs
 
-    def table(rows: Any, keys: int) -> np.ndarray:
-        position = np.arange(keys + -keys % 16)
-        slots = np.zeros((len(rows), len(position)), np.int64)
-        for i, row in enumerate(np.asarray(rows).tolist()):
-            known = position[position < tables.capacity[row]]
-            slots[i, : len(known)] = tables.slots_at(np.full(len(known), row), known)
-        return slots
-
-    runner._table = lambda rows, keys: torch.from_numpy(table(rows, keys))  # type: ignore[method-assign]
+    runner._table = lambda rows, keys: torch.from_numpy(slot_table(tables, rows, keys))  # type: ignore[method-assign]
     proposer = core.speculator.proposer
-    proposer._table = table  # type: ignore[method-assign]
+    proposer._table = functools.partial(slot_table, tables)  # type: ignore[method-assign]
     proposer._graphs = graphs
     weight = core._decoder.embed_tokens
     assert runner.features is not None
