@@ -118,7 +118,7 @@ def test_backward_repeats_itself() -> None:
         leaves = [t.clone().requires_grad_() for t in inputs]
         return torch.cat([g.flatten() for g in torch.autograd.grad(block(*leaves), leaves, grad)])
 
-    across_threads(gradients, (1, 2, 1), "moe gradients")
+    assert across_threads(gradients, (1, 2, 1), "moe gradients").abs().sum() > 0
 
 
 def test_errors() -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from miles_kernels.cli import main
 from miles_kernels.cuda import comm
-from miles_kernels.verify import attention_axes, blocks, controls, decoder_case, extra_cases, model_axes, row_axes, run
+from miles_kernels.verify import attention_axes, blocks, controls, decoder_case, extra_cases, model_axes, op_cases, row_axes, run
 from miles_kernels.verify.backends import Reference, Step, Stock, backend
 from miles_kernels.verify.report import Report
 from miles_kernels.verify.result import MIN_ELEMENTS, Control, Row, Tally
@@ -147,6 +147,13 @@ def test_the_block_is_an_attention_layer_by_an_independent_oracle():
         tokens = torch.randint(1000, (30,))
         outs = [model.forward(ops, tokens, Step((30,), (30,)), None) for ops in (Reference(), Stock("cpu"))]
         assert torch.allclose(outs[0], outs[1], atol=2e-3), family
+
+
+@pytest.mark.parametrize("ops", [Reference(), Stock("cpu")], ids=lambda ops: ops.name)
+def test_stock_sampling_depends_on_who_was_asked_before(ops):
+    op = op_cases._sample(ops, op_cases.Draw("cpu", torch.float32, 3), False)
+    unequal = sum(row.unequal for row in row_axes.verify_rows(op, sizes=(1, 2, 8, 16, 33, 64)))
+    assert (unequal == 0) == isinstance(ops, Reference)
 
 
 def test_controls_are_caught_and_a_report_without_them_fails():

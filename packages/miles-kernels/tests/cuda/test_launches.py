@@ -184,7 +184,7 @@ def test_kernels_that_fail_are_tried_once_and_do_not_serve(
 
     def attempt(*inputs: Tensor) -> Tensor:
         tried.append(1)
-        raise NotImplementedError("no attribute 'barrier'")
+        raise AttributeError("no attribute 'barrier'")
 
     monkeypatch.setattr(torch.cuda, "device", lambda which: torch.no_grad())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)

@@ -255,7 +255,10 @@ class Stock:
         return (logits / temperature[:, None]).log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
     def sample(self, logits: Tensor, sample_id: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("stock torch has no keyed sampling")
+        logp = (logits.float() / 0.9).log_softmax(-1)
+        noise = torch.empty_like(logp).exponential_()  # of a generator: who asked before counts, id and position do not
+        token = (logp - noise.log()).argmax(-1, keepdim=True)
+        return token[:, 0], logp.gather(1, token)[:, 0]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float, window: int | None) -> Tensor:
         outs = []
