@@ -401,11 +401,6 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out")
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("no GPU here; --device cpu checks the script")
-    from miles_kernels.env import prepare_process
-
-    prepare_process()
     sys.exit(run(Bench(options)))
 
 

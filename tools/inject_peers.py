@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -84,13 +83,6 @@ def main() -> None:
     parser.add_argument("--out")
     options = parser.parse_args()
     rank = int(os.environ["RANK"])
-    if options.device == "cuda":
-        if not torch.cuda.is_available():
-            sys.exit("no GPU here; --device cpu checks the script")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    from miles_kernels.env import prepare_process
-
-    prepare_process()
     bench = Bench(options)
     dist.init_process_group("cpu:gloo,cuda:nccl" if bench.cuda else "gloo", timeout=timedelta(seconds=120))
     trainer, batch = build(bench, options.groups)

@@ -199,13 +199,6 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out")
     options = parser.parse_args()
-    if options.device == "cuda":
-        if not torch.cuda.is_available():
-            sys.exit("no GPU here; --device cpu checks the script on a tiny model")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    from miles_kernels.env import prepare_process
-
-    prepare_process()
     {"engine": engine_asleep, "trainer": trainer_asleep}[options.mode](Bench(options))
 
 

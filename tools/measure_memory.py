@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.fsdp import FsdpTrainer
 from miles_core.trainer.hashing import combined_hash
 from miles_kernels.contract import Contract
+from miles_kernels.env import prepare_process
 from miles_kernels.nn.config import DecoderConfig
 from miles_kernels.nn.decoder import Decoder
 from miles_rollout.engines.embedded.config import EmbeddedConfig
@@ -49,11 +51,16 @@ TINY = DecoderConfig(
 
 
 class Bench:
-    """Device, facts found so far, and the file they go to."""
+    """Device, made ready, facts found so far, and the file they go to."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.cuda = options.device == "cuda"
+        if self.cuda:
+            if not torch.cuda.is_available():
+                sys.exit("no GPU here; --device cpu checks the script on a tiny model")
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        prepare_process()
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
         self.facts: dict[str, Any] = {}
         name = torch.cuda.get_device_name() if self.cuda else "cpu"
@@ -345,12 +352,6 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out")
     options = parser.parse_args()
-    if options.device == "cuda":
-        if not torch.cuda.is_available():
-            sys.exit("no GPU here; --device cpu checks the script on a tiny model")
-    from miles_kernels.env import prepare_process
-
-    prepare_process()
     modes[options.mode](Bench(options))
 
 

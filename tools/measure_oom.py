@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,12 +176,7 @@ def main() -> None:
         Path(options.svg).write_text(plot(found), encoding="utf-8")
         print("\n".join(table(found)))
         return
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("no GPU here, and it is a GPU's allocator that is measured; --device cpu checks the script")
     options.tokens = options.tokens if options.device == "cuda" else 512
-    from miles_kernels.env import prepare_process
-
-    prepare_process()
     peak(Bench(options))
 
 
