@@ -60,6 +60,9 @@ def peak(bench: Bench) -> None:
 
     def note(name: str, make: Callable[[], Callable[[], object]]) -> None:
         """Of the second step: the first one compiles."""
+        left = torch.cuda.memory_allocated() if bench.cuda else 0
+        if left > GIB // 64:
+            raise SystemExit(f"{left / GIB:.2f} GiB of the steps before are still held, and would be counted again in: {name}")
         try:
             step = make()
             step()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from miles_core.algorithm.config import AlgorithmConfig
+from miles_core.memory.config import MemoryConfig
 from miles_core.trainer.batch import SftExample, TrainBatch
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.fsdp import FsdpTrainer
@@ -70,3 +73,18 @@ def test_the_logits_of_a_step_never_exist(kind: str, recompute: bool) -> None:
     hidden = torch.zeros(batch.num_tokens, WIDE.hidden_size, requires_grad=True)
     plain = largest(lambda: (hidden @ trainer.decoder.head.T).logsumexp(1).sum().backward())
     assert plain >= logits  # the control: what is seen when they do exist
+
+
+@pytest.mark.parametrize("memory", [MemoryConfig(), MemoryConfig(optimizer="host")])
+def test_a_trainer_that_is_thrown_away_holds_nothing(memory: MemoryConfig) -> None:
+    batch = batch_of("policy")
+    trainer = FsdpTrainer(
+        random_decoder(WIDE, dtype=torch.bfloat16), AlgorithmConfig(), TrainerConfig(), OptimizerConfig(lr=1e-3), memory=memory
+    )
+    trainer.step(batch)
+    held = [*trainer.decoder.parameters(), *trainer.optimizer.masters, *trainer.optimizer.exp_avg]
+    assert all(each is not parameter for parameter in trainer.optimizer.held for each in trainer.optimizer.masters)
+    left = [weakref.ref(tensor) for tensor in held]
+    del held, trainer
+    gc.collect()
+    assert [ref for ref in left if ref() is not None] == []

@@ -6,6 +6,7 @@ Bits do not depend on the number of threads: the fused update works element by e
 from __future__ import annotations
 
 import math
+import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -167,9 +168,16 @@ class AdamW:
         if getattr(self, "_hooked", False):
             return
         self._hooked = True
+        take = weakref.WeakMethod(self._take)  # Python cannot see the ring of parameter, hook and optimizer, and would keep it for good
+
+        def arrived(_: Tensor, i: int) -> None:
+            here = take()
+            if here is not None:
+                here(i)
+
         for i, (param, low) in enumerate(zip(self.params, self._low, strict=True)):
             if low and param.requires_grad and param.is_leaf:
-                param.register_post_accumulate_grad_hook(lambda _, i=i: self._take(i))
+                param.register_post_accumulate_grad_hook(partial(arrived, i=i))
 
     def _take(self, i: int) -> None:
         param = self.params[i]
