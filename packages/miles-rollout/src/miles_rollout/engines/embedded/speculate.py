@@ -190,6 +190,8 @@ class Speculator:
         """How many chains had so many of them accepted."""
         self._accepted_at: np.ndarray = np.zeros(MAX_DRAFT, np.int64)
         """How often the i-th node of a tree was accepted."""
+        self.num_on_device = 0
+        """Steps that drafted, verified and accepted without the host."""
         self.length = 0
         """Draft tokens a row that the step was to have, by the last choice."""
         self._last_made: tuple[int, int] | None = None
@@ -228,6 +230,7 @@ class Speculator:
         All rows of the flight are in the same use as when it started. Their last tokens are left to `Tables.know_last`.
         """
         rows, counts = flight.rows, blocks.counts
+        self.num_on_device += 1
         tables.position[rows] += counts - 1
         flight.proposer.arrived(rows, blocks)
         tokens = Tokens(blocks.tokens, blocks.logprobs, blocks.logprobs)
@@ -275,6 +278,7 @@ class Speculator:
             "spec_num_drafted": proposed,
             "spec_num_accepted": accepted,
             "spec_accept_rate": accepted / proposed if proposed else 0.0,
+            "spec_num_on_device": self.num_on_device,
             "spec_accept_length": (verified + accepted) / verified if verified else 0.0,
         }
         for i in range(self.num_draft):
