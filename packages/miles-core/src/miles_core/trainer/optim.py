@@ -168,7 +168,7 @@ class AdamW:
         if getattr(self, "_hooked", False):
             return
         self._hooked = True
-        take = weakref.WeakMethod(self._take)  # Python cannot see the ring of parameter, hook and optimizer, and would keep it for good
+        take = weakref.WeakMethod(self._take)  # Python cannot see a ring of parameter, hook and optimizer, and would keep it
 
         def arrived(_: Tensor, i: int) -> None:
             here = take()
