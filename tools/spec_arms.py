@@ -1,4 +1,4 @@
-"""The served arms of a run of tools/spec_drift.py: tools/spec_arms.py OUT --batches 32 128
+"""The served arms of a run of tools/spec_drift.py: tools/spec_arms.py OUT --batches 8 32 192
 
 At every step that run has saved, one engine per arm, all standing the whole time, takes the policy and its own draft of that step
 and makes the step's rollout again, to the same tokens. An arm whose draft is trained is charged with that training, which is
@@ -73,13 +73,32 @@ def engines(settings: Any, loaded: Any, draft: Any, num_draft: int, graphs: bool
     return found
 
 
+def trainers(options: argparse.Namespace, draft: Any, capture: bool) -> dict[str, Any]:
+    """What trains a draft, by arm, as the run did."""
+    from miles_spec.train import UPSTREAM, DraftTrainConfig, DraftTrainer
+
+    settings = {
+        "ours": DraftTrainConfig(
+            max_rows=options.max_rows, lr=options.draft_lr, capture=capture, updates=options.draft_updates, depths=options.depths
+        ),
+        "upstream": DraftTrainConfig(**UPSTREAM, lr=options.lr),
+    }
+    return {
+        arm: DraftTrainer(deepcopy(draft).requires_grad_(True), config, num_draft=options.num_draft)
+        for arm, config in settings.items()
+    }
+
+
 def training_seconds(
-    options: argparse.Namespace, saved: Saved, decoder: Any, draft: Any, samples: Any, capture: bool
+    options: argparse.Namespace, saved: Saved, decoder: Any, made: Mapping[str, Any], samples: Any
 ) -> dict[str, float]:
-    """Median seconds of a draft's training on a step's rollout, by arm: its states are there, its update is waited for."""
+    """Median seconds of a draft's training on a step's rollout, by arm: its states are there, its update is waited for.
+
+    Each choice of sequences is trained on twice and the second time counts: a run of many steps has captured its shapes.
+    """
     import torch
 
-    from miles_spec.train import UPSTREAM, DraftTrainConfig, DraftTrainer, Policy, Rollout, stream_of
+    from miles_spec.train import Policy, Rollout, stream_of
 
     with torch.no_grad():
         for name, view in decoder.hf_state():
@@ -90,13 +109,9 @@ def training_seconds(
     stream = stream_of(decoder, rollouts)
     facts = Policy(embed=decoder.embed_tokens.detach(), head=decoder.head.detach(), seed=options.seed)
     found = {}
-    for arm, config in {
-        "ours": DraftTrainConfig(max_rows=options.max_rows, lr=options.draft_lr, capture=capture, updates=options.draft_updates),
-        "upstream": DraftTrainConfig(**UPSTREAM, lr=options.lr),
-    }.items():
-        trainer = DraftTrainer(deepcopy(draft).requires_grad_(True), config, num_draft=options.num_draft)
+    for arm, trainer in made.items():
         times = []
-        for key in range(6):
+        for key in (0, 1, 2, 0, 1, 2):
             if stream.device.type == "cuda":
                 torch.cuda.synchronize()
             started = time.perf_counter()
@@ -106,16 +121,16 @@ def training_seconds(
             if stream.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
-        found[arm] = median(times[1:])
+        found[arm] = median(times[3:])
     return found | {"adaptive": found["ours"]}
 
 
 async def replay(
     row: dict[str, float], comparisons: Mapping[str, Mapping[str, Any]], samples: Any, number: int, every: int, failed: set
 ) -> None:
-    """All arms at one saved step; what they did goes into `row` as "BATCH/ARM/...". The larger batches only every so often."""
+    """All arms at one saved step; what they did goes into `row` as "BATCH/ARM/...". The last batch only every so often."""
     for at, (batch, arms) in enumerate(comparisons.items()):
-        if at and number % every:
+        if 0 < at == len(comparisons) - 1 and number % every:
             continue
         said = []
         for arm, comparison in arms.items():
@@ -145,7 +160,8 @@ def replay_table(rows: Sequence[Mapping[str, float]], name: str) -> list[dict[st
             if f"{name}/{arm}/rollout_s" not in row:
                 continue
             seconds = row[f"{name}/{arm}/rollout_s"]
-            tokens, charge = seconds * row[f"{name}/{arm}/rollout_tokens_per_s"], row.get(f"train_s/{arm}", 0.0)
+            tokens = seconds * row[f"{name}/{arm}/rollout_tokens_per_s"]
+            charge = row.get(f"train_s/{arm}", 0.0) * tokens / row["tokens"]  # of a step that was made again in part, its part
             out |= {f"{arm}/tokens": tokens, f"{arm}/seconds": seconds, f"{arm}/charge": charge}
             out |= {f"{arm}/speed": tokens / (seconds + charge), f"{arm}/length": row.get(f"{name}/{arm}/accept_length", 1.0)}
             out[f"{arm}/unequal"] = row[f"{name}/{arm}/tokens_unequal"]
@@ -196,6 +212,14 @@ def show(table: Sequence[Mapping[str, float]], name: str, steps: int) -> None:
     print(flush=True)
 
 
+def spread(items: Sequence[Any]) -> list[Any]:
+    """The first, the last, then always what lies farthest from those before: a deadline leaves an even choice."""
+    order = list(range(len(items)))[:1]
+    while len(order) < len(items):
+        order.append(max(set(range(len(items))) - set(order), key=lambda i: (min(abs(i - j) for j in order), i)))
+    return [items[i] for i in order]
+
+
 async def serve(args: argparse.Namespace, options: argparse.Namespace) -> list[dict[str, float]]:
     """The rows of all saved steps."""
     import msgspec
@@ -214,24 +238,28 @@ async def serve(args: argparse.Namespace, options: argparse.Namespace) -> list[d
     draft = load_draft(folders[0] / "draft", decoder.config, decoder.contract, dtype=weight.dtype, device=weight.device)
     saved = Saved(contract=decoder.contract)
     sampling = config.sampling.params(seed=options.seed, n=options.group)
+    learning = trainers(options, draft, args.capture)
     comparisons, made = {}, []
     for batch in args.batches:
         settings = msgspec.structs.replace(config.engine.embedded(), max_running=batch)
         each = engines(settings, loaded, draft, options.num_draft, args.graph_drafts)
         made += each.values()
-        comparisons[str(batch)] = {arm: Comparison(saved, {arm: engine}, sampling, 1) for arm, engine in each.items()}  # type: ignore[arg-type]
+        comparisons[str(batch)] = {
+            arm: Comparison(saved, {arm: engine}, sampling, 1, args.waves * batch)  # type: ignore[arg-type]
+            for arm, engine in each.items()
+        }
     rows: list[dict[str, float]] = []
     failed: set[tuple[str, str]] = set()
     started = time.perf_counter()
-    order = [*folders[:1], *folders[-1:], *folders[1:-1]] if args.ends_first else folders
-    for number, folder in enumerate(order):
+    for number, folder in enumerate(spread(folders)):
         if time.perf_counter() - started > args.deadline:
-            print(f"  deadline: {len(order) - number} saved steps are left out", flush=True)
+            print(f"  deadline: {len(folders) - number} saved steps are left out", flush=True)
             break
         saved.read(folder, options.device)
         samples = read_samples(folder / "samples.jsonl")
         row = {"step": float(folder.name.removeprefix("step_")), "reward": fmean(sample.reward for sample in samples)}
-        seconds = training_seconds(options, saved, decoder, draft, samples, args.capture)
+        row["tokens"] = float(sum(sum(sample.loss_mask) for sample in samples))
+        seconds = training_seconds(options, saved, decoder, learning, samples)
         row |= {f"train_s/{arm}": value for arm, value in seconds.items()}
         await replay(row, comparisons, samples, number, args.every, failed)
         rows.append(row)
@@ -246,13 +274,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("out", type=Path, help="the --out of tools/spec_drift.py")
     parser.add_argument("--batches", type=int, nargs="*", default=[32, 128], help="sequences that engines run at once")
-    parser.add_argument("--every", type=int, default=4, help="saved steps between two at the second and later batches")
+    parser.add_argument("--every", type=int, default=4, help="saved steps between two at the last of several batches")
     parser.add_argument("--graph-drafts", action="store_true", help="capture drafting and verification")
     parser.add_argument("--num-draft", type=int, help="draft length, instead of that of the run")
     parser.add_argument("--capture", action="store_true", help="time draft training by a CUDA graph")
     parser.add_argument("--deadline", type=float, default=1e9, help="seconds after which no further step is served")
     parser.add_argument("--report", type=Path, help="where to write, instead of OUT/served.json")
-    parser.add_argument("--ends-first", action="store_true", help="first and last saved step before the others")
+    parser.add_argument("--waves", type=int, default=8, help="most sequences made again of a step, in batches")
     args = parser.parse_args()
     import torch
 

@@ -53,7 +53,11 @@ def config_of(options: argparse.Namespace, name: str, steps: int, **sections: An
         "algorithm": {"advantage": "mean_std", "reduction": "token"},
         "trainer": {"max_tokens_per_microbatch": 32768},
         "checkpoint": {"every": 0, "keep_last": 1},
-        "engine": {"kv_memory_bytes": 1 << 28, "max_running": 256, "max_batched_tokens": 4096},
+        "engine": {
+            "kv_memory_bytes": 1 << (32 if options.device == "cuda" else 28),
+            "max_running": 256,
+            "max_batched_tokens": 4096,
+        },
     }
     for section, values in sections.items():
         base[section] = {**base.get(section, {}), **values}
@@ -170,11 +174,18 @@ def arms_of(options: argparse.Namespace, decoder: Any, weights: dict[str, Any]) 
         return Arm(trainer=DraftTrainer(draft, config, num_draft=options.num_draft), train=train)
 
     arms = {
-        "draft": arm(max_rows=options.max_rows, lr=options.draft_lr, capture=options.capture, updates=options.draft_updates),
+        "draft": arm(
+            max_rows=options.max_rows,
+            lr=options.draft_lr,
+            capture=options.capture,
+            updates=options.draft_updates,
+            depths=options.depths,
+        ),
         "frozen": arm(train=False),
         "upstream": arm(**UPSTREAM, lr=options.lr),
     }
-    return arms | ({"whole": arm(lr=options.draft_lr, capture=options.capture)} if options.whole else {})
+    whole = {"lr": options.draft_lr, "capture": options.capture, "depths": options.depths}
+    return arms | ({"whole": arm(**whole)} if options.whole else {})
 
 
 @dataclass(kw_only=True)
@@ -249,6 +260,7 @@ def options_of() -> argparse.Namespace:
         "draft-rollouts": 6,
         "draft-updates": 1,
         "num-draft": 3,
+        "depths": 3,
         "measure-every": 10,
         "every": 16,
         "low": 10,

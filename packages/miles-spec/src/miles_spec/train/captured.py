@@ -23,8 +23,8 @@ from miles_spec.train.stream import DraftStream
 
 ROWS = 512
 """Rows are rounded up to a multiple of this."""
-MOST_GRAPHS = 4
-"""Shapes kept; the one unused for longest makes room."""
+MOST_GRAPHS = 16
+"""Shapes kept; the one unused for longest makes room. They share their memory: each keeps only its inputs and gradients."""
 
 
 class Shape(NamedTuple):
@@ -165,6 +165,7 @@ class CapturedPasses:
         self._draft, self._config = draft, config
         self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
         self._stream: Any = None
+        self._pool: Any = None
 
     def serves(self, stream: DraftStream) -> bool:
         """Whether a stream may be trained on this way: on a GPU, with a draft that has no head of its own."""
@@ -193,6 +194,7 @@ class CapturedPasses:
         parameters, current = list(self._draft.parameters()), torch.cuda.current_stream()
         if self._stream is None:
             self._stream = torch.cuda.Stream()
+            self._pool = torch.cuda.graph_pool_handle()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream), torch.enable_grad():
             for _ in range(2):  # compiles kernels and fills caches, which a capture must not do
@@ -201,7 +203,7 @@ class CapturedPasses:
             self._clear(parameters)
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 loss, numbers = run_pass(self._draft, self._config, inputs, plan, embed, head)
                 loss.backward()
