@@ -1,13 +1,15 @@
 """Real allocation failures on a GPU, at every class of site: the work is recovered to the same bits, or refused in one report.
 
-tools/inject_oom.py [--part trainer|engine] [--trials 240] [--seconds 150] [--out FILE]
+tools/inject_oom.py [--part trainer|engine] [--sites SITE,SITE] [--trials 240] [--seconds 150] [--out FILE]
 tools/inject_oom.py --device cpu     the same code on a tiny model, with a pretended device that fails
+tools/inject_oom.py --sum FILE FILE  one table of what several processes wrote
 
 A trial lets its work begin, and when it comes to the site (a layer's forward or backward, the logits, the update, ...), empties
-the allocator's cache and caps it (`torch.cuda.set_per_process_memory_fraction`) at what it holds and a drawn amount. The cap
-stays until the work has ended. Loading takes no device memory: there a tensor that is read finds no room on the host. What ends
-in neither way, or with other bits, is printed and makes the exit code 1. Sites whose work allocates nothing then are counted as
-"fitted". The file is written after every trial, and a trial that hangs ends the process with the stacks of its threads.
+the allocator's cache, caps it (`torch.cuda.set_per_process_memory_fraction`) at what it holds, fills the holes that it keeps,
+and allows it a drawn amount more. The cap stays until the work has ended. Loading and saving take host memory: there a tensor
+finds no room on the host. What ends in neither way, or with other bits, is printed and makes the exit code 1. Sites whose work
+allocates nothing then are counted as "fitted". `--seconds` begin when kernels are compiled and the reference is known. The file
+is written after every trial, and a trial that hangs ends the process with the stacks of its threads.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import asyncio
 import faulthandler
 import gc
+import json
 import random
 import sys
 import tempfile
@@ -25,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +41,6 @@ from miles_core.memory.fake import FakeDevice
 from miles_core.memory.ladder import OutOfRoom
 from miles_core.memory.run import RunMemory
 from miles_core.sync.inprocess import publish
-from miles_core.trainer import fsdp as backend
 from miles_core.trainer import state
 from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
@@ -53,6 +56,7 @@ TRAINER_SITES = ("forward", "backward", "logits", "optimizer", "save", "load", "
 ENGINE_SITES = ("engine pass", "KV growth", "graph capture", "publish", "engine wakes")
 HANG_S = 60.0
 """Longest a trial may take."""
+BEGUN = time.perf_counter()
 
 
 class Cap:
@@ -62,6 +66,7 @@ class Cap:
         self.bench, self.extra, self.skip = bench, extra, skip
         self.left = random.choice((1, 1, 2, 3))
         self.is_set = False
+        self._filling: list[torch.Tensor] = []
 
     def hit(self, *_: Any) -> None:
         """The site is reached."""
@@ -72,8 +77,22 @@ class Cap:
         if self.bench.cuda:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-            total = torch.cuda.mem_get_info()[1]
-            torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + self.extra) / total))
+            self._allow(0)
+            self._fill()
+            self._allow(self.extra)
+
+    def _allow(self, extra: int) -> None:
+        total = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + extra) / total))
+
+    def _fill(self) -> None:
+        """Take the holes between live blocks, which torch could use without asking the driver."""
+        size = 1 << 28
+        while size >= 512:
+            try:
+                self._filling.append(torch.empty(size, dtype=torch.uint8, device=self.bench.device))
+            except torch.OutOfMemoryError:
+                size //= 2
 
     def fails(self, number: int, size: int) -> bool:
         """For the pretended device."""
@@ -113,6 +132,7 @@ class Cap:
                     yield
         finally:
             self.skip, self.is_set, self.left = 0, True, 0
+            self._filling.clear()
             if self.bench.cuda:
                 torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -133,7 +153,7 @@ class TrainerTrials:
         if bench.cuda:
             from bench_train import make_batch
 
-            self.batch: TrainBatch = make_batch("rl", 8192, self.shape.vocab_size)[0]
+            self.batch: TrainBatch = make_batch("rl", 4096, self.shape.vocab_size)[0]
         else:
             self.batch = TrainBatch.from_groups(random_samples(1, num_groups=2), AlgorithmConfig())
         plain = self.fresh()
@@ -150,13 +170,14 @@ class TrainerTrials:
         plain.load(directory / "start")
         self.loaded = fingerprint(plain)
 
-    def fresh(self) -> FsdpTrainer:
-        settings = TrainerConfig(max_tokens_per_microbatch=4096 if self.bench.cuda else 64)
-        return FsdpTrainer(self.bench.decoder(self.shape), AlgorithmConfig(), settings, OptimizerConfig(lr=1e-4))
+    def fresh(self, memory: MemoryConfig | None = None) -> FsdpTrainer:
+        settings = TrainerConfig(max_tokens_per_microbatch=2048 if self.bench.cuda else 64)
+        optimizer = OptimizerConfig(lr=1e-4)
+        return FsdpTrainer(self.bench.decoder(self.shape), AlgorithmConfig(), settings, optimizer, memory=memory)
 
     def trial(self, site: str) -> str:
         """What became of one injection."""
-        trainer = self.fresh()
+        trainer = self.fresh(MemoryConfig(optimizer=random.choice(("device", "device", "host"))))
         cap = Cap(self.bench, int(self.wanted * random.choice((0.0, 0.1, 0.3)) * random.random()), random.choice((0, 0, 1)))
         hook, work, expected = self._site(site, trainer, cap)
         try:
@@ -182,12 +203,13 @@ class TrainerTrials:
             return cap.over(trainer.decoder, "logprob"), step, self.stepped
         cap.skip = 0
         if site == "optimizer":
+            cap.extra //= 8
             return cap.over(trainer.optimizer, "step"), step, self.stepped
         if site == "wake":
             trainer.memory.sleep()
             return cap.over(trainer.memory.mover, "onload"), step, self.stepped
         if site == "load":
-            return no_room_to_read(), lambda: trainer.load(self.directory / "start"), self.loaded
+            return no_room_for("read_tensors"), lambda: trainer.load(self.directory / "start"), self.loaded
         assert site == "save"
         place = self.directory / "again"
 
@@ -196,7 +218,7 @@ class TrainerTrials:
             trainer.save(place)
             trainer.load(place)
 
-        return cap.over(backend, "write_state"), save_and_load, self.stepped
+        return no_room_for("save_tensors"), save_and_load, self.stepped
 
 
 @contextmanager
@@ -210,23 +232,33 @@ def gradient_of(parameter: torch.nn.Parameter, cap: Cap) -> Iterator[None]:
 
 
 @contextmanager
-def no_room_to_read() -> Iterator[None]:
-    """The site is a tensor that is read from a file, drawn anew; it fails once, or a few times in a row."""
-    plain, after, left = state.read_tensors, random.randrange(12), random.choice((1, 1, 2, 3, 9))
+def no_room_for(name: str) -> Iterator[None]:
+    """The site is a tensor that is read from a file, or a file that is written, drawn anew; it fails once or a few times."""
+    plain, reads = getattr(state, name), name == "read_tensors"
+    left, after = random.choice((1, 1, 2, 3, 9)), random.randrange(12 if reads else 2)
+
+    def strike(number: int, what: object) -> None:
+        nonlocal left
+        if number >= after and left:
+            left -= 1
+            raise MemoryError(f"host: no room for {what}")
 
     def read(*args: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        nonlocal left
         for number, found in enumerate(plain(*args)):
-            if number >= after and left:
-                left -= 1
-                raise MemoryError(f"host: no room for {found[0]}")
+            strike(number, found[0])
             yield found
 
-    state.read_tensors = read  # type: ignore[assignment]
+    files = count()
+
+    def write(file: Path, *args: Any, **more: Any) -> Any:
+        strike(next(files), file.name)
+        return plain(file, *args, **more)
+
+    setattr(state, name, read if reads else write)
     try:
         yield
     finally:
-        state.read_tensors = plain
+        setattr(state, name, plain)
 
 
 def fingerprint(trainer: FsdpTrainer) -> str:
@@ -285,6 +317,8 @@ class EngineTrials:
         graphs = core._runner.graphs
         weights = 2 * sum(p.numel() for p in self.trainer.decoder.parameters())
         cap = Cap(self.bench, int(weights * random.choice((0.0, 0.02, 0.5)) * random.random()))
+        if site == "engine pass":
+            cap.extra //= 16
         before = self.engine.metrics()["num_oom"] + self.trainer.memory.ladder.counts["num_oom"]
         found: Any = None
         hooks: dict[str, tuple[Any, str]] = {
@@ -324,16 +358,21 @@ THROWN = ("recovered", "refused")
 
 def run(bench: Bench) -> int:
     table: dict[str, Counter[str]] = {site: Counter() for site in (*TRAINER_SITES, *ENGINE_SITES)}
-    options, begun = bench.options, time.perf_counter()
-    share = 0.6 if options.part == "all" else 1.0
+    options = bench.options
+    wanted = set(options.sites.split(",")) if options.sites else set(table)
+    if strange := wanted - set(table):
+        sys.exit(f"no such site: {', '.join(sorted(strange))}; there are {', '.join(table)}")
+    shares = (0.6, 0.4) if options.part == "all" else (1.0, 1.0)
     try:
         with tempfile.TemporaryDirectory() as folder:
             if options.part != "engine":
-                inject(TrainerTrials(bench, Path(folder)), TRAINER_SITES, table, bench, begun + share * options.seconds)
+                inject(
+                    TrainerTrials(bench, Path(folder)), chosen(TRAINER_SITES, wanted), table, bench, shares[0] * options.seconds
+                )
                 clean()
             if options.part != "trainer":
                 trials = EngineTrials(bench, Path(folder))
-                inject(trials, ENGINE_SITES, table, bench, begun + options.seconds)
+                inject(trials, chosen(ENGINE_SITES, wanted), table, bench, shares[1] * options.seconds)
                 trials.close()
     except Exception:
         traceback.print_exc()
@@ -341,8 +380,20 @@ def run(bench: Bench) -> int:
     return conclude(bench, table)
 
 
+def chosen(sites: tuple[str, ...], wanted: set[str]) -> tuple[str, ...]:
+    return tuple(site for site in sites if site in wanted)
+
+
 def conclude(bench: Bench, table: dict[str, Counter[str]]) -> int:
     """Print the table; 1 when a trial ended in another way than it may."""
+    total, wrong = show(table)
+    bench.note("injected, wrong", (total, wrong))
+    bench.note("sites", {site: dict(counts) for site, counts in table.items() if counts})
+    return 1 if wrong else 0
+
+
+def show(table: dict[str, Counter[str]]) -> tuple[int, int]:
+    """Print the table; failures thrown, and those of them that ended in another way than they may."""
     print("| site | injected | recovered, same bits | refused, one report | other | never short |")
     for site, counts in table.items():
         other = sum(counts.values()) - sum(counts[kind] for kind in (*THROWN, "fitted"))
@@ -350,17 +401,15 @@ def conclude(bench: Bench, table: dict[str, Counter[str]]) -> int:
         if counts:
             print(f"| {site} | " + " | ".join(map(str, row)) + " |")
     total = sum(sum(counts.values()) - counts["fitted"] for counts in table.values())
-    wrong = total - sum(counts[kind] for counts in table.values() for kind in THROWN)
-    bench.note("injected, wrong", (total, wrong))
-    bench.note("sites", {site: dict(counts) for site, counts in table.items() if counts})
-    return 1 if wrong else 0
+    return total, total - sum(counts[kind] for counts in table.values() for kind in THROWN)
 
 
 def inject(
-    trials: TrainerTrials | EngineTrials, sites: tuple[str, ...], table: dict[str, Counter[str]], bench: Bench, until: float
+    trials: TrainerTrials | EngineTrials, sites: tuple[str, ...], table: dict[str, Counter[str]], bench: Bench, seconds: float
 ) -> None:
     """Site after site, until each has had its share of failures or the time is over."""
-    print(f"{type(trials).__name__} ready", flush=True)
+    print(f"{type(trials).__name__} ready {time.perf_counter() - BEGUN:.1f} s after the start", flush=True)
+    until, spent = time.perf_counter() + seconds, dict.fromkeys(sites, 0.0)
     gc.collect()
     gc.freeze()  # every failure collects garbage: not what stays
     limit = bench.options.trials * (len(sites) if bench.options.part == "all" else len(table)) // len(table)
@@ -371,12 +420,15 @@ def inject(
         faulthandler.dump_traceback_later(HANG_S, exit=True)
         clean()
         random.seed(seed)
+        begun = time.perf_counter()
         try:
             outcome = trials.trial(site)
         except Exception as error:
             traceback.print_exc(limit=-8)
             outcome = f"ABORTED: {type(error).__name__}"
         table[site][outcome] += 1
+        spent[site] += time.perf_counter() - begun
+        bench.facts["seconds"] = {each: round(of_it, 1) for each, of_it in spent.items()}
         if outcome not in (*THROWN, "fitted"):
             print(f"{site}, seed {seed}: {outcome}", flush=True)
         if "AcceleratorError" in outcome:  # nothing works in this process any more
@@ -396,11 +448,20 @@ def main() -> None:
     parser.add_argument("--shape", default="qwen3-0.6b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--part", choices=("all", "trainer", "engine"), default="all")
+    parser.add_argument("--sites", help="only these, with commas between")
+    parser.add_argument("--sum", nargs="+", metavar="FILE", help="add up what earlier calls wrote with --out")
     parser.add_argument("--trials", type=int, default=240, help="failures to throw, in all")
     parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out")
     options = parser.parse_args()
+    if options.sum:
+        table = {site: Counter[str]() for site in (*TRAINER_SITES, *ENGINE_SITES)}
+        for file in options.sum:
+            for site, counts in json.loads(Path(file).read_text(encoding="utf-8")).get("sites", {}).items():
+                table.setdefault(site, Counter()).update(counts)
+        print("failures, ended otherwise:", *show(table))
+        return
     sys.exit(run(Bench(options)))
 
 
