@@ -94,7 +94,7 @@ def kernels(inner: FsdpTrainer, beside: DraftingTrainer, batch: TrainBatch) -> d
         events = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
         seen["kernels"] = sum(event.count for event in events)
         seen["kernels_s"] = sum(event.self_device_time_total for event in events) / 1e6
-        top = sorted(events, key=lambda event: -event.self_device_time_total)[:8]
+        top = sorted(events, key=lambda event: -event.self_device_time_total)[:16]
         seen["top"] = [(event.key[:60], event.count, round(event.self_device_time_total / 1e3, 3)) for event in top]
 
     inner.observe(beside)
@@ -130,7 +130,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if cuda else "cpu"
     print(f"{args.shape}, {args.tokens} tokens in sequences of {args.length}; torch {torch.__version__} on {name}", flush=True)
     rows = []
-    for depths, most, capture in product(args.depths, args.rows, (False, True) if args.capture else (False,)):
+    for depths, most, capture in product(args.depths, args.rows, (True, False) if args.capture else (False,)):
         config = DraftTrainConfig(depths=depths, max_rows=most or None, capture=capture)
         try:
             rows.append(compare(trainer, batch, config, args.rounds, cuda))

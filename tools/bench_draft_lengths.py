@@ -91,6 +91,9 @@ def measure(
     step_s: dict[Any, float] = {}
     reference: dict[str, Any] = {}
     different, length = 0, 0.0
+    speculator.controller = controller
+    for _ in range(options.settle):
+        decode(drafting, requests)
     for _ in range(options.rounds):
         for arm in ("plain", *range(options.most + 1), "adaptive"):
             core = plain if arm == "plain" else drafting
@@ -117,6 +120,7 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.2, 0.02])
     parser.add_argument("--most", type=int, default=6, help="longest draft")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--settle", type=int, default=3, help="runs that the controller learns from before any is timed")
     parser.add_argument("--prompt", type=int, default=60)
     parser.add_argument("--new", type=int, default=300)
     parser.add_argument("--layers", type=int, default=16)

@@ -210,13 +210,13 @@ class Saving:
         from miles_rollout.wire import write_samples
         from miles_spec.models.store import save_draft
 
-        folder.mkdir(parents=True)
-        write_samples(folder / "samples.jsonl", samples)
-        save_file(
-            {name: value.contiguous() for name, value in self.trainer.inner.export_weights()}, folder / "policy.safetensors"
-        )
+        part = folder.with_name(f"part_of_{folder.name}")  # a run may be cut off: what has its name is whole
+        part.mkdir(parents=True)
+        write_samples(part / "samples.jsonl", samples)
+        save_file({name: value.contiguous() for name, value in self.trainer.inner.export_weights()}, part / "policy.safetensors")
         for name in ("draft", "frozen", "upstream"):
-            save_draft(self.trainer.arms[name].trainer.serving, folder / name)
+            save_draft(self.trainer.arms[name].trainer.serving, part / name)
+        part.rename(folder)
 
     def state(self) -> dict[str, Any]:
         """The other feed's."""
