@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, nargs="*", default=[0, 4096, 2048, 1024, 512], help="0: all")
     parser.add_argument("--depths", type=int, nargs="*", default=[3])
-    parser.add_argument("--capture", action="store_true", help="also train the draft by a CUDA graph")
+    parser.add_argument("--capture", choices=["off", "on", "both"], default="off", help="train the draft by a CUDA graph")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     cuda = args.shape != "tiny"
@@ -130,7 +130,9 @@ def main() -> None:
     name = torch.cuda.get_device_name() if cuda else "cpu"
     print(f"{args.shape}, {args.tokens} tokens in sequences of {args.length}; torch {torch.__version__} on {name}", flush=True)
     rows = []
-    for depths, most, capture in product(args.depths, args.rows, (True, False) if args.capture else (False,)):
+    for depths, most, capture in product(
+        args.depths, args.rows, {"off": (False,), "on": (True,), "both": (True, False)}[args.capture]
+    ):
         config = DraftTrainConfig(depths=depths, max_rows=most or None, capture=capture)
         try:
             rows.append(compare(trainer, batch, config, args.rounds, cuda))
