@@ -2,17 +2,21 @@
 
 tools/measure_asleep.py engine      an engine, with graphs captured
 torchrun --nproc-per-node 2 tools/measure_asleep.py trainer     a trainer of several processes under NCCL
+torchrun --nproc-per-node 2 tools/measure_asleep.py communicators    what one takes, and what it leaves when it is given up
 
-"Holds" is what the driver counts as taken on the card, less `--base`; so nobody else may be on it. A trainer prints a table, a
-line a moment, as it goes: what each measure gives back, and what keeps the rest. --device cpu checks the code.
+"Holds" is what the driver counts for this process, context included, or, where it does not tell, what is taken on the card less
+what others held before; which of them is printed. A trainer prints a table, a line a moment, as it goes: what each measure
+gives back, and what keeps the rest. --device cpu checks the code.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import sys
+import time
 import traceback
 from datetime import timedelta
 from typing import Any
@@ -26,7 +30,7 @@ from miles_core.memory.peers import Peers
 from miles_core.memory.stack import KernelStack
 from miles_core.memory.trainer import TRAINER_TAGS, empty_device
 from miles_core.trainer.batch import TrainBatch
-from miles_core.trainer.collectives import all_gather
+from miles_core.trainer.collectives import all_gather, all_to_all
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.fsdp import FsdpTrainer
 from miles_core.trainer.hashing import combined_hash
@@ -37,9 +41,8 @@ from miles_rollout.text.char import CharTokenizer
 
 
 def engine_asleep(bench: Bench) -> None:
-    """What an engine holds awake and asleep, beyond what the card held before this process."""
+    """What an engine holds awake and asleep."""
     options, shape = bench.options, bench.shape()
-    base = options.base
     engine = EmbeddedEngine(
         bench.decoder(shape), CharTokenizer("0123456789"),
         EmbeddedConfig(page_size=64, kv_memory_bytes=8 * GIB if bench.cuda else 1 << 20, max_context=2048),
@@ -49,15 +52,16 @@ def engine_asleep(bench: Bench) -> None:
     with asyncio.Runner() as runner:
         for step in range(2):
             roll_out(bench, engine, runner, step)
-        bench.note("engine awake GiB", round((bench.used() - base) / GIB, 3))
+        bench.note("engine awake GiB", round(bench.used() / GIB, 3))
         runner.run(engine.release_memory(("weights", "kv_cache")))
         empty_device(bench.device)
-        bench.note("engine asleep GiB", round((bench.used() - base) / GIB, 3))
+        bench.note("engine asleep GiB", round(bench.used() / GIB, 3))
         if bench.cuda:
             bench.note(
                 "of which torch allocated, reserved MiB",
                 (torch.cuda.memory_allocated() >> 20, torch.cuda.memory_reserved() >> 20),
             )
+            bench.note("GiB are", bench.card.source)
         runner.run(engine.close())
 
 
@@ -67,7 +71,8 @@ class Account:
     def __init__(self, bench: Bench, who: str) -> None:
         self.bench, self.who = bench, who
         self.rows: dict[str, tuple[float, ...]] = {}
-        self.print("| moment | GiB | torch reserved | torch allocated | cut, unused | outside torch |")
+        self.begun = time.perf_counter()
+        self.print("| moment | s | GiB | card, others too | torch reserved | torch allocated | cut, unused | outside torch |")
 
     def print(self, line: str) -> None:
         print(f"{self.who} {line}", flush=True)
@@ -78,8 +83,11 @@ class Account:
         stats = torch.cuda.memory_stats() if self.bench.cuda else {}
         names = ("reserved_bytes", "allocated_bytes", "inactive_split_bytes")
         reserved, allocated, unused = (stats.get(f"{name}.all.current", 0) / GIB for name in names)
-        taken = (self.bench.used() - self.bench.options.base) / GIB
-        self.rows[moment] = (taken, reserved, allocated, unused, taken - reserved)
+        taken, card = self.bench.used() / GIB, 0.0
+        if self.bench.cuda:
+            free, total = torch.cuda.mem_get_info()
+            card = (total - free) / GIB
+        self.rows[moment] = (time.perf_counter() - self.begun, taken, card, reserved, allocated, unused, taken - reserved)
         self.print(f"| {moment} | " + " | ".join(f"{size:.3f}" for size in self.rows[moment]) + " |")
         return taken
 
@@ -87,23 +95,65 @@ class Account:
         """Every stretch of the device that torch still holds, and what keeps it."""
         if not self.bench.cuda:
             return
+        owners: dict[int, str] = {}
+        for found in gc.get_objects():
+            if isinstance(found, torch.Tensor) and found.is_cuda and found.layout is torch.strided:
+                owners[found.untyped_storage().data_ptr()] = f"{str(found.dtype).removeprefix('torch.')} {list(found.shape)}"
         for segment in sorted(torch.cuda.memory._snapshot()["segments"], key=lambda each: -each["total_size"])[:16]:
             alive = [block for block in segment["blocks"] if block["state"] == "active_allocated"]
             largest = sorted(alive, key=lambda block: -block["size"])[:3]
-            said = [f"{block['size'] / 2**20:.3f} {_frames(block)}" for block in largest]
+            said = [f"{block['size'] / 2**20:.3f} {owners.get(block['address'], 'no tensor of Python')}" for block in largest]
             self.print(f"segment of {segment['total_size'] / 2**20:.1f} MiB, {len(alive)} blocks alive: {said}")
 
-
-def _frames(block: dict[str, Any]) -> list[str]:
-    return [f"{frame['filename'].rsplit('/', 1)[-1]}:{frame['line']}" for frame in block.get("frames", ())][:4]
+    def without_stack(self, moment: str) -> None:
+        """A line about what would be left without the stack of kernels' threads, which comes back then."""
+        stack = KernelStack(self.bench.device)
+        stack.shrink()
+        self.note(f"{moment}, without the stack of kernels ({stack._before} bytes a thread)")
+        stack.restore()
 
 
 def one_batch(bench: Bench, vocab: int) -> TrainBatch:
     if bench.cuda:
         from bench_train import make_batch
 
-        return make_batch("rl", 16384, vocab)[0]
+        return make_batch("rl", 8192, vocab)[0]
     return TrainBatch.from_groups(random_samples(1), AlgorithmConfig())
+
+
+def communicators(bench: Bench) -> None:
+    """One after the other, made in several ways, each used and given up."""
+    import torch.distributed as dist
+
+    dist.init_process_group("cpu:gloo,cuda:nccl" if bench.cuda else "gloo", timeout=timedelta(seconds=60))
+    account = Account(bench, f"[{dist.get_rank()}]")
+    account.note("context")
+    account.without_stack("context")
+
+    def small(store: Any, rank: int, size: int) -> Any:
+        options = dist.ProcessGroupNCCL.Options()
+        options.config.max_ctas = 4
+        return dist.ProcessGroupNCCL(store, rank, size, options)
+
+    for name, transport in (
+        ("as torch makes it", None),
+        ("4 blocks", small if bench.cuda else None),
+        ("as torch makes it", None),
+    ):
+        group = Peers(dist.group.WORLD, "world", own=True, transport=transport)
+        one = torch.zeros(1 << 20, device=bench.device)
+        both = torch.zeros(dist.get_world_size() << 20, device=bench.device)
+        all_gather(both, one, group)
+        account.note(f"communicator {name}")
+        all_to_all(both, torch.ones_like(both), group)
+        account.note("which has exchanged")
+        group.release()
+        account.note("which is given up")
+        account.without_stack("which is given up")
+    dist.all_reduce(torch.zeros(1))
+    dist.destroy_process_group()
+    if bench.cuda:
+        bench.note(f"{account.who} GiB are", bench.card.source)
 
 
 def trainer_asleep(bench: Bench) -> None:
@@ -130,6 +180,7 @@ def _go_to_sleep(bench: Bench, account: Account) -> None:
     import torch.distributed as dist
 
     account.note("context")
+    account.without_stack("context")
     one = torch.zeros(8, device=bench.device)
     both = torch.zeros(8 * dist.get_world_size(), device=bench.device)
     group = Peers(dist.group.WORLD, "world", own=bench.options.groups == "own")
@@ -137,8 +188,7 @@ def _go_to_sleep(bench: Bench, account: Account) -> None:
     account.note("one communicator")
     group.release()
     account.note("which is given up")
-    if bench.cuda:
-        torch.cuda.memory._record_memory_history(max_entries=200_000, stacks="python", context="all")
+    account.without_stack("which is given up")
     shape = bench.shape()
     memory = MemoryConfig(release_groups=bench.options.groups == "own")
     config = TrainerConfig(recompute=True)
@@ -181,25 +231,22 @@ def step_by_step(trainer: FsdpTrainer, account: Account) -> None:
     for peers in memory._peers:
         peers.release()
     account.note("communicators given up")
-    stack = KernelStack(bench.device)
-    stack.shrink()
-    account.note("stack of kernels given back")
-    bench.note(f"{account.who} stack of a kernel's thread, bytes", stack._before)
+    account.without_stack("communicators given up")
     bench.note(f"{account.who} communicators made", {peers.name: peers.num_made for peers in memory._peers})
-    stack.restore()
+    if bench.cuda:
+        bench.note(f"{account.who} GiB are", bench.card.source)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=("engine", "trainer"))
+    parser.add_argument("mode", choices=("engine", "trainer", "communicators"))
     parser.add_argument("--shape", default="qwen3-1.7b")
     parser.add_argument("--layers", type=int)
-    parser.add_argument("--base", type=int, default=0, help="bytes of the card that were taken before this process started")
     parser.add_argument("--groups", choices=("own", "torch"), default="own", help="whose communicators the trainer talks over")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out")
     options = parser.parse_args()
-    {"engine": engine_asleep, "trainer": trainer_asleep}[options.mode](Bench(options))
+    {"engine": engine_asleep, "trainer": trainer_asleep, "communicators": communicators}[options.mode](Bench(options))
 
 
 if __name__ == "__main__":

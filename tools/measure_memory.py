@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import importlib
 import json
 import os
 import sys
@@ -50,6 +51,46 @@ TINY = DecoderConfig(
 )  # fmt: skip
 
 
+class Card:
+    """What this process takes of a GPU: as the driver counts it, or else all but what was taken before it began."""
+
+    def __init__(self, index: int) -> None:
+        self._nvml: Any = None
+        self.others = 0
+        """Bytes that were taken when this was made, which has to be before this process' first call of CUDA."""
+        self.source = "the card's, of everybody"
+        try:
+            pynvml: Any = importlib.import_module("pynvml")
+            pynvml.nvmlInit()
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[index : index + 1]
+            number = int(visible[0]) if visible and visible[0].isdigit() else index
+            handle = pynvml.nvmlDeviceGetHandleByIndex(number)
+            self.others = int(pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).used)
+        except Exception as error:  # a library that may be absent, of another version, or refused
+            print(f"NVML: {type(error).__name__}: {error}", flush=True)
+            return
+        self._nvml, self._handle = pynvml, handle
+        self.source = f"the card's less {self.others / GIB:.3f} GiB that were taken before"
+
+    def of_process(self) -> int | None:
+        """Bytes that the driver counts for this process; None where it does not tell."""
+        if self._nvml is None:
+            return None
+        for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle):
+            if process.pid == os.getpid() and process.usedGpuMemory is not None:
+                return int(process.usedGpuMemory)
+        return None
+
+    def used(self) -> int:
+        """Bytes of this process: the driver's count, or else the card's less the others'."""
+        own = self.of_process()
+        if own is not None:
+            self.source = "the driver's count for this process"
+            return own
+        free, total = torch.cuda.mem_get_info()
+        return total - free - self.others
+
+
 class Bench:
     """Device, made ready, facts found so far, and the file they go to."""
 
@@ -59,7 +100,9 @@ class Bench:
         if self.cuda:
             if not torch.cuda.is_available():
                 sys.exit("no GPU here; --device cpu checks the script on a tiny model")
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            self.card = Card(local)
+            torch.cuda.set_device(local)
         prepare_process()
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
         self.facts: dict[str, Any] = {}
@@ -99,11 +142,8 @@ class Bench:
             torch.cuda.synchronize()
 
     def used(self) -> int:
-        """Bytes of the device that are taken, by anybody."""
-        if not self.cuda:
-            return 0
-        free, total = torch.cuda.mem_get_info()
-        return total - free
+        """Bytes of the device that this process takes, in torch's allocator and outside it; see `Card`."""
+        return self.card.used() if self.cuda else 0
 
     def peak(self) -> int:
         """Allocator's largest since the last call."""
@@ -327,6 +367,8 @@ def cycles(bench: Bench) -> None:
         turns.after_publishing()
         runner.run(engine.close())
     bench.note("seconds a cycle", round(seconds, 4))
+    if bench.cuda:
+        bench.note("device bytes are", bench.card.source)
     bench.note("device growth bytes", marks[-1][1] - marks[0][1])
     bench.note("host growth bytes", marks[-1][2] - marks[0][2])
     bench.note("weights unchanged", combined_hash(trainer.export_weights()) == before)
