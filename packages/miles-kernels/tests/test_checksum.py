@@ -8,7 +8,20 @@ import pytest
 import torch
 
 from miles_kernels.checksum import BLOCK_BYTES as BLOCK
-from miles_kernels.checksum import BLOCK_WORDS, GOLDEN, HIGH, LOW, as_hex, dtype_name, mix, tensor_hash, tensor_hashes
+from miles_kernels.checksum import (
+    BLOCK_WORDS,
+    GOLDEN,
+    HIGH,
+    LOW,
+    as_hex,
+    as_numbers,
+    dtype_name,
+    finals,
+    mix,
+    sums_for,
+    tensor_hash,
+    tensor_hashes,
+)  # fmt: skip
 from miles_kernels.mover import Mover, copy_hashed
 
 MASK = (1 << 64) - 1
@@ -98,6 +111,39 @@ def test_torch_and_c_give_the_same_digits(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("miles_kernels.mover.native", lambda: None)
     assert tensor_hashes(tensors) == wanted == copy_hashed(tensors, room)
     assert all(torch.equal(a, b) for a, b in zip(tensors, room, strict=True))
+
+
+def test_checksums_tell_the_sums_they_are_made_of() -> None:
+    sums, sizes = torch.randint(-(2**63), 2**63 - 1, (5000,)), torch.randint(0, 2**45, (5000,))
+    assert torch.equal(sums_for(finals(sums, sizes), sizes), sums) and torch.equal(finals(sums_for(sums, sizes), sizes), sums)
+    known = mix((int(sums[0]) + int(sizes[0]) * GOLDEN) & MASK)
+    assert torch.equal(sums_for(as_numbers([f"{known:016x}"]), sizes[:1]), sums[:1])
+
+
+def test_what_is_expected_is_what_was_moved_and_nothing_else() -> None:
+    tensors = [of(random.randbytes(size)) for size in (40, BLOCK, 3 * BLOCK + 3)]
+    mover = Mover([each.numel() for each in tensors], "cpu")
+    places = mover.places([each.data_ptr() for each in tensors])
+    arrived = mover.expecting(as_numbers(tensor_hashes(tensors)))
+    assert not arrived()
+    mover.move(places)
+    assert arrived()
+    mover.reset()
+    tensors[1][5] ^= 16
+    mover.move(places)
+    assert not arrived()
+
+
+def test_places_are_remembered_by_their_addresses() -> None:
+    mover = Mover([16, 24], "cpu")
+    first = mover.places([16, 32])
+    assert mover.places((16, 32)) is first and first.align == 16 and mover.places([16, 40]).align == 8
+    for number in range(20):
+        assert mover.places([16 * number, 64]).host.tolist() == [16 * number, 64]
+    assert len(mover._known) <= 8 and mover.places([16, 32]).host.tolist() == [16, 32]
+    for wrong in ([16, 33], [16], [4, 16]):
+        with pytest.raises(AssertionError, match="multiples of 8"):
+            mover.places(wrong)
 
 
 def test_windows_of_a_stream_add_up_and_move_only_what_lies_in_them() -> None:

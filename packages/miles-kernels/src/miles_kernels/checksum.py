@@ -85,6 +85,11 @@ def finals(sums: Tensor, sizes: Tensor) -> Tensor:
     return _mix(sums + sizes * _signed(GOLDEN))
 
 
+def sums_for(checksums: Tensor, sizes: Tensor) -> Tensor:
+    """The other way: the sums over blocks that make these checksums, int64 as they are. There is one for each."""
+    return _unmix(checksums) - sizes * _signed(GOLDEN)
+
+
 def as_numbers(hashes: Sequence[str]) -> Tensor:
     """Checksums in hex as the int64 tensor that `finals` returns."""
     return torch.tensor([_signed(int(each, 16)) for each in hashes], dtype=torch.int64)
@@ -160,6 +165,15 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
     return x ^ _shifted(x, 31)
+
+
+def _unmix(x: Tensor) -> Tensor:
+    """Undoes `_mix`: the multipliers are the inverses of its own modulo 2^64."""
+    x = x ^ _shifted(x, 31) ^ _shifted(x, 62)
+    x = x * _signed(pow(0x94D049BB133111EB, -1, 1 << 64))
+    x = x ^ _shifted(x, 27) ^ _shifted(x, 54)
+    x = x * _signed(pow(0xBF58476D1CE4E5B9, -1, 1 << 64))
+    return x ^ _shifted(x, 30) ^ _shifted(x, 60)
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import ctypes
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from miles_kernels.checksum import BLOCK_BYTES, aligned, as_hex, blocks_sum, byte_view, finals, native
+from miles_kernels.checksum import BLOCK_BYTES, aligned, as_hex, blocks_sum, byte_view, finals, native, sums_for
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class Places:
     """int64 [n] on the CPU."""
     device: Tensor
     """The same on the mover's device."""
+    align: int
+    """16 where all of them are multiples of 16, else 8: how wide a kernel loads."""
+
+
+_PLACES_KEPT = 8
 
 
 class Mover:
@@ -52,20 +57,31 @@ class Mover:
             if checksum.available() and checksum.proven(self.device):
                 self._cuda = checksum.tables(self.sizes, self.offsets, self.device)
         self._sums = torch.zeros(len(self.sizes), dtype=torch.int64, device=self.device if self._cuda else "cpu")
+        self._bytes = torch.tensor(self.sizes, dtype=torch.int64)
         self._offsets = self._cuda.offsets if self._cuda else torch.tensor(self.offsets, dtype=torch.int64)
+        self._offsets_align = _align(self._offsets)
+        self._known: dict[tuple[int, ...] | int, Places] = {}
+        """By addresses, or by the beginning of a stream."""
 
     def places(self, addresses: Sequence[int] | Tensor) -> Places:
-        """Where every stretch lies now; reusable for as long as that is so. Addresses of stretches not moved may be anything."""
-        host = addresses if isinstance(addresses, Tensor) else torch.tensor(addresses, dtype=torch.int64)
-        assert host.shape == self._sums.shape and not bool((host % 8).any()), "an address for each, at multiples of 8"
-        return Places(host, host.to(self.device, non_blocking=True) if self._cuda else host)
+        """Where every stretch lies now; reusable for as long as that is so. Addresses of stretches not moved may be anything.
+
+        Those of a sequence are remembered: asked for again, nothing travels to the device.
+        """
+        if isinstance(addresses, Tensor):
+            return self._places(addresses)
+        key = tuple(addresses)
+        return self._known.get(key) or self._kept(key, self._places(torch.tensor(key, dtype=torch.int64)))
 
     def places_in(self, base: int) -> Places:
         """Where they lie in a stream that begins at address `base`."""
         if self._cuda is None:
-            return self.places(self._offsets + base)
-        assert base % 8 == 0, "a stream at a multiple of 8"
-        return Places(self._offsets + base, self._cuda.offsets_there + base)  # nothing travels
+            return self._places(self._offsets + base)
+        if base not in self._known:
+            assert base % 8 == 0, "a stream at a multiple of 8"
+            align = min(self._offsets_align, 8 if base % 16 else 16)
+            self._kept(base, Places(self._offsets + base, self._cuda.offsets_there + base, align))  # nothing travels
+        return self._known[base]
 
     def move(
         self, source: Places, target: Places | None = None, *, start: int = 0, stop: int | None = None, hashed: bool = True
@@ -73,9 +89,8 @@ class Mover:
         """Copy to `target`, where given, and sum what lies in bytes [start, stop) of the stream (default: all of it)."""
         stop = self._stop if stop is None else stop
         if self._cuda is not None:
-            into = None if target is None else target.device
-            odd = source.host if target is None else source.host | target.host
-            self._cuda.launch(source.device, into, self._sums if hashed else None, start, stop, 16 if not (odd % 16).any() else 8)
+            into, align = (None, source.align) if target is None else (target.device, min(source.align, target.align))
+            self._cuda.launch(source.device, into, self._sums if hashed else None, start, stop, align)
             return
         first = max(0, bisect_right(self.offsets, start) - 1)
         for number in range(first, len(self.sizes)):
@@ -88,11 +103,28 @@ class Mover:
 
     def checksums(self) -> Tensor:
         """int64 [n] on the CPU, of all that was moved since this object was made or `reset`. Waits for the device."""
-        return finals(self._sums.cpu(), torch.tensor(self.sizes, dtype=torch.int64))
+        return finals(self._sums.cpu(), self._bytes)
+
+    def expecting(self, checksums: Tensor) -> Callable[[], bool]:
+        """Whether all that was moved has these checksums, int64 [n] on the CPU: a question to be asked later, which then
+        waits for the device and does little else."""
+        wanted = sums_for(checksums, self._bytes)
+        return lambda: torch.equal(self._sums.cpu(), wanted)
 
     def reset(self) -> None:
         """Sums to zero."""
         self._sums.zero_()
+
+    def _places(self, host: Tensor) -> Places:
+        align = _align(host)
+        assert host.shape == self._bytes.shape and align >= 8, "an address for each, at multiples of 8"
+        return Places(host, host.to(self.device, non_blocking=True) if self._cuda else host, align)
+
+    def _kept(self, key: tuple[int, ...] | int, places: Places) -> Places:
+        if len(self._known) >= _PLACES_KEPT:
+            self._known.clear()
+        self._known[key] = places
+        return places
 
     def _move_one(self, number: int, at: int, size: int, source: Places, target: Places | None, hashed: bool) -> None:
         """Bytes [at, at + size) of one stretch without the kernel; the target is read again, so that it is what is summed."""
@@ -124,6 +156,12 @@ def copy_hashed(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> list[st
     mover = Mover([target.numel() for target in into], device)
     mover.move(mover.places([each.data_ptr() for each in flat]), mover.places([each.data_ptr() for each in into]))
     return as_hex(mover.checksums())
+
+
+def _align(places: Tensor) -> int:
+    """The largest of 16, 8 and 1 that divides all of int64 [n]."""
+    rest = places & 15
+    return 16 if not bool(rest.any()) else 8 if not bool((rest & 7).any()) else 1
 
 
 class _CudaMemory:

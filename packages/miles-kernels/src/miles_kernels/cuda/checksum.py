@@ -75,6 +75,7 @@ class Tables:
         self._whole = ((owner << 32) + block).to(device)
         self._partial = ((partial << 32) + whole[partial]).to(device)
         self._sizes = size.to(device)
+        self._stop = max((at + size for at, size in zip(offsets, sizes, strict=True)), default=0)
         assert not bool((offset % 8).any()), "stretches at multiples of 8"
         self.offsets, self.offsets_there = offset, offset.to(device)
 
@@ -86,10 +87,10 @@ class Tables:
         from miles_kernels.checksum import BLOCK_WORDS, GOLDEN, HIGH, LOW
         from miles_kernels.cuda.checksum_kernels import move_blocks
 
-        bounds = torch.tensor([start, stop])
+        bounds = None if start <= 0 and stop >= self._stop else torch.tensor([start, stop])
         with torch.cuda.device(self._device):
             for blocks, at, full in ((self._whole, self._whole_at, True), (self._partial, self._partial_at, False)):
-                first, last = torch.searchsorted(at, bounds).tolist()
+                first, last = (0, blocks.numel()) if bounds is None else torch.searchsorted(at, bounds).tolist()
                 if last > first:
                     move_blocks[(last - first,)](
                         blocks, first, source, source if target is None else target, self._sizes,

@@ -16,6 +16,7 @@ from miles_rollout.waits import wait_until
 from miles_rollout.weights import cudaipc
 from miles_rollout.weights.offer import CudaStorage, LentOffer, layout, size_bytes
 from miles_rollout.weights.shm import SharedMemory
+from miles_rollout.weights.stage import SpanSource
 from miles_rollout.wire import WeightManifest
 
 _SEALED, _FAILED = 0, 1
@@ -112,8 +113,8 @@ class _Loan:
     sizes: tuple[int, ...]
     mapped: tuple[Tensor, ...]
     """Flat uint8, one per storage."""
-    addresses: Tensor
-    """int64, one per tensor of the manifest."""
+    addresses: tuple[int, ...]
+    """One per tensor of the manifest."""
 
     @classmethod
     def of(cls, offer: LentOffer, manifest: WeightManifest, last: _Loan | None) -> _Loan:
@@ -133,7 +134,7 @@ class _Loan:
             if not 0 <= offset <= limit - size or offset % 8:
                 raise ValueError(f"weight update: {manifest.tensors[position].name} lies outside the memory that was lent")
             found.append(base + offset)
-        return cls(offer.storages, offer.places, sizes, tuple(mapped), torch.tensor(found, dtype=torch.int64))
+        return cls(offer.storages, offer.places, sizes, tuple(mapped), tuple(found))
 
 
 def _key(storage: CudaStorage) -> tuple[bytes, int, int]:
@@ -144,7 +145,7 @@ _LAST: list[_Loan] = []
 """Of the present publisher."""
 
 
-class LentSource:
+class LentSource(SpanSource):
     """The receiver's end: a `SpanSource` that is `Sealed`; iterates (name, tensor) over the publisher's memory as well."""
 
     def __init__(self, manifest: WeightManifest, offer: LentOffer) -> None:
@@ -156,7 +157,7 @@ class LentSource:
         _LAST[:] = [self._loan]
         self.device = self._loan.mapped[0].device
 
-    def addresses(self) -> Tensor:
+    def addresses(self) -> tuple[int, ...]:
         """See `weights.stage.SpanSource`."""
         return self._loan.addresses
 

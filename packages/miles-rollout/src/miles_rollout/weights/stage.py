@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -123,8 +124,8 @@ class SpanSource(Protocol):
 
     device: torch.device
 
-    def addresses(self) -> Tensor:
-        """Of every tensor of the manifest, in its order, int64 [n] on the CPU; valid as long as the source is."""
+    def addresses(self) -> tuple[int, ...]:
+        """Of every tensor of the manifest, in its order; valid as long as the source is."""
         ...
 
 
@@ -156,6 +157,10 @@ class Staged(Mapping[str, Tensor]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
+    def keys(self) -> KeysView[str]:
+        """The names, compared as fast as those of a dict."""
+        return self._places.keys()
+
 
 def stage(
     manifest: WeightManifest,
@@ -168,31 +173,73 @@ def stage(
     did not arrive. The copy is what is hashed, so a tensor changed by its owner meanwhile is caught or kept out.
     """
     where = layout(manifest)
-    stream = torch.empty(where.total_bytes, dtype=torch.uint8, device=device)
-    device = stream.device
-    if isinstance(tensors, SpanSource) and tensors.device == device:
-        mover = Mover(where.sizes, device, where.offsets)
-        mover.move(mover.places(tensors.addresses()), mover.places_in(stream.data_ptr()))
-    elif isinstance(tensors, WindowSource):
-        mover = Mover(where.sizes, device, where.offsets)
-        target = mover.places_in(stream.data_ptr())
-        for start, window in tensors.windows():
-            here = window.to(device)
-            mover.move(mover.places_in(here.data_ptr() - start), target, start=start, stop=start + here.numel())
-    elif isinstance(tensors, StreamSource):
-        mover, done = Mover(where.sizes, device, where.offsets), 0
-        places = mover.places_in(stream.data_ptr())
-        for there in tensors.into(stream):
-            mover.move(places, start=done, stop=there)
-            done = there
-    else:
-        staged = Staged(manifest, where, stream)
+    device = _indexed(device)
+    spans = isinstance(tensors, SpanSource) and tensors.device == device
+    if not spans and not isinstance(tensors, (WindowSource, StreamSource)):
+        staged = Staged(manifest, where, torch.empty(where.total_bytes, dtype=torch.uint8, device=device))
         _stage_tensors(manifest, tensors, staged)  # type: ignore[arg-type]
         return staged
+    mover = _MOVERS.take(where, device)  # its sums go to zero: a device that slept wakes up meanwhile
+    stream = torch.empty(where.total_bytes, dtype=torch.uint8, device=device)
+    if spans:
+        mover.move(mover.places(tensors.addresses()), mover.places_in(stream.data_ptr()))  # type: ignore[union-attr]
+    else:
+        _move_windows(mover, tensors, stream)  # type: ignore[arg-type]
     staged = Staged(manifest, where, stream)  # while the device is at work
     stated = _stated(manifest, tensors)
-    _verify_all(manifest.tensors, mover.checksums(), stated)
+    arrived = mover.expecting(stated)
+    if not arrived():  # the first wait for the device
+        _verify_all(manifest.tensors, mover.checksums(), stated)
+    _MOVERS.keep(mover)
     return staged
+
+
+def _move_windows(mover: Mover, source: StreamSource | WindowSource, stream: Tensor) -> None:
+    """Give the device all that a source brings piece by piece, to be copied into the stream and summed."""
+    target = mover.places_in(stream.data_ptr())
+    if isinstance(source, StreamSource):
+        done = 0
+        for there in source.into(stream):
+            mover.move(target, start=done, stop=there)
+            done = there
+    else:
+        for start, window in source.windows():
+            here = window.to(stream.device)
+            mover.move(mover.places_in(here.data_ptr() - start), target, start=start, stop=start + here.numel())
+
+
+def _indexed(device: torch.device | str) -> torch.device:
+    """With its number: "cuda" is the current one."""
+    made = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if made.type == "cuda" and made.index is None else made
+
+
+class _Movers:
+    """Movers of the models last moved: their tables and places serve the next update. One in use is nobody else's."""
+
+    def __init__(self, most: int = 2) -> None:
+        self._idle: list[Mover] = []
+        self._most = most
+        self._lock = threading.Lock()
+
+    def take(self, where: Layout, device: torch.device) -> Mover:
+        """One with sums of zero."""
+        with self._lock:
+            for mover in self._idle:
+                if mover.device == device and mover.sizes == where.sizes and mover.offsets == where.offsets:
+                    self._idle.remove(mover)
+                    mover.reset()
+                    return mover
+        with torch.inference_mode(False):  # its sums are written by whoever takes it next
+            return Mover(where.sizes, device, where.offsets)
+
+    def keep(self, mover: Mover) -> None:
+        """For the next update."""
+        with self._lock:
+            self._idle = [*self._idle, mover][-self._most :]
+
+
+_MOVERS = _Movers()
 
 
 def _stated(manifest: WeightManifest, source: object) -> Tensor:
@@ -261,12 +308,13 @@ def swap(held: Iterable[tuple[str, Tensor]], staged: Staged) -> None:
     targets = dict(held)
     assert targets.keys() == staged.keys(), "staged tensors are not those held"
     ordered = [targets[name] for name in staged]
-    addresses = [tensor.data_ptr() for tensor in ordered]
+    addresses = tuple(tensor.data_ptr() for tensor in ordered)
     device = staged.stream.device
     with torch.no_grad():
         if all(tensor.is_contiguous() and tensor.device == device for tensor in ordered) and not any(a % 8 for a in addresses):
-            mover = Mover(staged.where.sizes, device, staged.where.offsets)
+            mover = _MOVERS.take(staged.where, device)
             mover.move(mover.places_in(staged.stream.data_ptr()), mover.places(addresses), hashed=False)
+            _MOVERS.keep(mover)
         else:
             torch._foreach_copy_(ordered, list(staged.values()))
 
