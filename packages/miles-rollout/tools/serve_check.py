@@ -26,7 +26,7 @@ from typing import Any
 import msgspec
 from checks import RESULTS, check, demand, finish
 
-from miles_rollout.child import free_port
+from miles_rollout.child import end_with_parent, free_port
 from miles_rollout.conformance import Options, run_suite
 from miles_rollout.text import CharTokenizer
 from miles_rollout.upstream import Upstream, UpstreamError
@@ -86,7 +86,9 @@ class Served:
         line += ["--kv-memory-mib", str(KV_MIB), "--tensor-parallel", str(given.tensor_parallel)]
         line += ["--device", given.device] if given.device else []
         self.log = (folder / "serve.log").open("w+")
-        self.process = subprocess.Popen(line, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
+        self.process = subprocess.Popen(
+            line, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent
+        )
 
     def tail(self) -> str:
         """The end of what the command wrote."""

@@ -28,8 +28,8 @@ from miles_kernels.nn.decoder import Decoder, DecoderLayer
 from miles_kernels.ops.matmul import Mode
 
 __all__ = [
-    "RowParallel", "SpreadExperts", "empty_shard", "fold_decoder", "local_config", "local_part", "shard_decoder", "shard_tensors",
-    "sharded_contract",
+    "RowParallel", "SpreadExperts", "empty_shard", "fold_decoder", "leave_group", "local_config", "local_part", "shard_decoder",
+    "shard_tensors", "sharded_contract",
 ]  # fmt: skip
 
 _ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -198,6 +198,15 @@ def empty_shard(
             layer.first_expert = rank * layer.expert_gate_up_proj.shape[0]
             layer.spread_experts = SpreadExperts(group, rank)
     return local.requires_grad_(False)
+
+
+def leave_group(decoder: Decoder) -> None:
+    """Have a rank's decoder let go of the process group. It computes nothing afterwards."""
+    for layer in decoder.layers:
+        assert isinstance(layer, DecoderLayer)
+        layer.row_parallel = None
+        if layer.is_moe:
+            layer.spread_experts = None
 
 
 def shard_decoder(decoder: Decoder, group: Any = None, *, rank: int = 0, shards: int = SHARDS) -> Decoder:

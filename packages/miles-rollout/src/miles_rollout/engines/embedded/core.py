@@ -252,6 +252,9 @@ class EngineCore:
         """`swap_weights` with the whole model's tensors, of which this core may hold a part only."""
         return self.swap_weights(staged, manifest.version)
 
+    def interrupt(self) -> None:
+        """From any thread: end what a step may be waiting for outside this process. Nothing, here."""
+
     def close(self) -> None:
         """End what belongs to this core outside this process: nothing, here."""
 

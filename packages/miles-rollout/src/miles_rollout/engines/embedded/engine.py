@@ -24,12 +24,17 @@ from miles_rollout.engines.embedded.reply import EngineFailure, Reply
 from miles_rollout.engines.embedded.state import Delivery, Job
 from miles_rollout.engines.embedded.weights import check_manifest, dtype_name, stage
 from miles_rollout.text import Tokenizer
+from miles_rollout.waits import expired
 from miles_rollout.wire import EngineInfo, GenerateChunk, GenerateRequest, GenerateResult, WeightManifest
 from miles_spec.draft import Draft
 from miles_spec.models.base import DraftModel
 
 _LIVENESS_S = 2.0
 """How often a waiter looks whether the engine thread still lives."""
+_GRACE_S = 30.0
+"""How long a closing engine waits for its thread before it ends what the thread may be waiting for: other ranks."""
+_CLOSE_S = 150.0
+"""How long after that: a device gets `flight.DEADLINE_S` for a step."""
 
 
 class EmbeddedEngine:
@@ -391,9 +396,19 @@ class EmbeddedEngine:
             self._lock.notify()
             thread = self._thread
         if thread is not None:
-            thread.join()
+            self._join(thread)
         with self._lock:
             self._finish_closing()
+
+    def _join(self, thread: threading.Thread) -> None:
+        """Wait for the engine thread to leave its step; raises WaitExpired when it stays, other ranks gone or not."""
+        core = self._core
+        thread.join(_GRACE_S)
+        if thread.is_alive() and core is not None:
+            core.interrupt()
+            thread.join(_CLOSE_S)
+        if thread.is_alive():
+            raise expired("the embedded engine's thread to leave its step", _GRACE_S + _CLOSE_S)
 
     # ------------------------------------------------------------------ engine thread
 

@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
 import tempfile
-import threading
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 
 from miles_kernels.cuda.comm import SHARDS
 from miles_kernels.nn.decoder import Decoder
-from miles_kernels.nn.parallel import empty_shard, sharded_contract
+from miles_kernels.nn.parallel import empty_shard, leave_group, sharded_contract
 from miles_rollout.engines.embedded import ranks
 from miles_rollout.engines.embedded.config import EmbeddedConfig
 from miles_rollout.engines.embedded.core import EngineCore
-from miles_rollout.engines.embedded.ranks import Add, Bye, Call, Failure, Load, Start
-from miles_rollout.engines.embedded.reply import EngineFailure
+from miles_rollout.engines.embedded.peers import START_S, Peers
+from miles_rollout.engines.embedded.ranks import Add, Call, Load, Start
 from miles_rollout.engines.embedded.state import Delivery, Job
 from miles_rollout.engines.embedded.weights import make_manifest
 from miles_rollout.text import Tokenizer
 from miles_rollout.wire import GenerateResult, WeightManifest
-
-START_S = 180.0
-"""Longest wait for a rank to import, load and report; and for any sum over ranks afterwards."""
-_END_S = 10.0
 
 
 class RankCore(EngineCore):
@@ -130,9 +122,14 @@ class LeadingCore(RankCore):
             parts: Any = ranks.spread_weights(manifest, staged, self.decoder, self.peers.group, 0, self.state())
             return ready + self.swap_weights(parts, manifest.version)
 
+    def interrupt(self) -> None:
+        """End the other ranks at once; a step of this one that waits for them fails."""
+        self.peers.interrupt()
+
     def close(self) -> None:
-        """End the other ranks. Idempotent."""
-        self.peers.close()
+        """End the other ranks and leave them, in this order: graphs, then what they sum over. Idempotent."""
+        self.peers.close(self._runner.forget_graphs)
+        leave_group(self.decoder)
 
     @property
     def decoder(self) -> Decoder:
@@ -196,6 +193,7 @@ def lead(decoder: Decoder, tokenizer: Tokenizer, config: EmbeddedConfig, *, num_
             with torch.inference_mode():
                 core = LeadingCore(local, tokenizer, config, num_pages=num_pages, weight_version=weight_version)
                 core._peers = peers
+                weakref.finalize(core, peers.close, core._runner.forget_graphs)  # of an engine that nobody closes
                 whole = dict(decoder.hf_state())
                 version = core.weight_version
                 core.swap_whole(make_manifest(whole.items(), version=version, contract_digest=contract.digest), whole)
@@ -203,92 +201,6 @@ def lead(decoder: Decoder, tokenizer: Tokenizer, config: EmbeddedConfig, *, num_
             peers.close()
             raise
     return core
-
-
-class Peers:
-    """The processes of the other ranks. They end with this one, in whatever way it ends: their standard input does."""
-
-    def __init__(self, starts: list[Start], store: Any) -> None:
-        self.group: Any = None
-        self.failure: str | None = None
-        self._store = store
-        self._ready = [threading.Event() for _ in starts]
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._closing = False
-        command = [sys.executable, "-m", "miles_rollout.engines.embedded.rank"]
-        environment = {"GLOO_SOCKET_IFNAME": "lo", **os.environ}
-        try:
-            for number, start in enumerate(starts):
-                process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
-                )
-                self._processes.append(process)
-                threading.Thread(target=self._listen, args=(number, process), name=f"rank-{start.rank}", daemon=True).start()
-                assert process.stdin is not None
-                ranks.write(process.stdin, start)
-        except BaseException:
-            self.close()
-            raise
-
-    def wait_ready(self, deadline_s: float) -> None:
-        """Until every rank has built its part. Raises EngineFailure naming the one that has not."""
-        for number, ready in enumerate(self._ready):
-            if not ready.wait(deadline_s):
-                raise EngineFailure(f"rank {number + 1} is not ready after {deadline_s:.0f} s")
-        self.check()
-
-    def join(self, count: int, device: torch.device) -> Any:
-        """Meet the others in a process group."""
-        self.group = ranks.make_group(self._store, 0, count, device, START_S)
-        return self.group
-
-    def tell(self, message: ranks.Message) -> None:
-        """One message to every rank. Raises EngineFailure when one does not take it."""
-        for number, process in enumerate(self._processes):
-            assert process.stdin is not None
-            try:
-                ranks.write(process.stdin, message)
-            except (OSError, ValueError) as error:
-                raise EngineFailure(self.failure or f"rank {number + 1} takes no more messages: {error}") from error
-
-    def check(self) -> None:
-        """Raise EngineFailure when a rank has ended."""
-        if self.failure is not None:
-            raise EngineFailure(self.failure)
-
-    def close(self) -> None:
-        """Ask them to end, and make them after a while. Idempotent."""
-        self._closing = True
-        for process in self._processes:
-            assert process.stdin is not None
-            with contextlib.suppress(OSError, ValueError):
-                ranks.write(process.stdin, Bye())
-                process.stdin.close()
-        for process in self._processes:
-            try:
-                process.wait(_END_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self.group = None
-
-    def _listen(self, number: int, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdout is not None
-        told = ""
-        while (content := ranks.read(process.stdout)) is not None:
-            if content == ranks.READY:
-                self._ready[number].set()
-            else:
-                told = msgspec.msgpack.decode(content, type=Failure).text
-        if not self._closing:
-            code = process.wait()
-            self.failure = (
-                f"rank {number + 1} of the tensor-parallel engine has ended (exit code {code}): {told or 'no reason given'}"
-            )
-            if self.group is not None:
-                with contextlib.suppress(Exception):
-                    self.group.abort()  # a sum that waits for the missing rank waits no longer
-        self._ready[number].set()
 
 
 def _devices(device: torch.device, count: int) -> list[str]:

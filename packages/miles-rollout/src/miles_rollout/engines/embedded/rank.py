@@ -1,11 +1,14 @@
 """A further rank of a tensor-parallel engine: `python -m miles_rollout.engines.embedded.rank`, started by `lead`.
 
-Standard input brings `ranks` messages, standard output takes READY and at most one Failure. The end of the input ends it.
+Standard input brings `ranks` messages, standard output takes READY and at most one Failure. The end of the input ends it, also
+in the middle of a sum, and so does the kernel when the leader is gone: a rank that is stuck in a call outlives nobody.
+SIGUSR1 writes the stacks of all threads to standard error.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import queue
 import signal
@@ -15,9 +18,13 @@ from typing import Any
 
 import msgspec
 
+from miles_rollout.child import end_with_parent
+
 
 def main() -> None:
     """Be a rank until told to end, or nobody tells any more."""
+    end_with_parent()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer

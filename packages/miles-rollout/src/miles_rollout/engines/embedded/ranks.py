@@ -95,8 +95,13 @@ def write(stream: IO[bytes], message: Any) -> None:
 
 def write_raw(stream: IO[bytes], content: bytes) -> None:
     """The same for bytes."""
-    stream.write(_LENGTH.pack(len(content)) + content)
+    stream.write(framed(content))
     stream.flush()
+
+
+def framed(content: bytes) -> bytes:
+    """A message as it travels: its length, then itself."""
+    return _LENGTH.pack(len(content)) + content
 
 
 def read(stream: IO[bytes]) -> bytes | None:

@@ -112,6 +112,12 @@ class StepGraphs:
         self._captured.clear()
         self._pool = None
 
+    def end(self) -> None:
+        """`forget`, also where somebody still holds a graph: the stack of an error does."""
+        for captured in self._captured.values():
+            captured.graph.reset()
+        self.forget()
+
     def decode(self, rows: np.ndarray, tokens: np.ndarray | None = None) -> tuple[Tensor, Readback]:
         """One step of rows [R]: (logits [R, V], valid until the next launch; drawn tokens on their way to the host).
 

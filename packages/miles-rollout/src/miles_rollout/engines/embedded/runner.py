@@ -97,6 +97,11 @@ class Runner:
         if self._fused is not None:
             self._fused = FusedForward(self._decoder, self._kv.pools)
 
+    def forget_graphs(self) -> None:
+        """Drop all graphs for good, with what they hold of a process group."""
+        if self.graphs is not None:
+            self.graphs.end()
+
     def record(self, features: FeatureStore | None) -> None:
         """Keep features of every position from now on."""
         self.features = features
