@@ -316,6 +316,8 @@ def colocated(args: argparse.Namespace) -> None:
     if args.device == "cuda":
         cases = {"lent": LentTransport} | cases
     for name, make in cases.items():
+        if args.only not in name:
+            continue
         try:
             asyncio.run(measure(args, name, make, trainer, total, reference, 0))
         except Exception as error:  # one variant must not end the others
@@ -333,6 +335,8 @@ def broadcast(args: argparse.Namespace) -> None:
     reference = plain_broadcast(args, total)
     print(f"  {'NCCL' if args.device == 'cuda' else 'gloo'} broadcast of one tensor: {reference / 1e9:.1f} GB/s", flush=True)
     for mib in (256, 64) if args.device == "cuda" else (4,):
+        if args.only not in f"buckets of {mib} MiB":
+            continue
         try:
             make = partial(BroadcastTransport, bucket_bytes=mib << 20, device=device)
             asyncio.run(measure(args, f"buckets of {mib} MiB", make, trainer, total, reference, 1))
@@ -382,6 +386,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--shape", default="0.6b", choices=list(SHAPES))
     parser.add_argument("--gpu", type=int, default=0)
+    parser.add_argument("--only", default="", help="variants whose name has this in it")
     parser.add_argument("--unchecked", action="store_true")
     args = parser.parse_args()
     if args.device == "cuda" and args.command != "serve":
