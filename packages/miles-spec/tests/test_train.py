@@ -95,7 +95,7 @@ def test_labels_are_those_of_a_plain_loop_over_every_sequence(seed: int) -> None
 
 @pytest.mark.parametrize(("kind", "loss"), [("mtp", "kl"), ("layers", "lk_lambda"), ("mtp", "ce")])
 def test_a_padded_pass_has_the_numbers_of_the_plain_one(kind: str, loss: str) -> None:
-    """What a GPU captures, run as it is: padding and counting by masks change nothing; wrong labels do."""
+    """What a GPU captures, run as it is: padding and looking at rows with labels alone change nothing; wrong rows do."""
     decoder = random_decoder(SHAPE, 1)
     makers = {
         "mtp": lambda: MtpDraft.from_trunk(decoder),
@@ -110,13 +110,15 @@ def test_a_padded_pass_has_the_numbers_of_the_plain_one(kind: str, loss: str) ->
     wanted = [parameter.grad for parameter in plain.parameters()]
     for wrong in (False, True):
         draft, lengths = makers[kind]().requires_grad_(True), stream.lengths
-        shape = shape_of(lengths)
+        targets = stream.host_targets(3)
+        shape = shape_of(lengths, targets.num_supervised)
+        assert max(targets.num_supervised) <= shape.labels < shape.rows
         assert shape.rows > stream.num_rows and sum(padded_lengths(lengths, shape)) == shape.rows
         assert len(padded_lengths(lengths, shape)) == shape.sequences
         inputs = Inputs.like(stream, shape, 3)
-        inputs.fill(stream, stream.host_targets(3), shape, labels)
+        inputs.fill(stream, targets, shape, labels)
         if wrong:
-            inputs.integers[3:6] = inputs.integers[3:6].roll(1, 1)
+            inputs.picked[0] = inputs.picked[0].roll(1, 1)
         plan = inputs.plan(shape, padded_lengths(lengths, shape))
         total, numbers = run_pass(draft, config, inputs, plan, policy.embed, policy.head)
         total.backward()

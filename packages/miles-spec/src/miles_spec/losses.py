@@ -146,7 +146,7 @@ def draft_loss(
         slots = targets.supervised[depth].nonzero().flatten()
         teacher = targets.teacher[depth, slots]
         found = token_losses(
-            hidden[depth][slots],
+            hidden[depth].index_select(0, slots),
             head,
             targets.labels[depth, slots],
             kind=kind,

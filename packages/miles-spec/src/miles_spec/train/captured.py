@@ -1,7 +1,8 @@
 """Forward and backward of a draft as one CUDA graph: small drafts wait for launches, not for arithmetic.
 
-Legend: R = rows of a shape, S = its sequences, L = the longest of them, K = depths, H = hidden size; a stream that is smaller is
-padded with sequences of token 0 that nobody supervises. Every row belongs to a sequence, so nothing is left uninitialised.
+Legend: R = rows of a shape, S = its sequences, L = the longest of them, M = rows with a label, K = depths, H = hidden size; a
+stream that is smaller is padded with sequences of token 0 that nobody supervises. Every row belongs to a sequence, so nothing is
+left uninitialised.
 """
 
 from __future__ import annotations
@@ -33,14 +34,16 @@ class Shape(NamedTuple):
     rows: int
     sequences: int
     longest: int
+    labels: int
 
 
-def shape_of(lengths: Sequence[int]) -> Shape:
-    """The shape that holds sequences of these lengths and what pads them."""
+def shape_of(lengths: Sequence[int], labels: Sequence[int]) -> Shape:
+    """The shape that holds sequences of these lengths, what pads them, and so many labels of every depth."""
     longest = max(64, 1 << (max(lengths) - 1).bit_length())
     rows = -(-sum(lengths) // ROWS) * ROWS
     pads = -(-(rows - sum(lengths)) // longest)
-    return Shape(rows, max(16, 1 << (len(lengths) + pads - 1).bit_length()), longest)
+    quarters = max(1, -(-4 * max(labels) // rows))
+    return Shape(rows, max(16, 1 << (len(lengths) + pads - 1).bit_length()), longest, quarters * rows // 4)
 
 
 def padded_lengths(lengths: Sequence[int], shape: Shape) -> list[int]:
@@ -61,7 +64,9 @@ class Inputs:
     hidden: Tensor
     """[R, H]: the policy's; `features` itself for an MTP draft"""
     integers: Tensor
-    """int64 [3 K + 1, R]: tokens, labels and teachers of every depth, then positions; labels below 0 count for nothing"""
+    """int64 [K + 1, R]: tokens of every depth, then positions"""
+    picked: Tensor
+    """int64 [3, K, M]: rows that have a label, the labels, and their teachers; labels below 0 count for nothing"""
     bounds: Tensor
     """int32 [2 S + 1]: first rows of the sequences and the end, then their lengths"""
     heat: Tensor
@@ -83,7 +88,8 @@ class Inputs:
         return cls(
             features=features,
             hidden=own,
-            integers=empty(3 * depths + 1, shape.rows, dtype=torch.int64),
+            integers=empty(depths + 1, shape.rows, dtype=torch.int64),
+            picked=empty(3, depths, shape.labels, dtype=torch.int64),
             bounds=empty(2 * shape.sequences + 1, dtype=torch.int32),
             heat=empty(shape.rows, dtype=torch.float32),
             share=empty(depths, dtype=torch.float32),
@@ -96,17 +102,22 @@ class Inputs:
         self.hidden[:rows].copy_(stream.policy_hidden)
         if self.features is not self.hidden:
             self.features[:rows].copy_(stream.features)
-        integers = torch.zeros((3 * depths + 1, shape.rows), dtype=torch.int64)
-        integers[depths : 2 * depths] = -1
-        for at, part in enumerate((targets.input_ids, targets.labels, targets.teacher)):
-            integers[at * depths : (at + 1) * depths, :rows] = part[:depths]
+        integers = torch.zeros((depths + 1, shape.rows), dtype=torch.int64)
+        integers[:depths, :rows] = targets.input_ids[:depths]
         integers[-1] = torch.cat([torch.arange(length) for length in lengths if length])
+        picked = torch.zeros((3, depths, shape.labels), dtype=torch.int64)
+        picked[1] = -1
+        for depth in range(depths):
+            here = targets.supervised[depth].nonzero().flatten()
+            for row, values in enumerate((here, targets.labels[depth, here], targets.teacher[depth, here])):
+                picked[row, depth, : len(here)] = values
         bounds = torch.zeros(2 * shape.sequences + 1, dtype=torch.int32)
         sizes = torch.tensor(lengths, dtype=torch.int32)
         bounds[1 : shape.sequences + 1] = sizes.cumsum(0)
         bounds[shape.sequences + 1 :] = sizes
         heat = stream.temperature()
         self.integers.copy_(integers)
+        self.picked.copy_(picked)
         self.bounds.copy_(bounds)
         self.heat[:rows] = heat
         self.heat[rows:] = 1.0
@@ -129,13 +140,13 @@ def run_pass(
 ) -> tuple[Tensor, Tensor]:
     """(loss [], loss and acceptance by depth [2, K]) of padded inputs. Nothing here asks the device for a number."""
     depths = config.depths
-    tokens, labels, teachers = inputs.integers[: 3 * depths].view(3, depths, -1)
-    states = draft.unroll(inputs.features, tokens, plan, depths, embed=embed)
+    rows, labels, teachers = inputs.picked
+    states = draft.unroll(inputs.features, inputs.integers[:depths], plan, depths, embed=embed)
     total, losses, accepted = torch.zeros((), device=inputs.heat.device), [], []
     for depth, weight in enumerate(config.depth_weights):
-        teacher = teachers[depth].clamp(min=0)
+        teacher = teachers[depth]
         found = token_losses(
-            states[depth],
+            states[depth].index_select(0, rows[depth]),
             draft.head(head),
             labels[depth].clamp(min=0),
             kind=config.loss,  # type: ignore[arg-type]
@@ -173,7 +184,7 @@ class CapturedPasses:
 
     def run(self, stream: DraftStream, targets: DraftTargets, labels: Sequence[int], embed: Tensor, head: Tensor) -> Tensor:
         """Leave gradients at the draft's parameters; loss and acceptance by depth [2, K], on the device."""
-        shape = shape_of(stream.lengths)
+        shape = shape_of(stream.lengths, targets.num_supervised)
         key = (shape, embed.data_ptr(), head.data_ptr(), stream.policy_hidden.dtype)
         held = self._graphs.pop(key, None)
         if held is None:
