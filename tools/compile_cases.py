@@ -85,31 +85,17 @@ def experts() -> Iterator[Case]:
         name = "{} x {} x {}, {} slots".format(*size)
         for tokens in (1, 3, 5, 40, 700, 3000):
             yield name, f"{tokens} tokens", partial(_experts, tokens, *size)
-            yield (
-                name,
-                f"{tokens} tokens, untried variants",
-                partial(_experts, tokens, *size, FEW_COLUMNS=4, SORT_AND_PLAN=True, READ_ONCE_FROM=0),
-            )
         yield name, "700 tokens with gradients", partial(_experts, 700, *size, learns=True)
 
 
-def _experts(
-    tokens: int, experts: int, hidden: int, width: int, slots: int, learns: bool = False, **settings: int | bool
-) -> None:
+def _experts(tokens: int, experts: int, hidden: int, width: int, slots: int, learns: bool = False) -> None:
     from miles_kernels.cuda import moe
 
-    before = {name: getattr(moe, name) for name in settings}
     x, weights = empty(tokens, hidden), wide(tokens, slots)
     up, down = empty(experts, 2 * width, hidden), empty(experts, hidden, width)
     for each in (x, up, down, weights):
         each.requires_grad_(learns)
-    try:
-        for name, value in settings.items():
-            setattr(moe, name, value)
-        out = moe.moe_mlp(x, up, down, ids(tokens, slots), weights)
-    finally:
-        for name, value in before.items():
-            setattr(moe, name, value)
+    out = moe.moe_mlp(x, up, down, ids(tokens, slots), weights)
     if learns:
         out.backward(torch.empty_like(out))
 
@@ -251,7 +237,7 @@ def logprob() -> Iterator[Case]:
     from miles_kernels.cuda import logprob as ops
 
     for rows in (1, 17, 300):
-        for hidden, vocab in ((1024, 151936), (4096, 151936), (64, 97), (40, 1000), (2560, 32000)):
+        for hidden, vocab in ((1024, 151936), (4096, 151936), (64, 97), (40, 1000), (264, 5003), (2560, 32000)):
             yield f"{hidden} x {vocab}", f"{rows} rows", partial(_logprob, rows, hidden, vocab)
         yield "64 x 1003 with bias, no entropy", f"{rows} rows", partial(_logprob, rows, 64, 1003, bias=True, entropy=False)
         for vocab in (97, 151936):
@@ -265,8 +251,7 @@ def _logprob(rows: int, hidden: int, vocab: int, *, bias: bool = False, entropy:
     x, w, shift = empty(rows, hidden), empty(vocab, hidden), empty(vocab) if bias else None
     targets, inverse, grads = ids(rows), wide(rows), (wide(rows), wide(rows) if entropy else None)
     _, ent, normaliser = ops.forward(x, w, targets, inverse, shift, entropy=entropy)
-    for bits in (8, 4):
-        ops.backward(grads, x, w, targets, inverse, normaliser, ent, shift, low_bits=bits)
+    ops.backward(grads, x, w, targets, inverse, normaliser, ent, shift)
 
 
 def sampling() -> Iterator[Case]:

@@ -29,8 +29,8 @@ STREAM_BYTES = 3 * 3 * 128 * MIB
 """Three pieces of three columns of optimizer state that lives off the device: one coming, one updated, one leaving."""
 STAGING_BYTES = 256 * MIB
 """Most bytes in flight when weights are saved or published: one bucket on each side."""
-LOGPROB_ROWS, LOGPROB_STEP = 8192, 2048
-"""Rows and vocabulary columns of the logits that exist at a time in the fused log-probability."""
+LOGPROB_ROWS, LOGPROB_STEP = 8192, 8192
+"""Rows and vocabulary columns of the logits that exist at a time in the fused log-probability, at most."""
 
 
 class Item(NamedTuple):

@@ -18,7 +18,7 @@ from miles_kernels.ops.logprob import VOCAB_CHUNK, LogprobOutput
 from miles_kernels.ops.matmul import Mode, mm, mm_dgrad, mm_wgrad
 
 CUDA_STEP = 8192
-"""About how many rows a slice has on CUDA: the next lower multiple of the backward's vocabulary step is taken."""
+"""Rows of a slice on CUDA, at most: as many of the backward's vocabulary steps as they hold, and at least one."""
 CUDA_ROWS = 8192
 """Rows [N] that share one pass of the projection: bounds the statistics, 12 bytes per row and 128 columns."""
 
@@ -56,13 +56,19 @@ def streamed_logprob(
     return LogprobOutput(logprob, ent if entropy else None)
 
 
-def _cuda_step(hidden_size: int) -> int:
-    """Rows of a slice: whole vocabulary steps of the backward, whose order of sums stays that of the whole projection."""
-    from miles_kernels.cuda.logprob import BLOCK, backward_chunks
+def _cuda_slices(num_rows: int, hidden_size: int) -> Iterator[list[tuple[int, int]]]:
+    """The vocabulary steps of the backward, whose order of sums stays that of the whole projection, in groups: slices."""
+    from miles_kernels.cuda.logprob import BLOCK, backward_steps
 
-    step = backward_chunks(hidden_size)[0]
-    assert step % (2 * BLOCK) == 0, "a slice must hold whole blocks of statistics"
-    return step * max(1, CUDA_STEP // step)
+    group: list[tuple[int, int]] = []
+    for start, stop in backward_steps(num_rows, hidden_size):
+        assert start % (2 * BLOCK) == 0, "a slice must hold whole blocks of statistics"
+        if group and stop - group[0][0] > CUDA_STEP:
+            yield group
+            group = []
+        group.append((start, stop))
+    if group:
+        yield group
 
 
 def _steps(slices: Slices, step: int) -> Iterator[tuple[int, int]]:
@@ -128,7 +134,8 @@ class _OnCuda(torch.autograd.Function):
             x, target = hidden[span].contiguous(), targets[span]
             stats = cuda.new_stats(len(x), slices.num_rows, entropy, hidden.device)
             logit = torch.empty(len(x), dtype=torch.float32, device=hidden.device)
-            for start, stop in _steps(slices, _cuda_step(hidden.shape[1])):
+            for steps in _cuda_slices(slices.num_rows, hidden.shape[1]):
+                start, stop = steps[0][0], steps[-1][1]
                 part = slices.read(start, stop)
                 local = target - start
                 inside = (local >= 0) & (local < stop - start)
@@ -162,17 +169,18 @@ class _OnCuda(torch.autograd.Function):
         hidden, targets, normaliser, entropy, inverse = ctx.saved_tensors
         slices = ctx.slices
         rows = len(hidden)
-        step, height = cuda.backward_chunks(hidden.shape[1])
+        most = max(stop - start for start, stop in cuda.backward_steps(slices.num_rows, hidden.shape[1]))
+        height = cuda.MOST_TOKENS
         g_logprob = torch.zeros(rows, device=hidden.device) if grads[0] is None else grads[0].float().contiguous()
         g_entropy = grads[1].float().contiguous() if grads[1] is not None and ctx.entropy else None
         d_hidden, gradient = torch.empty_like(hidden), slices.new_gradient()
         low = torch.empty(hidden.shape, dtype=torch.uint8, device=hidden.device)
-        buffer = torch.empty((min(rows, height), step), dtype=hidden.dtype, device=hidden.device)
-        for first, last in _steps(slices, _cuda_step(hidden.shape[1])):
+        buffer = torch.empty((min(rows, height), most + -most % 8), dtype=hidden.dtype, device=hidden.device)
+        for steps in _cuda_slices(slices.num_rows, hidden.shape[1]):
+            first, last = steps[0][0], steps[-1][1]
             whole = slices.read(first, last)
             d_part = torch.empty(whole.shape, dtype=torch.float32, device=hidden.device)
-            for start in range(first, last, step):
-                stop = min(start + step, last)
+            for start, stop in steps:
                 part, room = whole[start - first : stop - first], d_part[start - first : stop - first]
                 for top in range(0, rows, height):
                     span = slice(top, min(top + height, rows))

@@ -95,11 +95,13 @@ def gemm(
     transposed: bool = False,
     gather: tuple[Tensor, int] | None = None,
     tile: Tile | None = None,
+    early: bool = False,
 ) -> Tensor:
     """`x[R, K]` times `weight[E, N, K]^T` per expert as [R, N] (`weight[E, K, N]` when `transposed`).
 
     `gated`: `weight[E, 2 I, K]` is gate over up and the result is silu(gate) * up, [R, I].
     `gather` (with `gated`) = (order[R], slots): x holds the unsorted rows, sorted row r is `x[order[r] // slots]`.
+    `early`: launched while its predecessor ends.
     """
     experts, first, second = weight.shape
     k = x.shape[1]
@@ -142,6 +144,8 @@ def gemm(
         B_T=transposed,
         GATED=gated,
         GATHER=gather is not None,
+        EARLY=early,
+        launch_pdl=early,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

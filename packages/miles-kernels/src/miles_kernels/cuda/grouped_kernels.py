@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from miles_kernels.cuda.gemm_kernels import tile_of
+
+
+@triton.jit
+def begin(EARLY: tl.constexpr):
+    """Of a kernel that is launched while its predecessor ends (`EARLY`): wait for it, then let the successor be launched."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -29,8 +38,11 @@ def plan_tiles(offsets, tile_expert, tile_row, num_tiles, E, BM: tl.constexpr, E
 
 
 @triton.jit
-def plan_offsets(totals, offsets, tile_expert, tile_row, num_tiles, E, BM: tl.constexpr, EXPERTS: tl.constexpr):
+def plan_offsets(
+    totals, offsets, tile_expert, tile_row, num_tiles, E, BM: tl.constexpr, EXPERTS: tl.constexpr, EARLY: tl.constexpr = False
+):
     """offsets[E + 1] and row tiles from rows per expert. One program."""
+    begin(EARLY)
     experts = tl.arange(0, EXPERTS)
     counts = tl.load(totals + experts, mask=experts < E, other=0)
     stop = tl.cumsum(counts, 0)
@@ -53,8 +65,10 @@ def plan_few(
     BM: tl.constexpr,
     BLOCK: tl.constexpr,
     EXPERTS: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):
     """Sort, offsets and row tiles of at most `BLOCK` pairs in one program."""
+    begin(EARLY)
     pairs = tl.arange(0, BLOCK)
     keep = pairs < total
     expert = tl.load(ids + pairs, mask=keep, other=EXPERTS).to(tl.int32)
@@ -71,8 +85,9 @@ def plan_few(
 
 
 @triton.jit
-def scan_counts(counts, before, totals, num_blocks, E, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):
+def scan_counts(counts, before, totals, num_blocks, E, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr = False):
     """before[block, e] = sum of counts of earlier blocks; totals[e]. One program per `WIDTH` experts."""
+    begin(EARLY)
     blocks = tl.arange(0, BLOCKS)
     experts = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     keep = (blocks < num_blocks)[:, None] & (experts < E)[None, :]
@@ -104,6 +119,7 @@ def grouped_gemm(
     B_T: tl.constexpr,
     GATED: tl.constexpr,
     GATHER: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):
     """out[rows of e, N] = x[rows of e, K] w[e]^T, w described as [E * N, K] (or [E * K, N] when `B_T`, then x w[e]).
 
@@ -111,6 +127,7 @@ def grouped_gemm(
     each rounded to out's dtype first, as the unfused ops do. `GATHER` (with `GATED`): x is a pointer to the unsorted rows and
     sorted row r is x[index[r] // slots]; BK must divide K.
     """
+    begin(EARLY)
     num_m = tl.load(num_tiles)
     num_n = tl.cdiv(N, BN)
     steps = tl.cdiv(K, BK)
@@ -198,11 +215,12 @@ def grouped_wgrad(
 
 
 @triton.jit
-def sort_slots(ids, before, offsets, order, place, total, E, BLOCK: tl.constexpr):
+def sort_slots(ids, before, offsets, order, place, total, E, BLOCK: tl.constexpr, EARLY: tl.constexpr = False):
     """Stable counting sort of flat expert ids, `BLOCK` pairs per program.
 
     `before[block, e]` = pairs of expert e in earlier blocks. Writes order (sorted row -> pair) and place (pair -> sorted row).
     """
+    begin(EARLY)
     block = tl.program_id(0)
     pairs = block * BLOCK + tl.arange(0, BLOCK)
     keep = pairs < total
@@ -216,47 +234,9 @@ def sort_slots(ids, before, offsets, order, place, total, E, BLOCK: tl.constexpr
 
 
 @triton.jit
-def sort_and_plan(
-    ids, before, totals, order, place, offsets, tile_expert, tile_row, num_tiles, total, E,
-    BM: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, COUNTED: tl.constexpr,
-):  # fmt: skip
-    """`sort_slots` and `plan_offsets` in one launch: every program works out the experts' first rows, the first one writes them.
-
-    `COUNTED`: before[block, e] and totals[e] are those of `scan_counts`; without, every program counts all pairs.
-    """
-    block = tl.program_id(0)
-    experts = tl.arange(0, EXPERTS)
-    earlier = tl.zeros((EXPERTS,), tl.int32)
-    counts = tl.zeros((EXPERTS,), tl.int32)
-    if COUNTED:
-        earlier += tl.load(before + block * E + experts, mask=experts < E, other=0)
-        counts += tl.load(totals + experts, mask=experts < E, other=0)
-    else:
-        for start in range(0, total, BLOCK):
-            each = start + tl.arange(0, BLOCK)
-            those = tl.load(ids + each, mask=each < total, other=-1).to(tl.int32)
-            hits = tl.sum((those[:, None] == experts[None, :]).to(tl.int32), 0)
-            counts += hits
-            earlier += tl.where(start < block * BLOCK, hits, 0)
-    stop = tl.cumsum(counts, 0)
-    pairs = block * BLOCK + tl.arange(0, BLOCK)
-    keep = pairs < total
-    expert = tl.load(ids + pairs, mask=keep, other=-1).to(tl.int32)
-    first = (stop - counts + earlier)[None, :]
-    base = tl.sum(tl.where(expert[:, None] == experts[None, :], first, 0), 1)
-    same = (expert[:, None] == expert[None, :]) & (tl.arange(0, BLOCK)[None, :] < tl.arange(0, BLOCK)[:, None])
-    row = base + tl.sum(same.to(tl.int32), 1)
-    tl.store(order + row, pairs, mask=keep)
-    tl.store(place + pairs, row, mask=keep)
-    if block == 0:
-        tl.store(offsets + experts + 1, stop, mask=experts < E)
-        tl.store(offsets, 0)
-        write_tiles(stop - counts, counts, experts, tile_expert, tile_row, num_tiles, BM)
-
-
-@triton.jit
-def count_slots(ids, counts, total, E, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
+def count_slots(ids, counts, total, E, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, EARLY: tl.constexpr = False):
     """counts[block, e] = pairs of expert e among ids[block * BLOCK : +BLOCK]."""
+    begin(EARLY)
     block = tl.program_id(0)
     pairs = block * BLOCK + tl.arange(0, BLOCK)
     expert = tl.load(ids + pairs, mask=pairs < total, other=-1).to(tl.int32)
@@ -266,18 +246,14 @@ def count_slots(ids, counts, total, E, BLOCK: tl.constexpr, EXPERTS: tl.constexp
 
 
 @triton.jit
-def spread_rows(x, place, out, H, K_SLOTS: tl.constexpr, BLOCK: tl.constexpr, ONCE: tl.constexpr = False):
-    """out[place[t, s]] = x[t] for every slot s: a row is read once and written `K_SLOTS` times.
-
-    `ONCE`: what is written is the first to leave L2.
-    """
-    evict: tl.constexpr = "evict_first" if ONCE else ""
+def spread_rows(x, place, out, H, K_SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[place[t, s]] = x[t] for every slot s: a row is read once and written `K_SLOTS` times."""
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(x + token * H + cols, mask=cols < H, other=0.0)
     for slot in tl.static_range(K_SLOTS):
         target = tl.load(place + token * K_SLOTS + slot).to(tl.int64)
-        tl.store(out + target * H + cols, row, mask=cols < H, eviction_policy=evict)
+        tl.store(out + target * H + cols, row, mask=cols < H)
 
 
 @triton.jit
@@ -290,20 +266,20 @@ def combine_rows(
     K_SLOTS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
-    ONCE: tl.constexpr = False,
+    EARLY: tl.constexpr = False,
 ):
     """out[t] = sum over slots s = 0, 1, .. of weights[t, s] * y[place[t, s]], float32 in slot order, one rounding.
 
-    Product and sum round separately (no fused multiply-add), as the plain torch ops do. `ONCE`: rows are not kept in L2.
+    Product and sum round separately (no fused multiply-add), as the plain torch ops do.
     """
-    evict: tl.constexpr = "evict_first" if ONCE else ""
+    begin(EARLY)
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     keep = cols < H
     acc = tl.zeros((BLOCK,), tl.float32)
     for slot in tl.static_range(K_SLOTS):
         row = tl.load(place + token * K_SLOTS + slot).to(tl.int64)
-        part = tl.load(y + row * H + cols, mask=keep, other=0.0, eviction_policy=evict).to(tl.float32)
+        part = tl.load(y + row * H + cols, mask=keep, other=0.0).to(tl.float32)
         if WEIGHTED:
             part = rounded_product(part, tl.load(weights + token * K_SLOTS + slot).to(tl.float32))
         acc = part if slot == 0 else acc + part

@@ -6,6 +6,7 @@ float32 logits of `cuda.linear`) agree bit for bit, for any number of rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,26 +50,54 @@ MOST_TOKENS = 8192
 """Token rows of a step of the backward."""
 STEP_BYTES = 60 * 2**20
 """Of the backward's own room at that many tokens; with what the allocator rounds up it stays under 64 MB."""
-LOW_BITS = 8
-"""Bits of the running sum of d_hidden beside the 16 in d_hidden itself; 4 have not been on a GPU yet."""
+MOST_ROWS = 8192
+"""Vocabulary rows of a step of the backward, at most."""
 
 
-def backward_chunks(hidden_size: int, low_bits: int = LOW_BITS) -> tuple[int, int]:
-    """(vocabulary rows, token rows) of a step of the backward: the most that fit into `STEP_BYTES`, in whole pairs of blocks.
+def backward_steps(vocab: int, hidden_size: int) -> list[tuple[int, int]]:
+    """(first, last + 1) vocabulary rows of every step of the backward, ascending, in whole pairs of blocks but for the last.
 
-    The vocabulary step fixes the order in which d_hidden is summed, so it must not depend on the tokens. Fewer and larger steps
-    read and write that sum less often, which is most of what short rows lose; past 3072 rows nothing is gained.
+    A step reads and writes the sum of d_hidden once, so few large ones lose least; past 3072 rows, or twice the hidden size,
+    nothing is gained. `STEP_BYTES` hold steps of 3072 rows up to a hidden size of 1536, fewer from there on. Larger ones lie in
+    the rows of d_weight that are not written yet: behind a step there must be its logit gradients and its float32 sum of
+    d_weight. The steps fix the order in which d_hidden is summed, so they depend neither on tokens nor on what is asked for.
     """
-    room = STEP_BYTES - MOST_TOKENS * hidden_size * low_bits // 8
-    fitting = room // (2 * MOST_TOKENS) // (2 * BLOCK) * (2 * BLOCK)
-    return max(1024, min(3072, fitting)), MOST_TOKENS  # rows longer than 5600 take more than that room
+    pair = 2 * BLOCK
+    fitting = (STEP_BYTES - MOST_TOKENS * hidden_size) // (2 * MOST_TOKENS) // pair * pair
+    least = max(1024, min(3072, fitting))  # rows longer than 5600 take more than that room
+    most = max(least, min(MOST_ROWS, 2 * hidden_size) // pair * pair)
+    steps, start = [], 0
+    while start < vocab:
+        behind = (vocab - start) * hidden_size // (3 * hidden_size + MOST_TOKENS) // pair * pair
+        stop = min(vocab, start + max(least, min(most, behind)))
+        steps.append((start, stop))
+        start = stop
+    return steps
 
 
-def new_low(hidden: Tensor, low_bits: int = LOW_BITS) -> Tensor:
-    """Room for the lower bits of a sum shaped as `hidden` [N, H], unset: a byte each, or one for two columns."""
-    rows, size = hidden.shape
-    width = size if low_bits == 8 else -(-size // ADD.cols) * ADD.cols // 2
-    return torch.empty((rows, width), dtype=torch.uint8, device=hidden.device)
+class StepRoom:
+    """Where the logit gradients of a step lie, and its sum of d_weight over several groups of tokens: in those rows of d_weight
+    [V, H] that are not written yet, as long as they hold it, then in memory of its own, which is used again."""
+
+    def __init__(self, d_weight: Tensor | None, hidden: Tensor, summed: bool) -> None:
+        self.lent = d_weight.view(-1) if d_weight is not None and d_weight.is_contiguous() else None
+        self.rows, self.size = min(hidden.shape[0], MOST_TOKENS), hidden.shape[1]
+        self.summed, self.own = summed, hidden.new_empty(0)
+
+    def take(self, stop: int, count: int) -> tuple[Tensor, Tensor | None]:
+        """(logit gradients [rows, count] bfloat16, sum [count, H] float32 or None) of a step of `count` rows up to `stop`."""
+        width = count + -count % 8  # rows that start at multiples of 16 bytes
+        first = self.rows * width + -(self.rows * width) % 64
+        total = first + (2 * count * self.size if self.summed else 0)
+        start = 0 if self.lent is None else (self.lent.numel() - total) // 64 * 64
+        if self.lent is not None and start >= stop * self.size:
+            room = self.lent[start : start + total]
+        else:
+            if self.own.numel() < total:
+                self.own = self.own.new_empty(total)
+            room = self.own[:total]
+        dz = room[: self.rows * width].view(self.rows, width)[:, :count]
+        return dz, room[first:].view(torch.float32).view(count, self.size) if self.summed else None
 
 
 class LogprobOutput(NamedTuple):
@@ -267,55 +296,49 @@ def backward(
     *,
     needs: tuple[bool, bool, bool] = (True, True, True),
     main: Tensor | None = None,
-    chunks: tuple[int, int] | None = None,
+    steps: Sequence[tuple[int, int]] | None = None,
     config: _Config | None = None,
-    low_bits: int = LOW_BITS,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias, one chunk of the vocabulary at a time in ascending order.
+    """Gradients of hidden, weight and bias, one step of the vocabulary (`backward_steps`) at a time in ascending order.
 
-    The logit gradients of a chunk are rounded to bfloat16; d_hidden is summed over the chunks in 16 + `low_bits` bits, d_weight
-    over the tokens in float32. A row of d_hidden does not depend on the other rows. `main`: where the sum of the weight's goes on
+    The logit gradients of a step are rounded to bfloat16; d_hidden is summed over the steps in 24 bits, d_weight over the tokens
+    in float32. A row of d_hidden does not depend on the other rows. `main`: where the sum of the weight's goes on
     (`ops.chain`), instead of a d_weight.
     """
     rows, size = hidden.shape
     vocab, device = weight.shape[0], hidden.device
-    step, height = chunks or backward_chunks(size, low_bits)
     g_logprob = torch.zeros(rows, device=device) if grads[0] is None else grads[0].float().contiguous()
     g_entropy = grads[1].float().contiguous() if grads[1] is not None else None
     d_hidden = torch.empty_like(hidden) if needs[0] else None
-    low = new_low(hidden, low_bits) if needs[0] else None
+    low = torch.empty(hidden.shape, dtype=torch.uint8, device=device) if needs[0] else None
     d_weight = (torch.empty_like if rows else torch.zeros_like)(weight) if needs[1] else None
     d_bias = torch.empty_like(bias) if needs[2] and bias is not None else None
-    several = rows > height
-    partial = torch.empty((min(step, vocab), size), dtype=torch.float32, device=device) if several and needs[1] else None
-    bias_sum = torch.zeros(min(step, vocab), dtype=torch.float32, device=device) if d_bias is not None else None
-    width = min(step, vocab) + -min(step, vocab) % 8  # rows that start at multiples of 16 bytes
-    buffer = torch.empty((min(rows, height), width), dtype=hidden.dtype, device=device)
-    for start in range(0, vocab, step):
-        part = weight[start : start + step]
-        count = part.shape[0]
-        for top in range(0, rows, height):
-            span = slice(top, min(top + height, rows))
+    room = StepRoom(d_weight, hidden, summed=rows > MOST_TOKENS and needs[1])
+    for start, stop in steps or backward_steps(vocab, size):
+        part, (buffer, partial) = weight[start:stop], room.take(stop, stop - start)
+        bias_sum = torch.zeros(stop - start, dtype=torch.float32, device=device) if d_bias is not None else None
+        for top in range(0, rows, MOST_TOKENS):
+            span = slice(top, min(top + MOST_TOKENS, rows))
             x = hidden[span]
-            dz = buffer[: x.shape[0], :count]
+            dz = buffer[: x.shape[0]]
             logit_gradient(
-                x, part, None if bias is None else bias[start : start + count], inverse[span], targets[span], normaliser[span],
+                x, part, None if bias is None else bias[start:stop], inverse[span], targets[span], normaliser[span],
                 entropy[span], g_logprob[span], None if g_entropy is None else g_entropy[span], dz, start, config,
             )  # fmt: skip
             if d_hidden is not None and low is not None:
-                add_to_hidden(dz, part, d_hidden[span], low[span], start == 0, start + step >= vocab)
+                add_to_hidden(dz, part, d_hidden[span], low[span], start == 0, stop == vocab)
             if main is not None:
-                add_product(main[start : start + count], dz, x)
+                add_product(main[start:stop], dz, x)
             if partial is not None:
-                product(dz, x, partial[:count], a_t=True, b_t=True, accumulate=top > 0)
+                product(dz, x, partial, a_t=True, b_t=True, accumulate=top > 0)
             elif d_weight is not None:
-                product(dz, x, d_weight[start : start + count], a_t=True, b_t=True)
+                product(dz, x, d_weight[start:stop], a_t=True, b_t=True)
             if bias_sum is not None:
-                bias_sum[:count] = dz.float().sum(0) + (bias_sum[:count] if top else 0.0)
+                bias_sum += dz.float().sum(0)
         if partial is not None and d_weight is not None:
-            d_weight[start : start + count] = partial[:count]
+            d_weight[start:stop] = partial
         if d_bias is not None and bias_sum is not None:
-            d_bias[start : start + count] = bias_sum[:count]
+            d_bias[start:stop] = bias_sum
     return d_hidden, d_weight, d_bias
 
 
@@ -369,14 +392,14 @@ def logit_gradient(
 def add_to_hidden(
     dz: Tensor, part: Tensor, d_hidden: Tensor, low: Tensor, first: bool, last: bool, config: _Config | None = None
 ) -> None:
-    """Add dz [N, C] part [C, H] to a sum: 16 bits in `d_hidden` [N, H] bfloat16, the others in `low`, as from `new_low`.
+    """Add dz [N, C] part [C, H] to a sum of 24 bits, 16 in `d_hidden` [N, H] bfloat16, 8 in `low` [N, H] uint8.
 
     Rounded when `last`.
     """
     from miles_kernels.cuda import logprob_kernels
 
     (rows, count), size = dz.shape, part.shape[1]
-    config = config or ADD
+    config = config or (ADD if size % 16 == 0 else ADD._replace(stages=3))  # odd rows take another 64 KiB of shared memory
     tiles = -(-rows // config.rows) * -(-size // config.cols)
     logprob_kernels.add_product[(min(num_sms(dz.device.index or 0) * config.per_sm, tiles),)](
         descriptor(dz, config.rows, config.depth),
@@ -392,7 +415,6 @@ def add_to_hidden(
         GROUP_M=16,
         FIRST=first,
         LAST=last,
-        NIBBLES=low.shape != d_hidden.shape,
         num_warps=config.warps,
         num_stages=config.stages,
     )

@@ -323,11 +323,9 @@ def add_product(
     GROUP_M: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
-    NIBBLES: tl.constexpr = False,
 ):
     """Running sum += a[M, K] b[K, N] (descriptors), kept in 24 bits: the float32's upper half in `high` (int16), the next
     8 bits in `low` (uint8), both [M, N]. `FIRST` starts at zero; `LAST` leaves the sum rounded to bfloat16 in `high`.
-    `NIBBLES`: 20 bits; a byte of `low` has 4 of a column in the left half of a tile and 4 of the one in the right half.
     """
     num_m = tl.cdiv(M, BM)
     num_n = tl.cdiv(N, BN)
@@ -342,12 +340,8 @@ def add_product(
         rows = row + tl.arange(0, BM)
         cols = col + tl.arange(0, BN // 2)
         left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))  # halves: fewer registers at once
-        if NIBBLES:
-            places = rows[:, None] * (num_n * (BN // 2)) + pid_n * (BN // 2) + tl.arange(0, BN // 2)[None, :]
-            add_nibbles(left, right, high, low + places, rows, cols, cols + BN // 2, M, N, FIRST, LAST)
-        else:
-            add_to_sum(left, high, low, rows, cols, M, N, FIRST, LAST)
-            add_to_sum(right, high, low, rows, cols + BN // 2, M, N, FIRST, LAST)
+        add_to_sum(left, high, low, rows, cols, M, N, FIRST, LAST)
+        add_to_sum(right, high, low, rows, cols + BN // 2, M, N, FIRST, LAST)
 
 
 @triton.jit
@@ -364,29 +358,3 @@ def add_to_sum(part, high, low, rows, cols, M, N, FIRST: tl.constexpr, LAST: tl.
         bits = part.to(tl.int32, bitcast=True) + 128
         tl.store(high + where, (bits >> 16).to(tl.int16), mask=keep)
         tl.store(low + where, (bits >> 8).to(tl.uint8), mask=keep)
-
-
-@triton.jit
-def add_nibbles(left, right, high, low, rows, left_cols, right_cols, M, N, FIRST: tl.constexpr, LAST: tl.constexpr):
-    """Both halves of a tile of `add_product`; `low` points at a byte for each column of the left one."""
-    inside = (rows < M)[:, None]
-    keep_left = inside & (left_cols < N)[None, :]
-    keep_right = inside & (right_cols < N)[None, :]
-    at_left = high + rows[:, None] * N + left_cols[None, :]
-    at_right = high + rows[:, None] * N + right_cols[None, :]
-    if not FIRST:
-        byte = tl.load(low, mask=keep_left, other=0)
-        upper = tl.load(at_right, mask=keep_right, other=0).to(tl.int32) << 16
-        right += (upper | ((byte >> 4).to(tl.int32) << 12)).to(tl.float32, bitcast=True)
-        upper = tl.load(at_left, mask=keep_left, other=0).to(tl.int32) << 16
-        left += (upper | ((byte & 15).to(tl.int32) << 12)).to(tl.float32, bitcast=True)
-    if LAST:
-        tl.store(at_right, right.to(tl.bfloat16).to(tl.int16, bitcast=True), mask=keep_right)
-        tl.store(at_left, left.to(tl.bfloat16).to(tl.int16, bitcast=True), mask=keep_left)
-    else:
-        bits = right.to(tl.int32, bitcast=True) + 2048
-        tl.store(at_right, (bits >> 16).to(tl.int16), mask=keep_right)
-        nibbles = ((bits >> 8) & 0xF0).to(tl.uint8)  # four to a register until the other half is done
-        bits = left.to(tl.int32, bitcast=True) + 2048
-        tl.store(at_left, (bits >> 16).to(tl.int16), mask=keep_left)
-        tl.store(low, nibbles | ((bits >> 12) & 15).to(tl.uint8), mask=keep_left)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from miles_kernels.cuda.gemm_triton import descriptor3
 from miles_kernels.cuda.grouped import Groups, default_tile, expert_width, gemm, grouped_linear, weight_gradient
-from miles_kernels.cuda.launch import aligned, at_home, cdiv, starts_early
+from miles_kernels.cuda.launch import aligned, at_home, cdiv, early_for, starts_early
 
 logger = logging.getLogger("miles_kernels.moe")
 SORT_BLOCK = 128
@@ -24,16 +24,10 @@ FEW_SLOTS = (1, 2, 4, 8)
 """..for these numbers of slots, which were compared with the sorted way on a GPU, .."""
 FEW_MULTIPLE = 16
 """..and rows whose lengths are multiples of this, so that they are copied 16 bytes at a time."""
-READ_ONCE_FROM: int | None = None
-"""From so many pairs on the sorted copies leave L2 first, as they do not fit there; None: never. Not timed on a GPU yet."""
 FEW_COLUMNS = 8
-"""Columns of a program of their second product; 4 compile as well, but have not been on a GPU."""
+"""Columns of a program of their second product."""
 SMALL_SORT = 256
 """Up to this many (token, slot) pairs one program plans everything."""
-SORT_AND_PLAN = False
-"""Whether more are sorted in one launch up to `COUNTED_FROM` pairs, in three from there on, instead of four: the same integers,
-but not timed on a GPU yet."""
-COUNTED_FROM = 4096
 
 
 class Dispatch(NamedTuple):
@@ -53,7 +47,7 @@ def plan_dispatch(ids: Tensor, num_experts: int) -> Dispatch:
     tokens, slots = ids.shape
     total, device, experts = tokens * slots, ids.device, num_experts
     flat = ids.reshape(-1)
-    width = expert_width(experts)
+    width, early = expert_width(experts), early_for(1, ids)  # its kernels are short for any number of tokens
     offsets, order, place = (torch.empty(n, dtype=torch.int32, device=device) for n in (experts + 1, total, total))
     groups = Groups(offsets, total)
     plan = groups.empty_plan(default_tile(total / experts, gated=True).rows)
@@ -61,31 +55,21 @@ def plan_dispatch(ids: Tensor, num_experts: int) -> Dispatch:
     if total <= SMALL_SORT:
         block = max(16, 1 << (total - 1).bit_length()) if total else 16
         grouped_kernels.plan_few[(1,)](
-            flat, order, place, offsets, *tiles, total, experts, BM=plan.height, BLOCK=block, EXPERTS=width, num_warps=8
-        )
-        return Dispatch(order, place.view(tokens, slots), groups)
-    blocks = -(-total // SORT_BLOCK)
-    if SORT_AND_PLAN and total < COUNTED_FROM:
-        grouped_kernels.sort_and_plan[(blocks,)](
-            flat, flat, flat, order, place, offsets, *tiles, total, experts,
-            BM=plan.height, BLOCK=SORT_BLOCK, EXPERTS=width, COUNTED=False, num_warps=8,
+            flat, order, place, offsets, *tiles, total, experts,
+            BM=plan.height, BLOCK=block, EXPERTS=width, EARLY=early, num_warps=8, launch_pdl=early,
         )  # fmt: skip
         return Dispatch(order, place.view(tokens, slots), groups)
+    blocks = -(-total // SORT_BLOCK)
     counts = torch.empty((blocks, experts), dtype=torch.int32, device=device)
-    grouped_kernels.count_slots[(blocks,)](flat, counts, total, experts, BLOCK=SORT_BLOCK, EXPERTS=width)
+    how = {"EARLY": early, "launch_pdl": early}
+    grouped_kernels.count_slots[(blocks,)](flat, counts, total, experts, BLOCK=SORT_BLOCK, EXPERTS=width, **how)
     before, totals = torch.empty_like(counts), torch.empty(experts, dtype=torch.int32, device=device)
     lanes = 1 << (max(1, min(8, 16384 // blocks)).bit_length() - 1)
     grouped_kernels.scan_counts[(-(-experts // lanes),)](
-        counts, before, totals, blocks, experts, BLOCKS=1 << (blocks - 1).bit_length(), WIDTH=lanes
+        counts, before, totals, blocks, experts, BLOCKS=1 << (blocks - 1).bit_length(), WIDTH=lanes, **how
     )
-    if SORT_AND_PLAN:
-        grouped_kernels.sort_and_plan[(blocks,)](
-            flat, before, totals, order, place, offsets, *tiles, total, experts,
-            BM=plan.height, BLOCK=SORT_BLOCK, EXPERTS=width, COUNTED=True, num_warps=8,
-        )  # fmt: skip
-        return Dispatch(order, place.view(tokens, slots), groups)
-    grouped_kernels.plan_offsets[(1,)](totals, offsets, *tiles, experts, BM=plan.height, EXPERTS=width)
-    grouped_kernels.sort_slots[(blocks,)](flat, before, offsets, order, place, total, experts, BLOCK=SORT_BLOCK)
+    grouped_kernels.plan_offsets[(1,)](totals, offsets, *tiles, experts, BM=plan.height, EXPERTS=width, **how)
+    grouped_kernels.sort_slots[(blocks,)](flat, before, offsets, order, place, total, experts, BLOCK=SORT_BLOCK, **how)
     return Dispatch(order, place.view(tokens, slots), groups)
 
 
@@ -189,12 +173,12 @@ def _draw(device: int, slots: int, id_dtype: torch.dtype, dtype: torch.dtype) ->
 
 def _sorted(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """The layer without gradients, tokens sorted by expert."""
-    dispatch = plan_dispatch(ids, gate_up.shape[0])
+    dispatch, early = plan_dispatch(ids, gate_up.shape[0]), early_for(x.shape[0], x)
     if x.shape[1] % GATHER_MULTIPLE == 0 and ids.numel() <= GATHER_ROWS * gate_up.shape[0]:
-        inner = gemm(x, gate_up, dispatch.groups, gated=True, gather=(dispatch.order, ids.shape[1]))
+        inner = gemm(x, gate_up, dispatch.groups, gated=True, gather=(dispatch.order, ids.shape[1]), early=early)
     else:
-        inner = gemm(permute(x, dispatch), gate_up, dispatch.groups, gated=True)
-    return combine(gemm(inner, down, dispatch.groups), weights, dispatch)
+        inner = gemm(permute(x, dispatch), gate_up, dispatch.groups, gated=True, early=early)
+    return _combine(gemm(inner, down, dispatch.groups, early=early), weights, dispatch, early)
 
 
 def _few(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -224,12 +208,12 @@ def _gather(x: Tensor, dispatch: Dispatch) -> Tensor:
     if tokens:
         block = min(2048, _width(hidden))
         grouped_kernels.spread_rows[(tokens, -(-hidden // block))](
-            x.contiguous(), dispatch.place, out, hidden, K_SLOTS=slots, BLOCK=block, ONCE=_once(tokens * slots), num_warps=4
+            x.contiguous(), dispatch.place, out, hidden, K_SLOTS=slots, BLOCK=block, num_warps=4
         )
     return out
 
 
-def _combine(y: Tensor, weights: Tensor | None, dispatch: Dispatch) -> Tensor:
+def _combine(y: Tensor, weights: Tensor | None, dispatch: Dispatch, early: bool = False) -> Tensor:
     from miles_kernels.cuda import grouped_kernels
 
     tokens, slots = dispatch.place.shape
@@ -239,13 +223,9 @@ def _combine(y: Tensor, weights: Tensor | None, dispatch: Dispatch) -> Tensor:
         block = min(2048 if tokens >= 1024 else 1024, _width(hidden))
         grouped_kernels.combine_rows[(tokens, -(-hidden // block))](
             y, weights.contiguous() if weights is not None else y, dispatch.place, out, hidden,
-            K_SLOTS=slots, WEIGHTED=weights is not None, BLOCK=block, ONCE=_once(tokens * slots), num_warps=4,
+            K_SLOTS=slots, WEIGHTED=weights is not None, BLOCK=block, EARLY=early, num_warps=4, launch_pdl=early,
         )  # fmt: skip
     return out
-
-
-def _once(pairs: int) -> bool:
-    return READ_ONCE_FROM is not None and pairs >= READ_ONCE_FROM
 
 
 def _width(size: int) -> int:
