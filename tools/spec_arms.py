@@ -23,6 +23,7 @@ from typing import Any
 from spec_drift import config_of
 
 ARMS = ("none", "frozen", "upstream", "ours", "adaptive")
+_ESTIMATE = "draft/accept_length_estimate"
 DRAFT_OF = {"frozen": "frozen", "upstream": "upstream", "ours": "draft", "adaptive": "draft"}
 """Which draft in training an arm serves."""
 
@@ -196,6 +197,23 @@ def summary(table: Sequence[Mapping[str, float]], steps: int) -> dict[str, float
     return found
 
 
+def estimate_gaps(
+    metrics: Path, tables: Mapping[str, Sequence[Mapping[str, float]]], rows: Sequence[Mapping[str, float]]
+) -> dict[str, float]:
+    """By "BATCH/ARM/STEP": the trainer's estimate of the accept length over the served one, less 1, for whole steps."""
+    stated = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    estimates, whole = {row["step"]: row for row in stated}, {row["step"]: row["tokens"] for row in rows}
+    found = {}
+    for batch, table in tables.items():
+        for row in table:
+            for arm in ("frozen", "upstream", "ours"):
+                key = _ESTIMATE if arm == "ours" else _ESTIMATE.replace("/", f"/{arm}/")
+                expected = estimates.get(row["step"], {}).get(key)
+                if expected is not None and round(row.get(f"{arm}/tokens", 0.0)) == whole[row["step"]]:
+                    found[f"{batch}/{arm}/{row['step']:.0f}"] = expected / row[f"{arm}/length"] - 1.0
+    return found
+
+
 def show(table: Sequence[Mapping[str, float]], name: str, steps: int) -> None:
     """Print both."""
     print(f"\nbatch {name}: tokens/s with draft training charged, (seconds + charge), accept length")
@@ -294,6 +312,13 @@ def main() -> int:
         found = replay_table(rows, str(batch))
         show(found, str(batch), options.steps)
         result["tables"][str(batch)] = {"replays": found, "summary": summary(found, options.steps)}
+    gaps = estimate_gaps(
+        args.out / "runs" / "drift" / "metrics.jsonl", {b: t["replays"] for b, t in result["tables"].items()}, rows
+    )
+    result["estimate_gaps"] = gaps
+    if gaps:
+        worst = max(gaps, key=lambda name: abs(gaps[name]))
+        print(f"trainer's estimate over the served accept length, {len(gaps)} of them: largest gap {gaps[worst]:.5f} at {worst}")
     (args.report or args.out / "served.json").write_text(json.dumps(result) + "\n")
     unequal = sum(value for row in rows for key, value in row.items() if key.endswith("/tokens_unequal"))
     print(f"tokens unlike the record, all arms: {unequal:.0f}", flush=True)

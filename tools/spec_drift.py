@@ -200,7 +200,7 @@ class Saving:
     def next(self, step: int) -> Any:
         """The portion."""
         portion = self.feed.next(step)
-        if portion is not None and portion.samples and (step == 1 or step % self.every == 0):
+        if portion is not None and portion.samples and (step - 1) % self.every == 0:
             self._save(self.home / f"step_{step:06d}", portion.samples)
         return portion
 
@@ -261,8 +261,8 @@ def options_of() -> argparse.Namespace:
         "draft-updates": 1,
         "num-draft": 3,
         "depths": 3,
-        "measure-every": 10,
-        "every": 16,
+        "measure-every": 5,
+        "every": 15,
         "low": 10,
         "high": 99,
         "most": 99,
