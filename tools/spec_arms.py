@@ -80,7 +80,12 @@ def trainers(options: argparse.Namespace, draft: Any, capture: bool) -> dict[str
 
     settings = {
         "ours": DraftTrainConfig(
-            max_rows=options.max_rows, lr=options.draft_lr, capture=capture, updates=options.draft_updates, depths=options.depths
+            max_rows=options.max_rows,
+            lr=options.draft_lr,
+            capture=capture,
+            updates=options.draft_updates,
+            depths=options.depths,
+            ema=options.draft_ema,
         ),
         "upstream": DraftTrainConfig(**UPSTREAM, lr=options.lr),
     }

@@ -180,6 +180,7 @@ def arms_of(options: argparse.Namespace, decoder: Any, weights: dict[str, Any]) 
             capture=options.capture,
             updates=options.draft_updates,
             depths=options.depths,
+            ema=options.draft_ema,
         ),
         "frozen": arm(train=False),
         "upstream": arm(**UPSTREAM, lr=options.lr),
@@ -272,6 +273,7 @@ def options_of() -> argparse.Namespace:
     rates = {
         "lr": 3e-4,
         "draft-lr": 1e-3,
+        "draft-ema": 0.0,
         "draft-warm-lr": 3e-3,
         "sft-lr": 3e-3,
         "written-out": 0.05,
