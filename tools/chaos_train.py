@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--trainers", type=int, default=2)
     parser.add_argument("--engines", type=int, default=1)
     parser.add_argument("--kind", default="local", choices=["local", "ray"])
-    parser.add_argument("--plain", action="store_true", help="the run left alone takes one process, sooner: the bits of one trainer")
+    parser.add_argument("--plain", action="store_true", help="the run left alone takes one process, as good as one trainer")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.plain and args.trainers > 1:
