@@ -176,6 +176,20 @@ class BroadcastSource:
                 self._works[number].wait()
             yield number * self._size + count
 
+    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """The same in memory that is used again, for who keeps no whole stream: (place, bytes), valid until the next one is asked
+        for."""
+        slots = [torch.empty(self._size, dtype=torch.uint8, device=self._group.device) for _ in self._sizes[:_SLOTS]]
+        for number, count in enumerate(self._sizes):
+            while len(self._works) < min(number + _SLOTS, len(self._sizes)):
+                ahead = len(self._works)
+                self._works.append(self._group._start(slots[ahead % _SLOTS][: self._sizes[ahead]]))
+            if self._group.device.type == "cpu":
+                self._finish()
+            else:
+                self._works[number].wait()
+            yield number * self._size, slots[number % _SLOTS][:count]
+
     def seals(self) -> Tensor:
         """See `weights.stage.Sealed`."""
         room = torch.empty(len(self._manifest.tensors), dtype=torch.int64, device=self._group.device)

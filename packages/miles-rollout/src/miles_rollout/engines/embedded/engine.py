@@ -9,7 +9,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 
@@ -29,6 +29,8 @@ from miles_rollout.wire import EngineInfo, GenerateChunk, GenerateRequest, Gener
 from miles_spec.draft import Draft
 from miles_spec.models.base import DraftModel
 
+Result = TypeVar("Result")
+_REFUSALS = (ValueError, MemoryError, torch.OutOfMemoryError)
 _LIVENESS_S = 2.0
 """How often a waiter looks whether the engine thread still lives."""
 _GRACE_S = 30.0
@@ -47,6 +49,10 @@ class EmbeddedEngine:
     are stated at the request's temperature, like those of its completions, and at 1 when it is 0. `draft` is used instead of
     the one that `config.draft` names.
 
+    A model that no single device holds comes as a decoder on the meta device, where `tensor_parallel` divides it: `device` is the
+    first rank's, and the (HF name, tensor) pairs `weights` are read once, a bucket at a time. Without them the weights are zero
+    until the first update.
+
     Raises ValueError for settings out of range or a KV budget without room for a page.
 
     Example:
@@ -64,11 +70,13 @@ class EmbeddedEngine:
         weight_version: int = 0,
         eos_token_ids: tuple[int, ...] | None = None,
         draft: Draft | DraftModel | None = None,
+        device: torch.device | str | None = None,
+        weights: Iterable[tuple[str, Any]] | None = None,
     ) -> None:
         config = config or EmbeddedConfig()
         config.validate()
-        device = next(decoder.parameters()).device
-        page_size = config.page_size_on(device.type)
+        where = _device_of(decoder, config, device, weights)
+        page_size = config.page_size_on(where.type)
         num_pages = _num_pages(decoder, config, page_size, draft)
         max_context = min(config.max_context or decoder.config.max_position_embeddings, decoder.config.max_position_embeddings)
         eos = tuple(sorted({*decoder.config.eos_token_ids, *tokenizer.eos_token_ids})) if eos_token_ids is None else eos_token_ids
@@ -81,7 +89,7 @@ class EmbeddedEngine:
         self._held = {name: (tuple(t.shape), dtype_name(t.dtype)) for name, t in decoder.hf_state()}
         self._digest = decoder.contract.digest
         self._decoder = decoder
-        self.device = device
+        self.device = where
         self._model = model
         self._version = weight_version
         self._eos = frozenset(eos)
@@ -91,7 +99,9 @@ class EmbeddedEngine:
         else:
             from miles_rollout.engines.embedded.lead import lead
 
-            core = lead(decoder, tokenizer, config, num_pages=num_pages, weight_version=weight_version)
+            core = lead(
+                decoder, tokenizer, config, num_pages=num_pages, weight_version=weight_version, device=where, weights=weights
+            )
             self._core, self._decoder, self._digest = core, core.decoder, core.decoder.contract.digest
         drafted = dict(self._core.draft_state())
         self._held_draft = {DRAFT_PREFIX + n: (tuple(t.shape), dtype_name(t.dtype)) for n, t in drafted.items()}
@@ -142,7 +152,8 @@ class EmbeddedEngine:
     async def update_weights(self, manifest: WeightManifest, tensors: Iterable[tuple[str, Any]]) -> None:
         """Stage, verify, swap between two steps; see `Engine.update_weights` for what is refused.
 
-        `tensors` is consumed one at a time in a worker thread; staging holds one copy of the model at most. Running requests
+        `tensors` is consumed one at a time in a worker thread; staging holds one copy of the model at most, of each rank's part
+        and a bucket where the model is divided. Running requests
         go on under the new version after their keys and values have been computed again.
         """
         await asyncio.to_thread(self._update_weights, manifest, tensors)
@@ -298,17 +309,7 @@ class EmbeddedEngine:
 
     async def _refusable(self, command: Callable[[EngineCore], None]) -> None:
         """`_command` for something that may refuse, or find no memory, which must not end the engine."""
-        refusal: list[Exception] = []
-
-        def run(core: EngineCore) -> None:
-            try:
-                command(core)
-            except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
-                refusal.append(error)
-
-        await self._command(run)
-        if refusal:
-            raise refusal[0]
+        await asyncio.to_thread(self._ask, command)
 
     # ------------------------------------------------------------------ any thread
 
@@ -333,6 +334,22 @@ class EmbeddedEngine:
 
     def _is_dead(self) -> bool:
         return self._thread is None or not self._thread.is_alive()
+
+    def _ask(self, command: Callable[[Any], Result], kinds: tuple[type[Exception], ...] = _REFUSALS) -> Result:
+        """Run something on the engine thread that may refuse, or find no memory, which must not end the engine."""
+        found: list[Result] = []
+        refusal: list[Exception] = []
+
+        def run(core: EngineCore) -> None:
+            try:
+                found.append(command(core))
+            except kinds as error:
+                refusal.append(error)
+
+        self._run_command(run)
+        if refusal:
+            raise refusal[0]
+        return found[0]
 
     def _run_command(self, command: Callable[[EngineCore], None]) -> None:
         done: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -363,22 +380,25 @@ class EmbeddedEngine:
             with_draft = any(spec.name.startswith(DRAFT_PREFIX) for spec in manifest.tensors)
             held = self._held | (self._held_draft if with_draft else {})
             check_manifest(manifest, held, version=self._version, contract_digest=self._digest)
-            staged = stage(manifest, tensors, self.device)
-
-            refusal: list[ValueError] = []
+            bring = self._staged(manifest, tensors) if self.config.tensor_parallel == 1 else self._fed(manifest, tensors)
 
             def swap(core: EngineCore) -> None:
-                try:
-                    ready = core.swap_whole(manifest, staged)
-                except ValueError as error:  # another rank got other bytes; nothing has changed
-                    refusal.append(error)
-                    return
-                self._dispatch(ready)
+                self._dispatch(bring(core))
                 self._version = manifest.version
 
-            self._run_command(swap)
-            if refusal:
-                raise refusal[0]
+            self._ask(swap, (ValueError,))  # another rank got other bytes; nothing has changed
+
+    def _staged(self, manifest: WeightManifest, tensors: Any) -> Callable[[Any], list[Delivery]]:
+        """Stage the whole model here; what swaps it in."""
+        staged = stage(manifest, tensors, self.device)
+        return lambda core: core.swap_whole(manifest, staged)
+
+    def _fed(self, manifest: WeightManifest, tensors: Any) -> Callable[[Any], list[Delivery]]:
+        """Have every rank stage its part, a bucket at a time, between steps; what swaps it in."""
+        from miles_rollout.engines.embedded.feed import feed
+
+        stated = feed(manifest, tensors, self._ask)
+        return lambda core: core.finish_update(stated)
 
     def _check_alive(self) -> None:
         if self._failure is not None:
@@ -470,6 +490,15 @@ class EmbeddedEngine:
             self._metrics = self._core.metrics()
             self._core.close()
         self._core = None
+
+
+def _device_of(decoder: Decoder, config: EmbeddedConfig, device: Any, weights: Any) -> torch.device:
+    """Where the engine's first rank is. Raises ValueError for a decoder without weights that nothing divides, or the reverse."""
+    is_shell = decoder.embed_tokens.is_meta
+    if is_shell != (device is not None) or (is_shell and config.tensor_parallel == 1) or (weights is not None and not is_shell):
+        raise ValueError("device and weights belong to a decoder on the meta device, and that to tensor_parallel above 1")
+    where = decoder.embed_tokens.device if device is None else torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if where.type == "cuda" and where.index is None else where
 
 
 def _draft_bytes(decoder: Decoder, draft: Draft | DraftModel | None, page_size: int) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from miles_kernels.contract import Contract
-from miles_kernels.nn.checkpoint import load_config, load_decoder
+from miles_kernels.nn.checkpoint import iter_tensors, load_config, load_decoder, mtp_tensors
 from miles_kernels.nn.decoder import Decoder
 from miles_rollout.engines.embedded.config import EmbeddedConfig
 from miles_rollout.engines.embedded.engine import EmbeddedEngine
@@ -41,10 +43,46 @@ def load_engine(
     contract = contract or Contract.for_device(device, dtype)
     carried = policy_drafts(path, load_config(path))
     beside = draft_tensors(carried) if carried is not None else lambda name: False
+    if config is not None and config.tensor_parallel > 1:
+        shell = Decoder(load_config(path), contract, dtype=DTYPES[dtype], device="meta")
+        tokenizer, weights = tokenizer or load_tokenizer(path), stored_weights(path, shell, beside)
+        return EmbeddedEngine(
+            shell, tokenizer, config, model=str(path), weight_version=weight_version, device=device, weights=weights
+        )
     decoder = load_decoder(path, contract, DTYPES[dtype], device=device, beside=beside)
     draft = _draft_model(path, config, decoder, carried is not None)
     tokenizer = tokenizer or load_tokenizer(path)
     return EmbeddedEngine(decoder, tokenizer, config, model=str(path), weight_version=weight_version, draft=draft)
+
+
+def stored_weights(
+    path: Path, decoder: Decoder, beside: Callable[[str], bool] = lambda name: False
+) -> Iterator[tuple[str, Tensor]]:
+    """What `load_decoder` reads, a tensor at a time and in the decoder's dtypes, for a decoder that holds none of it itself.
+
+    Raises ValueError as `load_decoder` does.
+    """
+    named, drafts = dict(decoder.hf_state()), mtp_tensors(path)
+    wrong: list[str] = []
+    tied: dict[str, Tensor] = {}
+    missing = dict.fromkeys(named)
+    for name, tensor in iter_tensors(path):
+        if beside(name) or drafts(name) or name.endswith("rotary_emb.inv_freq"):
+            continue
+        if decoder.lm_head is None and name in ("lm_head.weight", "model.embed_tokens.weight"):
+            tied[name] = tensor
+        if name not in named:
+            wrong += [] if name in tied else [f"unexpected {name}"]
+        elif tensor.shape != named[name].shape:
+            wrong.append(f"misshaped {name}: {list(tensor.shape)} instead of {list(named[name].shape)}")
+        else:
+            missing.pop(name, None)
+            yield name, tensor.to(named[name].dtype)
+    if len(tied) == 2 and not torch.equal(*tied.values()):
+        wrong.append("unexpected lm_head.weight: it differs from the embedding although tie_word_embeddings is set")
+    if missing or wrong:
+        absent = [f"missing {name}" for name in missing]
+        raise ValueError(f"{path}: weights do not fit the {decoder.config.family} decoder: " + "; ".join(absent + wrong))
 
 
 def _draft_model(path: Path, config: EmbeddedConfig | None, decoder: Decoder, carried: bool) -> DraftModel | None:

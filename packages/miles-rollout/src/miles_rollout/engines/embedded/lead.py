@@ -14,17 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from miles_kernels.contract import Contract
 from miles_kernels.cuda.comm import SHARDS
+from miles_kernels.nn.config import DecoderConfig
 from miles_kernels.nn.decoder import Decoder
 from miles_kernels.nn.parallel import empty_shard, leave_group, sharded_contract
 from miles_rollout.engines.embedded import ranks
 from miles_rollout.engines.embedded.config import EmbeddedConfig
 from miles_rollout.engines.embedded.core import EngineCore
+from miles_rollout.engines.embedded.feed import feed
 from miles_rollout.engines.embedded.peers import START_S, Peers
-from miles_rollout.engines.embedded.ranks import Add, Call, Load, Start
+from miles_rollout.engines.embedded.ranks import Add, Begin, Bucket, Call, Start, Swap
+from miles_rollout.engines.embedded.staging import Staging
 from miles_rollout.engines.embedded.state import Delivery, Job
-from miles_rollout.engines.embedded.weights import make_manifest
 from miles_rollout.text import Tokenizer
+from miles_rollout.weights.stage import outline
 from miles_rollout.wire import GenerateResult, WeightManifest
 
 
@@ -32,6 +36,9 @@ class RankCore(EngineCore):
     """The core of any rank: weights come as the parts this rank holds, and what was delivered is counted."""
 
     makes_room = False
+    joined: tuple[Any, int] = (None, 0)
+    """Process group and number of this rank."""
+    _staging: Staging | None = None
     delivered = 0
     """Running checksum of all completions; equal on all ranks, or something is broken."""
 
@@ -54,8 +61,32 @@ class RankCore(EngineCore):
         """See `EngineCore.step`."""
         return self.note(super().step())
 
+    def begin_update(self, manifest: WeightManifest) -> Staging:
+        """Make room for new weights. Raises MemoryError, on all ranks, when one has none."""
+        group, rank = self.joined
+        self._staging = None  # of an update that was given up
+        self._staging = Staging(manifest, self._decoder, group, rank)
+        return self._staging
+
+    def take_bucket(self, numbers: tuple[int, ...]) -> None:
+        """Take some tensors, whole, from the leader's room; keep the parts this rank holds."""
+        assert self._staging is not None
+        self._staging.take(numbers)
+
+    def drop_update(self) -> None:
+        """Forget what was staged; the old weights stay."""
+        self._staging = None
+
+    def finish_update(self, stated: tuple[str, ...]) -> list[Delivery]:
+        """Compare what all ranks found, and swap. Returns as `swap_weights`. Raises as `Staging.verify`: the old weights stay."""
+        staging, self._staging = self._staging, None
+        assert staging is not None
+        ready = self.note(super().settle())
+        staging.verify(stated, self.state())
+        return ready + self.swap_weights(staging, staging.manifest.version)  # type: ignore[arg-type]
+
     def _take(self, staged: Any) -> None:
-        ranks.put_weights(self._decoder, staged)
+        staged.put(self._decoder)
 
 
 class LeadingCore(RankCore):
@@ -108,19 +139,32 @@ class LeadingCore(RankCore):
         with self._told(Call("restore", tags)):
             super().restore(tags)
 
-    def swap_whole(self, manifest: WeightManifest, staged: Any) -> list[Delivery]:
-        """Bring verified whole weights to all ranks, each of which verifies again, and swap. Returns as `swap_weights`.
+    def begin_update(self, manifest: WeightManifest) -> Staging:
+        """See `RankCore.begin_update`."""
+        with self._told(Begin(manifest)):
+            return super().begin_update(manifest)
 
-        Raises ValueError, on all ranks, when one got other bytes: the old weights stay then.
-        """
-        if not all(spec.hash for spec in manifest.tensors):  # verified by a checksum of the whole stream, on the way here
-            names = [spec.name for spec in manifest.tensors]
-            pairs = ((name, staged[name]) for name in names)
-            manifest = make_manifest(pairs, version=manifest.version, contract_digest=manifest.contract_digest)
-        with self._told(Load(manifest)):
-            ready = self.settle()
-            parts: Any = ranks.spread_weights(manifest, staged, self.decoder, self.peers.group, 0, self.state())
-            return ready + self.swap_weights(parts, manifest.version)
+    def take_bucket(self, numbers: tuple[int, ...]) -> None:
+        """See `RankCore.take_bucket`."""
+        with self._told(Bucket(numbers)):
+            super().take_bucket(numbers)
+        self.peers.check()
+
+    def drop_update(self) -> None:
+        """See `RankCore.drop_update`."""
+        with self._told(Call("drop_update")):
+            super().drop_update()
+
+    def finish_update(self, stated: tuple[str, ...]) -> list[Delivery]:
+        """See `RankCore.finish_update`."""
+        with self._told(Swap(stated)):
+            return super().finish_update(stated)
+
+    def swap_whole(self, manifest: WeightManifest, staged: Any) -> list[Delivery]:
+        """`swap_weights` on all ranks, from the whole model by name; without hashes in the manifest what is there is meant."""
+        known = all(spec.hash for spec in manifest.tensors)
+        stated = feed(manifest, staged.items(), lambda call: call(self), seals_itself=not known)
+        return self.finish_update(stated)
 
     def interrupt(self) -> None:
         """End the other ranks at once; a step of this one that waits for them fails."""
@@ -161,13 +205,23 @@ class LeadingCore(RankCore):
         return self.note(deliveries)
 
 
-def lead(decoder: Decoder, tokenizer: Tokenizer, config: EmbeddedConfig, *, num_pages: int, weight_version: int) -> LeadingCore:
+def lead(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    config: EmbeddedConfig,
+    *,
+    num_pages: int,
+    weight_version: int,
+    device: torch.device,
+    weights: Iterable[tuple[str, torch.Tensor]] | None = None,
+) -> LeadingCore:
     """Divide `decoder` over `config.tensor_parallel` processes of this machine, of which this is the first.
 
-    On CUDA rank r takes the r-th device after the decoder's. Raises ValueError for a model that cannot be divided or devices
+    On CUDA rank r takes the r-th device after `device`. Of a decoder on the meta device the (HF name, tensor) pairs `weights` are
+    taken, a bucket at a time; without them the weights are zero. Raises ValueError for a model that cannot be divided or devices
     that are not there, EngineFailure naming a rank that did not come up.
     """
-    count, device = config.tensor_parallel, decoder.embed_tokens.device
+    count = config.tensor_parallel
     devices = _devices(device, count)
     contract = sharded_contract(decoder.contract, SHARDS)
     if decoder.contract.precision != "full":
@@ -189,18 +243,29 @@ def lead(decoder: Decoder, tokenizer: Tokenizer, config: EmbeddedConfig, *, num_
         try:
             peers.wait_ready(START_S)
             group = peers.join(count, device)
-            local = empty_shard(decoder.config, contract, group, rank=0, device=device)
+            local = empty_part(decoder.config, contract, group, rank=0, device=device)
             with torch.inference_mode():
                 core = LeadingCore(local, tokenizer, config, num_pages=num_pages, weight_version=weight_version)
-                core._peers = peers
+                core._peers, core.joined = peers, (group, 0)
                 weakref.finalize(core, peers.close, core._runner.forget_graphs)  # of an engine that nobody closes
-                whole = dict(decoder.hf_state())
-                version = core.weight_version
-                core.swap_whole(make_manifest(whole.items(), version=version, contract_digest=contract.digest), whole)
+                if weights is not None or not decoder.embed_tokens.is_meta:
+                    named = outline(decoder.hf_state(), version=core.weight_version, contract_digest=contract.digest)
+                    pairs = decoder.hf_state() if weights is None else weights
+                    core.finish_update(feed(named, pairs, lambda call: call(core), seals_itself=True))
         except BaseException:
             peers.close()
             raise
     return core
+
+
+def empty_part(
+    config: DecoderConfig, contract: Contract, group: Any, *, rank: int, device: torch.device, shards: int = SHARDS
+) -> Decoder:
+    """`empty_shard` with weights of zero: an engine that gets them later draws nothing from what lay there before."""
+    local = empty_shard(config, contract, group, rank=rank, device=device, shards=shards)
+    for parameter in local.parameters():
+        parameter.zero_()
+    return local
 
 
 def _devices(device: torch.device, count: int) -> list[str]:

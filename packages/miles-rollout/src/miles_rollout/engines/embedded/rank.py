@@ -63,7 +63,7 @@ def _serve(inbox: queue.SimpleQueue[Any], ready: Any) -> None:
     from miles_kernels.contract import Contract
     from miles_kernels.nn.config import DecoderConfig, RopeConfig
     from miles_rollout.engines.embedded import ranks
-    from miles_rollout.engines.embedded.lead import RankCore, tokenizer_of
+    from miles_rollout.engines.embedded.lead import RankCore, empty_part, tokenizer_of
 
     start = inbox.get()
     torch.set_num_threads(start.threads)
@@ -83,27 +83,29 @@ def _serve(inbox: queue.SimpleQueue[Any], ready: Any) -> None:
     ready()
     store = ranks.make_store(start.port, leads=False, deadline_s=start.deadline_s)
     group = ranks.make_group(store, start.rank, start.ranks, device, start.deadline_s)
-    from miles_kernels.nn.parallel import empty_shard
-
-    local = empty_shard(shape, contract, group, rank=start.rank, device=device, shards=start.shards)
+    local = empty_part(shape, contract, group, rank=start.rank, device=device, shards=start.shards)
     with torch.inference_mode():
         core = RankCore(local, tokenizer, start.config, num_pages=start.num_pages, weight_version=start.weight_version)
+        core.joined = (group, start.rank)
         while not isinstance(message := inbox.get(), ranks.Bye):
-            _obey(core, local, group, start.rank, message)
+            _obey(core, message)
 
 
-def _obey(core: Any, local: Any, group: Any, rank: int, message: Any) -> None:
+def _obey(core: Any, message: Any) -> None:
     """Make the call the leader makes."""
     from miles_rollout.engines.embedded import ranks
     from miles_rollout.engines.embedded.state import Job
 
     if isinstance(message, ranks.Add):
         core.add(Job(message.request, message.arrival, frozenset(message.eos), message.stream))
-    elif isinstance(message, ranks.Load):
-        core.note(core.settle())
-        with contextlib.suppress(ValueError):  # refused on every rank alike; the leader says so
-            staged = ranks.spread_weights(message.manifest, None, local, group, rank, core.state())
-            core.note(core.swap_weights(staged, message.manifest.version))
+    elif isinstance(message, ranks.Begin):
+        with contextlib.suppress(MemoryError):  # refused on every rank alike; the leader says so
+            core.begin_update(message.manifest)
+    elif isinstance(message, ranks.Bucket):
+        core.take_bucket(message.numbers)
+    elif isinstance(message, ranks.Swap):
+        with contextlib.suppress(ValueError):
+            core.finish_update(message.stated)
     elif message.name == "step":
         core.step()
     elif message.argument is None:
