@@ -101,11 +101,12 @@ def of_one(shape: DecoderConfig, **config: Any) -> EmbeddedEngine:
 
 
 def test_an_engine_of_two_processes_is_one_of_one_also_after_new_weights_and_lost_memory():
-    """A mixture of experts with a dense layer: heads, inner units and experts are divided."""
-    requests, new = batch_of(8, 3, most_new=12), random_decoder(MOE, 1)
+    """A mixture of experts with a dense layer: heads, inner units and experts are divided; both read the same keys and values."""
+    shape = replace(MOE, num_key_value_heads=1)
+    requests, new = batch_of(8, 3, most_new=12), random_decoder(shape, 1)
 
     async def run(ranks: int) -> list[Any]:
-        async with of_one(MOE, tensor_parallel=ranks) as engine:
+        async with of_one(shape, tensor_parallel=ranks) as engine:
             first = await served(engine, requests)
             digest = engine.info().contract_digest
             manifest = make_manifest(new.hf_state(), version=1, contract_digest=digest)
@@ -160,8 +161,8 @@ def test_ranks_that_computed_different_things_are_told_apart():
 
 
 def test_what_cannot_be_divided_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"num_key_value_heads=2 is no multiple of 4; .*head_dim=64 is no multiple of 16 \* 8"):
-        local_config(replace(SHAPE, intermediate_size=128), 4)
+    with pytest.raises(ValueError, match=r"num_key_value_heads=3 is no multiple of 4 and no part of it; .*head_dim=96 is no mu"):
+        local_config(replace(SHAPE, intermediate_size=128, num_attention_heads=6, num_key_value_heads=3), 4)
     with pytest.raises(ValueError, match="6 shards must be a power of two and a multiple of the 2 ranks"):
         local_config(WIDE, 2, 6)
     with pytest.raises(ValueError, match=r"shared_intermediate_size=64 is no multiple of 16 \* 8 shards"):

@@ -31,7 +31,7 @@ from miles_rollout.wire import WeightManifest
 
 RANKS = 2
 BUCKET = 1 << 15
-SHAPES = {"dense": WIDE, "moe": MOE, "glm": GLM}
+SHAPES = {"dense": WIDE, "moe": MOE, "glm": GLM, "shared": replace(GLM, num_key_value_heads=1)}
 Pairs = list[tuple[str, torch.Tensor]]
 
 
@@ -95,7 +95,9 @@ def divided(shape: DecoderConfig, work: Callable[[list[Core]], None], *, within:
             own = store if number == 0 else ranks.make_store(store.port, leads=False, deadline_s=60)
             group = ranks.make_group(own, number, RANKS, torch.device("cpu"), 60)
             local = empty_shard(shape, contract, group, rank=number, device="cpu")
-            local.load_hf_state(shard_tensors(random_decoder(shape, 0).hf_state(), number, RANKS, shape.num_experts))
+            local.load_hf_state(
+                shard_tensors(random_decoder(shape, 0).hf_state(), number, RANKS, shape.num_experts, shape.head_dim)
+            )
             cores[number] = Core(local, group, number, [inbox] if number == 0 else [])
             both.wait()
             if number == 0:
@@ -126,7 +128,7 @@ def new_weights(shape: DecoderConfig) -> tuple[Pairs, WeightManifest]:
 
 
 def holds(core: Core, shape: DecoderConfig, seed: int) -> bool:
-    expected = dict(shard_tensors(random_decoder(shape, seed).hf_state(), core.rank, RANKS, shape.num_experts))
+    expected = dict(shard_tensors(random_decoder(shape, seed).hf_state(), core.rank, RANKS, shape.num_experts, shape.head_dim))
     found = dict(core.decoder.hf_state())
     assert found.keys() == expected.keys()
     return all(torch.equal(found[name], expected[name]) for name in found)

@@ -1,9 +1,10 @@
 """Tensor parallelism with the bits of one device: heads and inner units are divided, sums over them are made in a fixed order.
 
-A rank holds whole rows of the q, k, v, gate and up projections and whole columns of the o and down projections. The two products
-whose sum runs over all ranks are cut into `shards` logical parts and folded by a tree over part numbers (`cuda.comm`), which is
-the same for 1, 2, .., `shards` ranks; so is every logit, and every token drawn from it. The cut is part of the contract: a
-decoder folded on one device (`fold_decoder`) agrees with one on two, and neither claims to agree with an unfolded one.
+A rank holds whole rows of the q, k, v, gate and up projections and whole columns of the o and down projections. Where there are
+fewer heads of keys and values than ranks, neighbours hold the same one, each with some of the queries that read it. The two
+products whose sum runs over all ranks are cut into `shards` logical parts and folded by a tree over part numbers (`cuda.comm`),
+which is the same for 1, 2, .., `shards` ranks; so is every logit, and every token drawn from it. The cut is part of the contract:
+a decoder folded on one device (`fold_decoder`) agrees with one on two, and neither claims to agree with an unfolded one.
 
 Experts are dealt out whole. A rank computes the (token, slot) pairs of its own, all ranks gather the results, rounded as one
 device rounds them, and every rank combines them in slot order: this changes no bit and no contract.
@@ -34,6 +35,7 @@ __all__ = [
 
 _ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _COLUMNS = ("o_proj", "down_proj")
+_SHARED = ("k_proj", "v_proj")
 
 
 class RowParallel:
@@ -127,7 +129,10 @@ def local_config(config: DecoderConfig, ranks: int, shards: int = SHARDS) -> Dec
         wrong.append(f"{', '.join(biased)}: biases of sums over ranks are not divided, only those of q, k and v")
     if ranks < 1 or shards < 1 or shards & (shards - 1) or shards % ranks:
         wrong.append(f"{shards} shards must be a power of two and a multiple of the {ranks} ranks")
-    names = ["num_attention_heads", "num_key_value_heads"]
+    names = ["num_attention_heads"]
+    heads = config.num_key_value_heads
+    if ranks > 0 and heads % ranks and ranks % heads:
+        wrong.append(f"num_key_value_heads={heads} is no multiple of {ranks} and no part of it")
     depths = {"num_attention_heads * head_dim": config.num_attention_heads * config.head_dim}
     if not all(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)):
         names.append("intermediate_size")
@@ -141,28 +146,35 @@ def local_config(config: DecoderConfig, ranks: int, shards: int = SHARDS) -> Dec
     wrong += [f"{name}={size} is no multiple of 16 * {shards} shards" for name, size in depths.items() if size % (16 * shards)]
     if wrong:
         raise ValueError("tensor parallelism refused: " + "; ".join(wrong))
-    return replace(
-        config, expert_ranks=ranks if config.num_experts else 1, **{name: size // ranks for name, size in sizes.items()}
-    )
+    parts = {name: size // ranks for name, size in sizes.items()} | {"num_key_value_heads": max(1, heads // ranks)}
+    return replace(config, expert_ranks=ranks if config.num_experts else 1, **parts)
 
 
-def local_part(name: str, tensor: Tensor, rank: int, ranks: int, num_experts: int = 0) -> Tensor | None:
-    """What `rank` holds of the tensor with this HF name: a view; None for an expert of another rank."""
+def local_part(
+    name: str, tensor: Tensor, rank: int, ranks: int, num_experts: int = 0, head_dim: int | None = None
+) -> Tensor | None:
+    """What `rank` holds of the tensor with this HF name: a view; None for an expert of another rank.
+
+    With `head_dim` ranks may share a head of keys and values.
+    """
     words = name.split(".")
     if "experts" in words:
         expert = int(words[words.index("experts") + 1])
         return tensor if expert * ranks // num_experts == rank else None
     kind = words[-2] if len(words) > 1 else name
+    if kind in _SHARED and head_dim:
+        parts = min(ranks, tensor.shape[0] // head_dim)
+        return tensor.chunk(parts, 0)[rank * parts // ranks]
     dim = 0 if kind in _ROWS else 1 if kind in _COLUMNS else None
     return tensor if dim is None else tensor.chunk(ranks, dim)[rank]
 
 
 def shard_tensors(
-    tensors: Iterable[tuple[str, Tensor]], rank: int, ranks: int, num_experts: int = 0
+    tensors: Iterable[tuple[str, Tensor]], rank: int, ranks: int, num_experts: int = 0, head_dim: int | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """(HF name, tensor) pairs of a whole model -> the parts `rank` holds."""
     for name, tensor in tensors:
-        part = local_part(name, tensor, rank, ranks, num_experts)
+        part = local_part(name, tensor, rank, ranks, num_experts, head_dim)
         if part is not None:
             yield name, part
 
@@ -216,7 +228,8 @@ def shard_decoder(decoder: Decoder, group: Any = None, *, rank: int = 0, shards:
     """
     _require_full(decoder)
     local = empty_shard(decoder.config, decoder.contract, group, rank=rank, device=decoder.embed_tokens.device, shards=shards)
-    local.load_hf_state(shard_tensors(decoder.hf_state(), rank, world(group), decoder.config.num_experts))
+    config = decoder.config
+    local.load_hf_state(shard_tensors(decoder.hf_state(), rank, world(group), config.num_experts, config.head_dim))
     return local
 
 

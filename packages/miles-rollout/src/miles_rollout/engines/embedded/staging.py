@@ -38,7 +38,8 @@ class Staging:
 
     def __init__(self, manifest: WeightManifest, decoder: Decoder, group: Any, rank: int) -> None:
         self.manifest, self.group, self.rank = manifest, group, rank
-        self._experts, self._device = decoder.config.num_experts, decoder.embed_tokens.device
+        self._experts, self._head_dim = decoder.config.num_experts, decoder.config.head_dim
+        self._device = decoder.embed_tokens.device
         self.sizes = [_room(spec) for spec in manifest.tensors]
         """What each tensor takes of the room."""
         self.found: list[str] = [""] * len(manifest.tensors)
@@ -102,7 +103,7 @@ class Staging:
             torch._foreach_copy_(list(held.values()), [self[name] for name in held])
 
     def _part(self, name: str, tensor: Tensor) -> Tensor | None:
-        return local_part(name, tensor, self.rank, self.group.size(), self._experts)
+        return local_part(name, tensor, self.rank, self.group.size(), self._experts, self._head_dim)
 
     def _make_room(self) -> tuple[Tensor, Tensor]:
         """Room for a bucket and for this rank's parts."""
