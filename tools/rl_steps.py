@@ -34,7 +34,7 @@ def settings(args: argparse.Namespace, folder: Path) -> list[str]:
     small = args.device == "cpu"
     shape: dict[str, Any] = {
         "model_type": "qwen3", "vocab_size": 2048, "hidden_size": 128 if small else 512, "intermediate_size": 1536,
-        "num_hidden_layers": 2 if small else 6, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
+        "num_hidden_layers": 2 if small else 6, "num_attention_heads": 8, "num_key_value_heads": args.kv_heads, "head_dim": 64,
         "max_position_embeddings": 1024, "initializer_range": 0.05, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
         "rope_theta": 10000.0, **(MOE if args.model == "moe" else {}),
     }  # fmt: skip
@@ -65,6 +65,7 @@ def main() -> int:
     parser.add_argument("--gradients", choices=("summed", "chained"), default="summed")
     parser.add_argument("--precision", choices=("full", "fp8"), default="full")
     parser.add_argument("--no-graphs", action="store_true", help="the engine launches kernel by kernel")
+    parser.add_argument("--kv-heads", type=int, default=4, help="fewer than ranks of the engine: they share them")
     for name, value in (("steps", 50), ("groups", 32), ("size", 8), ("new", 88)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--deadline", type=float, default=300.0, help="seconds")

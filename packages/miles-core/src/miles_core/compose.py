@@ -118,7 +118,7 @@ def _parts(
     """Feed, trainer, engine, publisher and evaluator of a run, all in this process."""
     if config.model.device != "cpu":
         require_room(config, load_shape(config.model, say)[0], request.mode)
-    model = load_model(config, say)
+    model = load_model(config, say, divided=request.mode == "rollout" and config.engine.tensor_parallel > 1)
     prepare_heap(sum(weight.nbytes for weight in model.decoder.parameters()))
     text = Text(model.tokenizer, model.decoder.config)
     scorer = stack.enter_context(Scorer(config.reward)) if _needs_engine(config, request) else None
@@ -299,7 +299,11 @@ def make_engine(
     from miles_rollout.engines.embedded.engine import EmbeddedEngine
 
     settings = engine_settings(config, adaptive=adaptive)
-    return EmbeddedEngine(decoder, model.tokenizer, settings, model=model.name, weight_version=weight_version, draft=draft)
+    where = config.model.device if decoder.embed_tokens.is_meta else None
+    return EmbeddedEngine(
+        decoder, model.tokenizer, settings, model=model.name, weight_version=weight_version, draft=draft, device=where,
+        weights=model.weights,
+    )  # fmt: skip
 
 
 def _report(lines: list[str], say: Say) -> None:
@@ -341,7 +345,7 @@ def evaluate_once(config: RunConfig, say: Say) -> Evaluation:
     if not config.data.eval and not config.eval.sets:
         raise ValueError("data.eval names no held-out prompts; give some with --data.eval SOURCE")
     config = config.model_copy(update={"eval": config.eval.model_copy(update={"every": 1})})
-    model = load_model(config, say)
+    model = load_model(config, say, divided=config.engine.tensor_parallel > 1)
     with ExitStack() as stack, asyncio.Runner() as runner:
         scorer = stack.enter_context(Scorer(config.eval.reward or config.reward))
         config = config.model_copy(update={"eval": config.eval.model_copy(update={"reward": None})})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from miles_core.config.schema import RunConfig
 from miles_core.config.sections import ModelConfig
@@ -17,6 +18,7 @@ from miles_kernels.nn.checkpoint import load_config, load_decoder, random_decode
 from miles_kernels.nn.config import DecoderConfig
 from miles_kernels.nn.decoder import Decoder
 from miles_kernels.nn.parallel import fold_decoder
+from miles_rollout.engines.embedded.factory import stored_weights
 from miles_rollout.text import Tokenizer, load_tokenizer
 from miles_spec.models.store import draft_tensors, policy_drafts
 
@@ -31,8 +33,11 @@ class LoadedModel:
     """A decoder with its tokenizer."""
 
     decoder: Decoder
+    """On the meta device where nobody holds the whole model."""
     tokenizer: Tokenizer
     name: str
+    weights: Iterator[tuple[str, Tensor]] | None = None
+    """Of a decoder on the meta device: what lies in the model's folder, to be read once."""
 
 
 def context_of(decoder: DecoderConfig, config: RunConfig) -> int:
@@ -113,17 +118,24 @@ def _leave_drafts(folder: Path, config: RunConfig, say: Callable[[str], None]) -
     return draft_tensors(carried)
 
 
-def load_model(config: RunConfig, say: Callable[[str], None], *, weights: bool = True) -> LoadedModel:
+def load_model(config: RunConfig, say: Callable[[str], None], *, weights: bool = True, divided: bool = False) -> LoadedModel:
     """Decoder and tokenizer, ready to train; without `weights` they are zero, for an engine that gets them before it serves.
 
-    Weights are read a tensor at a time, straight to the device. Raises ValueError naming file and tensor when something does not
-    fit.
+    With `divided` the model is for an engine over several GPUs alone and may be more than one of them holds: unless its weights
+    are random, it is only described here. Weights are read a tensor at a time, straight to the device. Raises ValueError naming
+    file and tensor when something does not fit.
     """
     folder = model_dir(config.model, say)
     device = config.model.device
     contract = Contract.for_device(device, config.model.dtype, config.model.precision)
     dtype = contract.torch_dtype
-    if not weights:
+    stored: Iterator[tuple[str, Tensor]] | None = None
+    if divided and (folder is not None or not weights):
+        beside = _leave_drafts(folder, config, say) if folder is not None else lambda name: False
+        shape, tokenizer = load_shape(config.model, say)
+        decoder, name = Decoder(shape, contract, dtype=dtype, device="meta"), str(folder or "random")
+        stored = stored_weights(folder, decoder, beside) if weights and folder is not None else None
+    elif not weights:
         shape, tokenizer = load_shape(config.model, say)
         decoder, name = Decoder(shape, contract, dtype=dtype, device=device), str(folder or "random")
         with torch.no_grad():
@@ -143,4 +155,4 @@ def load_model(config: RunConfig, say: Callable[[str], None], *, weights: bool =
             f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {decoder.config.vocab_size}; "
             "they do not belong together"
         )
-    return LoadedModel(decoder=decoder, tokenizer=tokenizer, name=name)
+    return LoadedModel(decoder=decoder, tokenizer=tokenizer, name=name, weights=stored)

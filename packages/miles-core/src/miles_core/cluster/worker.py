@@ -201,7 +201,7 @@ class EngineWorker:
         # which products are used is tried on the weights (miles_kernels.native.gemm); and in fp8, where scales come from them.
         tried = config.model.device == "cpu" and config.model.dtype == "float32"
         own = build.mode == "rollout" or tried or config.model.precision != "full"
-        model = load_model(config, lambda line: None, weights=own)
+        model = load_model(config, lambda line: None, weights=own, divided=config.engine.tensor_parallel > 1)
         draft, version = load_draft(config, model.decoder), 0 if build.mode == "rollout" else -1
         self._engine = make_engine(config, model, model.decoder, weight_version=version, draft=draft)
         app = create_app(self._engine, model.tokenizer, ServerConfig(admin_token=build.token, drain_s=0.0))

@@ -65,7 +65,9 @@ def engine_ranks(shape: DecoderConfig) -> list[int]:
     depths = [shape.num_attention_heads * shape.head_dim, sizes.get("intermediate_size", 0), shape.shared_intermediate_size]
     if shape.output_bias or shape.mlp_bias or any(depth % (16 * _SHARDS) for depth in depths):
         return []
-    return [ranks for ranks in (2, 4, 8) if not any(size % ranks for size in (*sizes.values(), shape.num_experts))]
+    heads = sizes.pop("num_key_value_heads")
+    able = [ranks for ranks in (2, 4, 8) if not any(size % ranks for size in (*sizes.values(), shape.num_experts))]
+    return [ranks for ranks in able if not (heads % ranks and ranks % heads)]
 
 
 def count_draft(shape: DecoderConfig, kind: str) -> int:

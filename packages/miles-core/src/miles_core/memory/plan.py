@@ -302,12 +302,23 @@ def _publishing(job: Job, parameters: Parameters) -> list[Item]:
     staged = (parameters.total + count_draft(job.shape, job.draft)) * job.dtype_bytes
     items = [Item("staged weights", staged, "the new version, whole, beside the old one, until every hash is checked")]
     if job.engine_gpus > 1:
-        part = count_rank(job.shape, job.engine_gpus) * job.dtype_bytes
-        items.append(Item("staged part", part, "what the first GPU of the engine keeps of it; it takes the version in for all"))
+        part, bucket = count_rank(job.shape, job.engine_gpus) * job.dtype_bytes, _bucket(job, parameters)
+        items = [
+            Item("staged weights", part, "this GPU's part of the new version, beside the old one, until every hash is checked"),
+            Item("bucket of whole tensors", bucket, "what every GPU of the engine gets of it at a time, to check and to cut"),
+        ]
     if job.cut > 1:
         largest = max(parameters.embedding, parameters.largest_layer) * job.dtype_bytes
         items.append(Item("gathered tensors", largest, "the largest that travels, whole"))
     return items
+
+
+def _bucket(job: Job, parameters: Parameters) -> int:
+    """Of an engine over several GPUs: whole tensors on their way, at least the largest, and two buckets of a broadcast."""
+    shape, size = job.shape, job.dtype_bytes
+    widest = max(shape.intermediate_size, shape.moe_intermediate_size or 0, shape.num_attention_heads * shape.head_dim)
+    largest = shape.hidden_size * max(shape.vocab_size, widest) * size
+    return max(min(STAGING_BYTES, parameters.total * size), largest) + 2 * STAGING_BYTES
 
 
 def _host(job: Job, parameters: Parameters) -> tuple[Item, ...]:
