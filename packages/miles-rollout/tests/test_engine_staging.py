@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import random
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -25,8 +27,11 @@ from miles_rollout.engines.embedded import ranks, staging
 from miles_rollout.engines.embedded.factory import stored_weights
 from miles_rollout.engines.embedded.feed import feed
 from miles_rollout.engines.embedded.staging import Staging
-from miles_rollout.weights.offer import WINDOW, layout
+from miles_rollout.weights.group import BroadcastGroup
+from miles_rollout.weights.offer import WINDOW, DiskOffer, GroupInvitation, WeightUpdate, layout
+from miles_rollout.weights.receiver import WeightReceiver
 from miles_rollout.weights.stage import make_manifest, stage
+from miles_rollout.weights.store import WeightStore
 from miles_rollout.wire import WeightManifest
 
 RANKS = 2
@@ -199,6 +204,68 @@ def test_every_rank_gets_its_part_of_what_arrives(monkeypatch, name: str, brough
     cores = divided(shape, work)
     assert all(holds(core, shape, 1) for core in cores) and not cores[1].refused
     assert numbers[0] > sum(t.nbytes for _, t in pairs) / (2 * BUCKET), "many buckets"
+
+
+def test_a_broadcast_is_taken_in_pieces(monkeypatch):
+    """Through a real group: the pieces are used again while the next one travels, and the checksums come last."""
+    monkeypatch.setattr(staging, "BUCKET_BYTES", BUCKET)
+    pairs, manifest = new_weights(MOE)
+    bare, _ = unsealed(manifest)
+    store = BroadcastGroup.store("127.0.0.1", 0, 60.0)
+    invitations = [
+        GroupInvitation(name="w", host="127.0.0.1", port=store.port, rank=rank, size=2, deadline_s=60.0) for rank in range(2)
+    ]
+
+    def publish() -> None:
+        group = BroadcastGroup.listen(invitations[0], store)
+        group.send(layout(manifest), [tensor for _, tensor in pairs], 2 * WINDOW, lambda: False)
+        group.close()
+
+    publisher = threading.Thread(target=publish)
+
+    def work(cores: list[Core]) -> None:
+        publisher.start()
+        group = BroadcastGroup.join(invitations[1])
+        cores[0].finish_update(feed(bare, group.source(bare, 2 * WINDOW), lambda run: run(cores[0])))
+        group.close()
+
+    cores = divided(MOE, work)
+    publisher.join(60)
+    assert all(holds(core, MOE, 1) for core in cores) and not publisher.is_alive()
+
+
+def test_an_engine_that_is_divided_takes_whole_updates_from_a_disk_and_no_deltas(tmp_path):
+    pairs, manifest = new_weights(WIDE)
+    store, first = WeightStore(tmp_path), stage(manifest, pairs).stream
+    store.write_full(manifest, first)
+    later = flipped(pairs)
+    second = make_manifest(later, version=2, contract_digest="d")
+    store.write_delta(second, stage(second, later).stream, manifest, first)
+    taken: list[int] = []
+
+    class Divided:
+        device = torch.device("cpu")
+        version = 0
+
+        def info(self) -> Any:
+            return SimpleNamespace(weight_version=self.version)
+
+        def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+            raise ValueError("the weights are divided over 2 processes; send a full update")
+            yield
+
+        async def update_weights(self, manifest: WeightManifest, tensors: Any) -> None:
+            stage(manifest, tensors)
+            taken.append(manifest.version)
+            self.version = manifest.version
+
+    receiver = WeightReceiver(Divided())  # type: ignore[arg-type]
+    offers = [WeightUpdate(manifest=m, offer=DiskOffer(directory=str(tmp_path), version=m.version)) for m in (manifest, second)]
+    asyncio.run(receiver.update(offers[0]))
+    (tmp_path / "000001-full").rename(tmp_path / "elsewhere")  # else the whole way from there is taken
+    with pytest.raises(ValueError, match="no weight update of version 1; there are"):
+        asyncio.run(receiver.update(offers[1]))
+    assert taken == [1]
 
 
 def flipped(pairs: Pairs) -> Pairs:
