@@ -18,9 +18,9 @@ from miles_rollout.engine import EngineRefusal, PauseMode
 from miles_rollout.engines.embedded.admission import Limits, check_request
 from miles_rollout.engines.embedded.config import DRAFT_PREFIX, EmbeddedConfig
 from miles_rollout.engines.embedded.core import EngineCore
-from miles_rollout.engines.embedded.kv import PagedKV
 from miles_rollout.engines.embedded.profile import Profile
 from miles_rollout.engines.embedded.reply import EngineFailure, Reply
+from miles_rollout.engines.embedded.room import device_of, num_pages_of
 from miles_rollout.engines.embedded.state import Delivery, Job
 from miles_rollout.engines.embedded.weights import check_manifest, dtype_name, stage
 from miles_rollout.text import Tokenizer
@@ -75,9 +75,9 @@ class EmbeddedEngine:
     ) -> None:
         config = config or EmbeddedConfig()
         config.validate()
-        where = _device_of(decoder, config, device, weights)
+        where = device_of(decoder, config, device, weights)
         page_size = config.page_size_on(where.type)
-        num_pages = _num_pages(decoder, config, page_size, draft)
+        num_pages = num_pages_of(decoder, config, page_size, draft)
         max_context = min(config.max_context or decoder.config.max_position_embeddings, decoder.config.max_position_embeddings)
         eos = tuple(sorted({*decoder.config.eos_token_ids, *tokenizer.eos_token_ids})) if eos_token_ids is None else eos_token_ids
         self.config = config
@@ -490,45 +490,3 @@ class EmbeddedEngine:
             self._metrics = self._core.metrics()
             self._core.close()
         self._core = None
-
-
-def _device_of(decoder: Decoder, config: EmbeddedConfig, device: Any, weights: Any) -> torch.device:
-    """Where the engine's first rank is. Raises ValueError for a decoder without weights that nothing divides, or the reverse."""
-    is_shell = decoder.embed_tokens.is_meta
-    if is_shell != (device is not None) or (is_shell and config.tensor_parallel == 1) or (weights is not None and not is_shell):
-        raise ValueError("device and weights belong to a decoder on the meta device, and that to tensor_parallel above 1")
-    where = decoder.embed_tokens.device if device is None else torch.device(device)
-    return torch.device("cuda", torch.cuda.current_device()) if where.type == "cuda" and where.index is None else where
-
-
-def _draft_bytes(decoder: Decoder, draft: Draft | DraftModel | None, page_size: int) -> int:
-    """What a draft model keeps beside a page: its own keys and values, and what it reads of the policy."""
-    if not isinstance(draft, DraftModel):
-        return 0
-    block, dtype = draft.config.block, decoder.embed_tokens.dtype
-    own = PagedKV.page_bytes(
-        layers=block.num_hidden_layers,
-        kv_heads=block.num_key_value_heads,
-        head_dim=block.head_dim,
-        page_size=page_size,
-        dtype=dtype,
-    )
-    return own + page_size * draft.config.num_features * dtype.itemsize
-
-
-def _num_pages(decoder: Decoder, config: EmbeddedConfig, page_size: int, draft: Draft | DraftModel | None) -> int:
-    """Pages the configuration asks for, and no more than could ever be used."""
-    shape = decoder.config
-    page_bytes = _draft_bytes(decoder, draft, page_size) + PagedKV.page_bytes(
-        layers=shape.num_hidden_layers,
-        kv_heads=max(1, shape.num_key_value_heads // config.tensor_parallel),
-        head_dim=shape.head_dim,
-        page_size=page_size,
-        dtype=next(decoder.parameters()).dtype,
-    )
-    num_pages = config.kv_memory_bytes // page_bytes if config.num_pages is None else config.num_pages
-    if num_pages < 1:
-        raise ValueError(
-            f"kv_memory_bytes={config.kv_memory_bytes} holds no page; one page of {page_size} tokens takes {page_bytes} bytes"
-        )
-    return num_pages
