@@ -128,6 +128,24 @@ def test_a_gpu_is_taken_when_asked_for_and_its_memory_is_shared_out(
         launch._left_on_gpu(_Gpu, "cuda", str(tmp_path), "float32")
 
 
+def test_of_a_divided_model_every_gpu_holds_its_part(tmp_path: Path) -> None:
+    """32 billion weights, which this GPU of 40 GiB does not hold once, over 8 of them."""
+    from miles_kernels.nn.config import DecoderConfig
+
+    shape = DecoderConfig(
+        family="qwen3", vocab_size=151936, hidden_size=5120, intermediate_size=25600, num_hidden_layers=64,
+        num_attention_heads=64, num_key_value_heads=8, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=False,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape.to_hf(dtype="bfloat16")))
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(61 << 30)
+    with pytest.raises(ValueError, match="--kv-memory-mib"):
+        launch._left_on_gpu(_Gpu, "cuda", str(tmp_path), "bfloat16")
+    table, layer = 151936 * 5120, 5120 * (2 * 64 + 2 * 8) * 128 + 3 * 5120 * 25600
+    part = 2 * (2 * table + 64 * (layer // 8 + 2 * 5120 + 2 * 128) + 5120)
+    assert launch._left_on_gpu(_Gpu, "cuda", str(tmp_path), "bfloat16", 8) == int(0.85 * ((40 << 30) - 2 * part - 2 * table))
+
+
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def require(module: str, *, extra: str, purpose: str) -> Any:
         raise MissingExtraError(f'{purpose} needs the package "{module}": pip install "miles-rollout[{extra}]"')

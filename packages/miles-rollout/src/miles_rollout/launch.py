@@ -54,7 +54,7 @@ def load_embedded(
     dtype = dtype or ("float32" if place.type == "cpu" else "bfloat16")
     LOG.info("the engine runs on %s in %s", torch.cuda.get_device_name(place) if place.type == "cuda" else "the CPU", dtype)
     if place.type == "cuda" and fill:
-        config = msgspec.structs.replace(config, kv_memory_bytes=_left_on_gpu(torch, place, model, dtype))
+        config = msgspec.structs.replace(config, kv_memory_bytes=_left_on_gpu(torch, place, model, dtype, config.tensor_parallel))
     factory = require("miles_rollout.engines.embedded.factory", extra="embedded", purpose=purpose)
     engine = factory.load_engine(model, config, dtype=dtype, device=str(place))
     return engine, engine.tokenizer, disk_loader(dtype)
@@ -72,12 +72,19 @@ def _device(torch: Any, name: str) -> Any:
     return torch.device("cuda" if there and name != "cpu" else "cpu")
 
 
-def _left_on_gpu(torch: Any, place: Any, model: str, dtype: str) -> int:
-    """Bytes that keys and values may take. Raises ValueError when the weights, twice for updates, leave nothing."""
-    stored = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
-    weights = stored * (2 if dtype == "float32" else 1)  # checkpoints hold two bytes an element, rarely four
+def _left_on_gpu(torch: Any, place: Any, model: str, dtype: str, ranks: int = 1) -> int:
+    """Bytes that keys and values may take. Raises ValueError when the weights, twice for updates, leave nothing.
+
+    Where the model is divided they are a rank's part, and a bucket of an update is on its way.
+    """
+    if ranks == 1:
+        stored = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
+        weights, bucket = stored * (2 if dtype == "float32" else 1), 0  # two bytes an element, rarely four
+    else:
+        room = require("miles_rollout.engines.embedded.room", extra="embedded", purpose="the embedded engine")
+        weights, bucket = room.part_bytes(model, dtype, ranks)
     free = torch.cuda.mem_get_info(place)[0]
-    left = int(FILL * (free - 2 * weights))
+    left = int(FILL * (free - 2 * weights - bucket))
     if left < 1:
         raise ValueError(
             f"{place} has {free >> 20} MiB free; {model} needs {weights >> 20} MiB, and as much again while weights are updated; "

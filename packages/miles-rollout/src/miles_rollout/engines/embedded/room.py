@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from miles_kernels.nn.checkpoint import load_config
 from miles_kernels.nn.decoder import Decoder
+from miles_kernels.nn.parallel import local_config
 from miles_rollout.engines.embedded.config import EmbeddedConfig
 from miles_rollout.engines.embedded.kv import PagedKV
+from miles_rollout.engines.embedded.staging import BUCKET_BYTES
 from miles_spec.draft import Draft
 from miles_spec.models.base import DraftModel
 
@@ -20,6 +24,14 @@ def device_of(decoder: Decoder, config: EmbeddedConfig, device: Any, weights: An
         raise ValueError("device and weights belong to a decoder on the meta device, and that to tensor_parallel above 1")
     where = decoder.embed_tokens.device if device is None else torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if where.type == "cuda" and where.index is None else where
+
+
+def part_bytes(model: str | Path, dtype: str, ranks: int) -> tuple[int, int]:
+    """(bytes of the weights that one of `ranks` holds of a model directory, bytes of a bucket of an update)."""
+    shape = load_config(model)
+    part = Decoder(local_config(shape, ranks), None, dtype=getattr(torch, dtype), device="meta")
+    table = shape.vocab_size * shape.hidden_size * getattr(torch, dtype).itemsize
+    return sum(weight.nbytes for weight in part.parameters()), max(BUCKET_BYTES, table)
 
 
 def _draft_bytes(decoder: Decoder, draft: Draft | DraftModel | None, page_size: int) -> int:
