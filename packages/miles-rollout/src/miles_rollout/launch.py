@@ -94,15 +94,15 @@ def _left_on_gpu(torch: Any, place: Any, model: str, dtype: str, ranks: int = 1)
 
 
 def disk_loader(dtype: str) -> WeightLoader:
-    """Reads weight updates for an engine that computes in `dtype`."""
+    """Reads weight updates for an engine that computes in `dtype`: twice, once for the hashes, and never as a whole."""
 
     def load(directory: str, version: int, contract_digest: str) -> Any:
-        checkpoint = require("miles_kernels.nn.checkpoint", extra="embedded", purpose="a weight update from disk")
         factory = require("miles_rollout.engines.embedded.factory", extra="embedded", purpose="a weight update from disk")
         weights = require("miles_rollout.engines.embedded.weights", extra="embedded", purpose="a weight update from disk")
-        decoder = checkpoint.load_decoder(directory, None, factory.DTYPES[dtype])
-        manifest = weights.make_manifest(decoder.hf_state(), version=version, contract_digest=contract_digest)
-        return manifest, decoder.hf_state()
+        shell = factory.shell_of(Path(directory), None, dtype)
+        pairs = factory.stored_weights(Path(directory), shell)
+        manifest = weights.make_manifest(pairs, version=version, contract_digest=contract_digest)
+        return manifest, factory.stored_weights(Path(directory), shell)
 
     return load
 

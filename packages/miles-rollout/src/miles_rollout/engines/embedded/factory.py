@@ -44,7 +44,7 @@ def load_engine(
     carried = policy_drafts(path, load_config(path))
     beside = draft_tensors(carried) if carried is not None else lambda name: False
     if config is not None and config.tensor_parallel > 1:
-        shell = Decoder(load_config(path), contract, dtype=DTYPES[dtype], device="meta")
+        shell = shell_of(path, contract, dtype)
         tokenizer, weights = tokenizer or load_tokenizer(path), stored_weights(path, shell, beside)
         return EmbeddedEngine(
             shell, tokenizer, config, model=str(path), weight_version=weight_version, device=device, weights=weights
@@ -53,6 +53,11 @@ def load_engine(
     draft = _draft_model(path, config, decoder, carried is not None)
     tokenizer = tokenizer or load_tokenizer(path)
     return EmbeddedEngine(decoder, tokenizer, config, model=str(path), weight_version=weight_version, draft=draft)
+
+
+def shell_of(path: Path, contract: Contract | None, dtype: str) -> Decoder:
+    """The decoder that a model directory describes, on the meta device: shapes and names, no weights."""
+    return Decoder(load_config(path), contract, dtype=DTYPES[dtype], device="meta")
 
 
 def stored_weights(
