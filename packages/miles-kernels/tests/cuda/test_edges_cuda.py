@@ -186,7 +186,7 @@ def test_the_gradient_of_steps_that_lie_in_it(rows: int, hidden: int, vocab: int
     assert distance(one[some], -(g.double()[some, None] * p) @ w.double()) < 6e-3
     columns = torch.randperm(vocab)[:200]
     z = x.double() @ w[columns].double().t()
-    p = torch.exp2(z * 1.4426950408889634 - norm[:, None].double()) - (targets[:, None] == columns)
+    p = torch.exp2(z * 1.4426950408889634 - norm[:, None].double()) - (targets[:, None] == columns).double()
     assert distance(dw[columns], -(g.double()[:, None] * p).t() @ x.double()) < 6e-3
     uniform = [(start, min(start + 1024, vocab)) for start in range(0, vocab, 1024)]
     other = logprob.backward((g, None), x, w, targets, inverse, norm, ent, steps=uniform)[0]

@@ -57,15 +57,15 @@ MOST_ROWS = 8192
 def backward_steps(vocab: int, hidden_size: int) -> list[tuple[int, int]]:
     """(first, last + 1) vocabulary rows of every step of the backward, ascending, in whole pairs of blocks but for the last.
 
-    A step reads and writes the sum of d_hidden once, so few large ones lose least; past 3072 rows, or twice the hidden size,
-    nothing is gained. `STEP_BYTES` hold steps of 3072 rows up to a hidden size of 1536, fewer from there on. Larger ones lie in
+    A step reads and writes the sum of d_hidden once, so few large ones lose least, the least for long rows: four times the
+    hidden size is enough. `STEP_BYTES` hold steps of 3072 rows up to a hidden size of 1536, fewer from there on. Larger ones lie in
     the rows of d_weight that are not written yet: behind a step there must be its logit gradients and its float32 sum of
     d_weight. The steps fix the order in which d_hidden is summed, so they depend neither on tokens nor on what is asked for.
     """
     pair = 2 * BLOCK
     fitting = (STEP_BYTES - MOST_TOKENS * hidden_size) // (2 * MOST_TOKENS) // pair * pair
     least = max(1024, min(3072, fitting))  # rows longer than 5600 take more than that room
-    most = max(least, min(MOST_ROWS, 2 * hidden_size) // pair * pair)
+    most = max(least, min(MOST_ROWS, 4 * hidden_size) // pair * pair)
     steps, start = [], 0
     while start < vocab:
         behind = (vocab - start) * hidden_size // (3 * hidden_size + MOST_TOKENS) // pair * pair

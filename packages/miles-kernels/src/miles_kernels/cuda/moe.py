@@ -191,7 +191,7 @@ def _few(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor)
     up = descriptor3(gate_up.view(2 * experts, width, hidden), 2, 16, 128)
     moe_few_kernels.few_up[(tokens * slots * cdiv(width, 16),)](
         x, up, ids, inner, slots, hidden, width, hidden,
-        BN=16, BK=128, EARLY=early, num_warps=2, num_stages=4, launch_pdl=early,
+        BN=16, BK=128, EARLY=early, num_warps=2, num_stages=4 if tokens * slots <= 16 else 3, launch_pdl=early,
     )  # fmt: skip
     moe_few_kernels.few_down[(tokens * hidden // FEW_COLUMNS,)](
         inner, down, ids, weights, out, hidden, width,
