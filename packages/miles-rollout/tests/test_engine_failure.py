@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from typing import Any
 
 import msgspec
@@ -12,7 +13,27 @@ from engine_cases import SHAPE, SMALL, TOKENIZER, ask, build, by_hand, gather, r
 
 from miles_kernels.nn.checkpoint import random_decoder
 from miles_rollout.engines.embedded import EmbeddedConfig, EmbeddedEngine, EngineFailure, load_engine, make_manifest
+from miles_rollout.launch import warm_up
 from miles_rollout.text import CharTokenizer
+from miles_rollout.waits import WaitExpired
+
+
+def test_an_engine_that_warms_up_has_served_and_keeps_nothing(monkeypatch):
+    """Prompts no longer than the context; the control is an engine that does not answer."""
+    engine = build()
+    run(warm_up(engine))
+    figures = engine.metrics()
+    assert figures["num_generated_tokens"] == 1 + 8 * 32 + 1 and figures["kv_used_ratio"] == 0
+    run(engine.close())
+    narrow = build(msgspec.structs.replace(SMALL, max_context=12))
+    run(warm_up(narrow))
+    assert narrow.metrics()["num_generated_tokens"] == 1 + 3 + 2 + 1 * 6 + 1
+    run(narrow.close())
+    monkeypatch.setattr("miles_rollout.launch.WARM_S", 0.05)
+    stuck = build()
+    monkeypatch.setattr(stuck, "_run", lambda: time.sleep(0.5))
+    with pytest.raises(WaitExpired, match="the engine to serve its first requests"):
+        run(warm_up(stuck))
 
 
 def test_sequences_longer_than_the_first_tables():

@@ -227,7 +227,7 @@ async def main(given: argparse.Namespace) -> None:
         folder = Path(directory)
         served = Served(make_models(folder, given.moe, given.layers), folder, given)
         try:
-            await check("starts", served.up)
+            await check("starts", served.up, deadline_s=300)
             if RESULTS[-1]["status"] == "pass":
                 await check("conformance", served.suite)
                 await check("weights", served.weights)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from miles_rollout.extras import require
+from miles_rollout.waits import expired, gather_all
+from miles_rollout.wire import GenerateRequest, SamplingParams
 
 if TYPE_CHECKING:
     from miles_rollout.engine import Engine
@@ -21,6 +25,10 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("miles_rollout.launch")
 FILL = 0.85
 """Share of a GPU's free memory, less the weights and one update of them, that keys and values take when nobody says."""
+WARM_S = 600.0
+"""Longest wait for the first requests of a start."""
+_WARM: tuple[tuple[tuple[int, ...], int], ...] = (((1,), 1), (tuple(range(9, 17)), 32), ((700,), 4))
+"""Rounds of requests that a start makes: lengths of the prompts, new tokens."""
 
 
 def load_embedded(
@@ -58,6 +66,30 @@ def load_embedded(
     factory = require("miles_rollout.engines.embedded.factory", extra="embedded", purpose=purpose)
     engine = factory.load_engine(model, config, dtype=dtype, device=str(place))
     return engine, engine.tokenizer, disk_loader(dtype)
+
+
+async def warm_up(engine: Engine) -> None:
+    """Serve a few requests of usual shapes, and forget them.
+
+    Kernels are compiled at their first use, which can take a minute on a machine that has never run them, and an engine that
+    compiles looks like one that hangs.
+
+    Raises WaitExpired after `WARM_S` seconds.
+    """
+    info, began = engine.info(), time.monotonic()
+    for number, (lengths, new) in enumerate(_WARM):
+        requests: list[GenerateRequest] = []
+        for length in (min(each, info.max_context - 1) for each in lengths):
+            sampling = SamplingParams(max_new_tokens=min(new, info.max_context - length), ignore_eos=True, seed=0)
+            ids = tuple(token % info.vocab_size for token in range(length))
+            requests.append(GenerateRequest(request_id=f"warm-{number}-{len(requests)}", input_ids=ids, sampling=sampling))
+        try:
+            async with asyncio.timeout(WARM_S):
+                await gather_all(engine.generate(request) for request in requests)
+        except TimeoutError:
+            raise expired("the engine to serve its first requests", WARM_S) from None
+    await engine.flush_cache()  # type: ignore[attr-defined]
+    LOG.info("warm after %.1f s", time.monotonic() - began)
 
 
 def _device(torch: Any, name: str) -> Any:

@@ -146,12 +146,14 @@ def default_root(model: str) -> str:
 
 
 async def _serve(model: str, settings: Any, server: Any, sock: Any, engine: str, options: dict[str, Any], log_level: str) -> None:
-    from miles_rollout.launch import load_embedded, load_sglang
+    from miles_rollout.launch import load_embedded, load_sglang, warm_up
     from miles_rollout.server import create_app, listen
     from miles_rollout.server import serve as run
 
     if engine == "embedded":
         serving, tokenizer, load_weights = load_embedded(model, settings, **options)
+        if serving.device.type == "cuda":  # type: ignore[attr-defined]
+            await warm_up(serving)
     else:
         serving, tokenizer = await load_sglang(model, settings)
         load_weights = None
