@@ -21,9 +21,17 @@ import torch
 from torch import Tensor
 
 from miles_core.algorithm.config import AlgorithmConfig
+from miles_core.config.sections import SyncConfig
 from miles_core.sync.links import HttpLink, Link, LocalLink
 from miles_core.sync.publisher import Publisher
-from miles_core.sync.transports import BroadcastTransport, DiskTransport, SlotsTransport, Transport
+from miles_core.sync.transports import (
+    BroadcastTransport,
+    DiskTransport,
+    LentTransport,
+    SlotsTransport,
+    Transport,
+    make_transport,
+)  # fmt: skip
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.fsdp import FsdpTrainer
 from miles_kernels.checksum import as_numbers, dtype_name, tensor_hash
@@ -380,3 +388,22 @@ def test_an_engine_in_another_process_takes_every_transport_and_refuses_faults(s
     elsewhere = Publisher(trainer, [HttpLink(url)], DiskTransport(root.parent / "elsewhere"))
     with pytest.raises(ValueError, match="leads out of the directories"):
         limited(elsewhere.publish(90))
+
+
+@pytest.mark.parametrize(
+    ("device", "places", "wanted"),
+    [
+        ("cuda", {"shared_gpu": True, "exports_own": True}, LentTransport),
+        ("cuda", {"shared_gpu": True, "exports_own": True, "single_trainer": False}, SlotsTransport),
+        ("cuda", {"shared_gpu": True}, SlotsTransport),
+        ("cuda", {"shared_gpu": False, "exports_own": True}, BroadcastTransport),
+        ("cpu", {"shared_gpu": False, "exports_own": True}, SlotsTransport),
+        ("cpu", {"shared_gpu": False, "shared_host": False}, BroadcastTransport),
+    ],
+)
+def test_auto_goes_by_where_the_parts_run(
+    device: str, places: dict[str, bool], wanted: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("miles_core.sync.transports._own_gpu", lambda: torch.device("cuda", 0))
+    made = make_transport(SyncConfig(), device=device, **{"shared_host": True} | places)  # type: ignore[arg-type]
+    assert type(made) is wanted

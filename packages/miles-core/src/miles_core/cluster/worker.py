@@ -177,9 +177,11 @@ def _publisher(trainer: Any, peers: Peers, config: RunConfig, single: bool) -> A
         HttpLink(url, peers.token, name=name, deadline_s=2 * deadline_s)
         for url, name in zip(peers.urls, peers.names, strict=True)
     ]
+    # Lent weights were proven on a GPU for these; megatron-core's are put together for every export.
+    own = config.trainer.backend == "fsdp" and config.draft.model == "none" and config.engine.tensor_parallel == 1
     transport = make_transport(
         config.sync, device=config.model.device, shared_host=peers.shared_host, shared_gpu=peers.shared_gpu,
-        single_trainer=single,
+        single_trainer=single, exports_own=own,
     )  # fmt: skip
     return Publisher(trainer, links, transport)
 

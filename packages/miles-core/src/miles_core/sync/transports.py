@@ -26,16 +26,25 @@ Export = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
 def make_transport(
-    config: SyncConfig, *, device: str, shared_host: bool, shared_gpu: bool, single_trainer: bool = True, host: str = "127.0.0.1"
+    config: SyncConfig,
+    *,
+    device: str,
+    shared_host: bool,
+    shared_gpu: bool,
+    single_trainer: bool = True,
+    exports_own: bool = False,
+    host: str = "127.0.0.1",
 ) -> Transport:
     """The transport of a configuration, between a trainer on `device` and engines in other processes.
 
-    Raises ValueError when they do not run where it needs them to.
+    `exports_own`: what the trainer exports are its own tensors, always the same, not copies made for the purpose; those of one
+    process are then lent where engines share its GPU. Raises ValueError when they do not run where it needs them to.
     """
     on_gpu = device.startswith("cuda")
     kind: str = config.kind
     if kind in ("auto", "inprocess"):
-        kind = ("cuda_ipc" if shared_gpu else "broadcast") if on_gpu else ("shared_memory" if shared_host else "broadcast")
+        on_one = "lent" if single_trainer and exports_own else "cuda_ipc"
+        kind = (on_one if shared_gpu else "broadcast") if on_gpu else ("shared_memory" if shared_host else "broadcast")
     needs = {"shared_memory": shared_host, "cuda_ipc": shared_gpu, "lent": shared_gpu and single_trainer}
     if not needs.get(kind, True):
         wanted = {"shared_memory": "one machine", "cuda_ipc": "one GPU", "lent": "one GPU, and a trainer of one process"}[kind]
