@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from miles_core.trainer import rounding
+from miles_core.trainer import rounding, table
 from miles_core.trainer.config import OptimizerConfig
 from miles_core.trainer.model import WholeModel
 from miles_core.trainer.optim import AdamW, Optimized
 from miles_core.trainer.rounding import _kernel_rounds, round_by_chance
 from miles_core.trainer.state import read_state, write_state
+from miles_core.trainer.streamed import _reading
 from miles_core.trainer.table import VocabTable
 from miles_core.trainer.weights import Owned, load
 from miles_kernels.nn.checkpoint import random_decoder
@@ -132,6 +133,31 @@ def test_the_vocabulary_in_slices_gives_the_bits_of_the_whole(dtype: torch.dtype
         ((out.logprob * share).sum() + 0.1 * (out.entropy * share).sum()).backward()
     assert torch.equal(ours.grad, theirs.grad)
     assert torch.equal(table.weight.grad, whole.grad)
+
+
+def test_slices_of_any_size_travel_once_and_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = torch.randn(1000, 4)
+    slices = table._TableSlices(VocabTable(whole, torch.float32, torch.float32, None, None))
+    sent: list[int] = []
+
+    class Arrived:
+        def wait(self) -> None: ...
+
+    def broadcast(part: torch.Tensor, *_: object, async_op: bool) -> Arrived:
+        sent.append(len(part))
+        return Arrived()
+
+    monkeypatch.setattr(table, "size_of", lambda group: 2)
+    monkeypatch.setattr(table, "broadcast", broadcast)
+    cuts = [0, *sorted(torch.randperm(999)[:5].add(1).tolist()), 1000]
+    spans = list(zip(cuts, cuts[1:], strict=False))
+    for number, ((start, stop), part) in enumerate(_reading(slices, spans)):
+        assert torch.equal(part, whole[start:stop])
+        assert len(sent) == min(number + 2, len(spans))  # the next one is on its way
+    assert sent == [stop - start for start, stop in spans]
+    slices.read(0, 10, (10, 20))
+    with pytest.raises(AssertionError, match="announced"):
+        slices.read(10, 30)
 
 
 def test_rows_of_a_table_are_those_of_the_embedding() -> None:

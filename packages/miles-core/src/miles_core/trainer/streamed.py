@@ -7,7 +7,7 @@ the projection at a time, in ascending order, on every process of its group alik
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,10 @@ CUDA_ROWS = 8192
 """Rows [N] that share one pass of the projection: bounds the statistics, 12 bytes per row and 128 columns."""
 
 
+Span = tuple[int, int]
+"""First row, and the one behind the last."""
+
+
 class Slices(Protocol):
     """The projection [V, H]. Calls are collective, and come in the same order on every process."""
 
@@ -31,8 +35,8 @@ class Slices(Protocol):
     mode: Mode | None
     """How the CPU computes products; the contract's."""
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """Rows start .. stop in the dtype of the computation."""
+    def read(self, start: int, stop: int, after: Span | None = None) -> Tensor:
+        """Rows start .. stop in the dtype of the computation; `after` are those read next, which may travel meanwhile."""
         ...
 
     def new_gradient(self) -> Tensor:
@@ -71,9 +75,14 @@ def _cuda_slices(num_rows: int, hidden_size: int) -> Iterator[list[tuple[int, in
         yield group
 
 
-def _steps(slices: Slices, step: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, slices.num_rows, step):
-        yield start, min(start + step, slices.num_rows)
+def _steps(slices: Slices, step: int) -> list[Span]:
+    return [(start, min(start + step, slices.num_rows)) for start in range(0, slices.num_rows, step)]
+
+
+def _reading(slices: Slices, spans: Sequence[Span]) -> Iterator[tuple[Span, Tensor]]:
+    """Every span with its rows."""
+    for span, after in zip(spans, [*spans[1:], None], strict=True):
+        yield span, slices.read(*span, after)
 
 
 class _OnCpu(torch.autograd.Function):
@@ -85,7 +94,8 @@ class _OnCpu(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         wide = hidden.float()
         divisor = reference.divisor_of(temperature, len(hidden))
-        chunks = ((start, mm(wide, slices.read(start, stop), slices.mode)) for start, stop in _steps(slices, VOCAB_CHUNK))
+        read = _reading(slices, _steps(slices, VOCAB_CHUNK))
+        chunks = ((start, mm(wide, part, slices.mode)) for (start, _), part in read)
         state = reference.accumulate(chunks, targets, divisor, slices.num_rows, VOCAB_CHUNK, entropy)
         out = reference.finish(state)
         return out.logprob, out.entropy, torch.log(state.total) + state.top
@@ -107,8 +117,7 @@ class _OnCpu(torch.autograd.Function):
         g_logprob, g_entropy = (None if g is None else g.float().view(-1, 1) for g in grads)
         wide = hidden.float()
         d_hidden, gradient = torch.zeros_like(wide), slices.new_gradient()
-        for start, stop in _steps(slices, VOCAB_CHUNK):
-            part = slices.read(start, stop)
+        for (start, stop), part in _reading(slices, _steps(slices, VOCAB_CHUNK)):
             z = reference.scaled(mm(wide, part, slices.mode), divisor) - normaliser
             dz = reference.logit_gradient(z, start, targets.view(-1, 1), g_logprob, g_entropy, entropy)
             if divisor is not None:
@@ -129,14 +138,13 @@ class _OnCuda(torch.autograd.Function):
 
         inverse = cuda.inverse_temperature(temperature, len(hidden), hidden.device)
         outs = cuda.new_outputs(len(hidden), hidden.device)
+        spans = [(steps[0][0], steps[-1][1]) for steps in _cuda_slices(slices.num_rows, hidden.shape[1])]
         for top in range(0, len(hidden), CUDA_ROWS):
             span = slice(top, min(top + CUDA_ROWS, len(hidden)))
             x, target = hidden[span].contiguous(), targets[span]
             stats = cuda.new_stats(len(x), slices.num_rows, entropy, hidden.device)
             logit = torch.empty(len(x), dtype=torch.float32, device=hidden.device)
-            for steps in _cuda_slices(slices.num_rows, hidden.shape[1]):
-                start, stop = steps[0][0], steps[-1][1]
-                part = slices.read(start, stop)
+            for (start, stop), part in _reading(slices, spans):
                 local = target - start
                 inside = (local >= 0) & (local < stop - start)
                 found = cuda.target_logits(x, part, None, local.clamp(0, stop - start - 1))
@@ -176,9 +184,10 @@ class _OnCuda(torch.autograd.Function):
         d_hidden, gradient = torch.empty_like(hidden), slices.new_gradient()
         low = torch.empty(hidden.shape, dtype=torch.uint8, device=hidden.device)
         buffer = torch.empty((min(rows, height), most + -most % 8), dtype=hidden.dtype, device=hidden.device)
-        for steps in _cuda_slices(slices.num_rows, hidden.shape[1]):
-            first, last = steps[0][0], steps[-1][1]
-            whole = slices.read(first, last)
+        groups = list(_cuda_slices(slices.num_rows, hidden.shape[1]))
+        for steps, ((first, last), whole) in zip(
+            groups, _reading(slices, [(steps[0][0], steps[-1][1]) for steps in groups]), strict=True
+        ):
             d_part = torch.empty(whole.shape, dtype=torch.float32, device=hidden.device)
             for start, stop in steps:
                 part, room = whole[start - first : stop - first], d_part[start - first : stop - first]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from miles_core.trainer.collectives import Group, Routes, broadcast, carry_rows, ordered_sum, permuted, rank_of, size_of
-from miles_core.trainer.streamed import Slices, streamed_logprob
+from miles_core.trainer.streamed import Slices, Span, streamed_logprob
 from miles_kernels.ops.embedding import embedding
 from miles_kernels.ops.logprob import LogprobOutput
 from miles_kernels.ops.matmul import Mode
@@ -66,22 +66,22 @@ class _TableSlices(Slices):
         self.table, self.num_rows = table, int(table.shape[0])
         self.mode = table.mode
         self.narrow = table.weight.detach().to(table.dtype)
-        self._ahead: dict[int, tuple[Tensor, list[Any]]] = {}
-        """A slice that travels while the one before is at work, by its first row."""
+        self._ahead: dict[Span, tuple[Tensor, list[Any]]] = {}
+        """The slice that travels while the one before is at work."""
 
     def _overlaps(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         bounds = self.table.bounds
         cuts = [(rank, max(start, bounds[rank]), min(stop, bounds[rank + 1])) for rank in range(len(bounds) - 1)]
         return [(rank, a, b) for rank, a, b in cuts if a < b]
 
-    def read(self, start: int, stop: int) -> Tensor:
+    def read(self, start: int, stop: int, after: Span | None = None) -> Tensor:
         if size_of(self.table.group) == 1:
             return self.narrow[start:stop]
-        out, under_way = self._ahead.pop(start) if start in self._ahead else self._send(start, stop)
-        assert len(out) == stop - start, "slices are read one after the other, all of one size"
-        after = min(stop + (stop - start), self.num_rows)
-        if after > stop:
-            self._ahead[stop] = self._send(stop, after)
+        span = start, stop
+        out, under_way = self._ahead.pop(span) if span in self._ahead else self._send(start, stop)
+        assert not self._ahead, f"rows {start} .. {stop} are read, not those that were announced: {list(self._ahead)}"
+        if after is not None:
+            self._ahead[after] = self._send(*after)
         for work in under_way:
             work.wait()
         return out
