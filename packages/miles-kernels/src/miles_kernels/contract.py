@@ -70,8 +70,8 @@ def _cuda_ops() -> dict[str, OpContract]:
         "matmul": op("k ascending in one accumulator; no split"),
         "attention": op("keys in blocks of 64, folded every 512; base 2; row sums by the tensor core"),
         "logprob": op(
-            "blocks of 128 columns, integer sums of rounded exponentials; gradient in steps of 60 MiB to four times the hidden size, "
-            "sums of 24 bits"
+            "blocks of 128 columns, integer sums of rounded exponentials; "
+            "gradient in steps of 60 MiB to four times the hidden size, sums of 24 bits"
         ),
         "moe_combine": op("swiglu in the gate-up product; slot order; one rounding"),
     }

@@ -58,9 +58,9 @@ def backward_steps(vocab: int, hidden_size: int) -> list[tuple[int, int]]:
     """(first, last + 1) vocabulary rows of every step of the backward, ascending, in whole pairs of blocks but for the last.
 
     A step reads and writes the sum of d_hidden once, so few large ones lose least, the least for long rows: four times the
-    hidden size is enough. `STEP_BYTES` hold steps of 3072 rows up to a hidden size of 1536, fewer from there on. Larger ones lie in
-    the rows of d_weight that are not written yet: behind a step there must be its logit gradients and its float32 sum of
-    d_weight. The steps fix the order in which d_hidden is summed, so they depend neither on tokens nor on what is asked for.
+    hidden size is enough. `STEP_BYTES` hold steps of 3072 rows up to a hidden size of 1536, fewer from there on. Larger ones
+    lie in the rows of d_weight that are not written yet: behind a step there must be its logit gradients and its float32 sum
+    of d_weight. The steps fix the order in which d_hidden is summed, so they depend neither on tokens nor on what is asked for.
     """
     pair = 2 * BLOCK
     fitting = (STEP_BYTES - MOST_TOKENS * hidden_size) // (2 * MOST_TOKENS) // pair * pair

@@ -74,7 +74,8 @@ def few_down(inner, w, ids, weights, out, N, K, COUNT: gl.constexpr, BN: gl.cons
 
     One program per token and BN columns: one product whose rows are (slot, column) and whose columns are the inputs of the
     slots, of which each row keeps its own. `EARLY`: launched before `few_up` has ended, whose end it waits for once it has asked
-    for its weights; `ids` must be older than `few_up`.
+    for its weights; `ids` must be older than `few_up`. It lets its own successor start only when its products are done: programs
+    that came earlier would lie unevenly over the multiprocessors.
     """
     warps: gl.constexpr = SLOTS * BN // 16
     rows_in: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [warps, 1], [1, 0])
@@ -109,6 +110,8 @@ def few_down(inner, w, ids, weights, out, N, K, COUNT: gl.constexpr, BN: gl.cons
             ask_weights(ring.index(at), w, first, chunk + STAGES, K, rows_in)
         else:
             async_copy.commit_group()
+    if EARLY:
+        gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     rows = gl.arange(0, SLOTS * BN, gl.SliceLayout(1, mma))
     own = gl.expand_dims(rows // BN, 1) == gl.expand_dims(gl.arange(0, SLOTS, gl.SliceLayout(0, mma)), 0)
     y = gl.sum(gl.where(own, acc, 0.0), 1).to(out.dtype.element_ty).to(gl.float32)
