@@ -22,7 +22,7 @@ from test_engine_spec_graphs import DirectDrafter, DirectSpec, slot_table
 from miles_kernels.cuda import draft as draft_kernels
 from miles_kernels.cuda import sample as sample_kernels
 from miles_kernels.cuda.draft import DraftInputs
-from miles_kernels.ops.attention import table_plan
+from miles_kernels.ops.attention import decode_plan
 from miles_kernels.ops.sample import sample
 from miles_rollout.engines.embedded import flight, replay
 from miles_rollout.engines.embedded.config import EmbeddedConfig
@@ -158,7 +158,8 @@ class LateSteps(AheadSteps):
         lens, size = inputs.keys[which].long(), self._graphs.page_size
         assert int(lens.max()) <= keys == inputs.table.shape[1] * size, "keys are read behind the table"
         slots = (inputs.table.long()[:, :, None] * size + torch.arange(size)).flatten(1)
-        return table_plan(slots, [queries] * len(lens), (lens - queries).tolist())
+        seen = lens[:, None] - queries + 1 + torch.arange(queries)  # none for entries before the first token, whom nobody reads
+        return decode_plan(slots.repeat_interleave(queries, 0), seen.clamp(min=1).flatten())
 
 
 def begin_drafts(
@@ -176,8 +177,10 @@ def begin_drafts(
         return table.gather(1, index // page_size).long() * page_size + index % page_size
 
     index = position[:, None] + torch.arange(-entries, 0)
-    after = torch.cat((tokens[slots(index)[:, 1:]], token[:, None]), 1)
-    made = torch.stack((after.flatten(), index.flatten(), slots(index).flatten()))
+    real, index = index >= 0, index.clamp(min=0)
+    follows = torch.where(real[:, :-1], tokens[slots(index + 1)[:, :-1]], 0)
+    after = torch.cat((follows, token[:, None]), 1)
+    made = torch.stack((after.flatten(), index.flatten(), torch.where(real, slots(index), 0).flatten()))
     each = torch.arange(drafts)[:, None]
     reached = (each > 0) & (each < count)
     place = position + each - 1
@@ -328,6 +331,25 @@ def test_steps_that_draft_on_a_late_device(
     kind = 5 if filters else 8  # verifications of drafts that the host has seen; steps that draft on the device
     assert sum(count for key, count in graphs.calls.items() if len(key) == kind) > 20
     assert device.longest > 3, "the device was behind"
+
+
+def test_prompts_shorter_than_a_draft_are_drafted_for_on_the_device(monkeypatch: pytest.MonkeyPatch):
+    """A row has fewer entries than a step makes again; those that it lacks are nobody's."""
+    requests = [
+        GenerateRequest(
+            request_id=f"r{i}", input_ids=tuple(range(5, 6 + i % 3)), sample_ids=(i,),
+            sampling=SamplingParams(max_new_tokens=12 + i, ignore_eos=True, seed=3),
+        )
+        for i in range(9)
+    ]  # fmt: skip
+    reference, _ = serve(requests, REFERENCE, world=WORLD)
+    config = EmbeddedConfig(
+        num_pages=60, max_running=4, max_batched_tokens=80, overlap=True, draft_tokens=6, draft_adaptive=False
+    )
+    found, graphs, _ = served(monkeypatch, config, requests, "mtp")
+    assert found == digest(reference)
+    kinds = {len(key) for key, count in graphs.calls.items() if count}
+    assert 8 in kinds and not kinds & {5, 6}, "no step was drafted for by the host"
 
 
 def test_a_page_entered_late_is_noticed(monkeypatch: pytest.MonkeyPatch):

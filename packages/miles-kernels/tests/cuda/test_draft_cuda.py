@@ -27,7 +27,7 @@ def lanes_of(rng: random.Random, size: int, entries: int, where: list[int]) -> t
             lanes[0, lane] = ROWS
             continue
         unsure = rng.random() < 0.5
-        position = where[row] if unsure else rng.randint(entries, 60)
+        position = where[row] if unsure else rng.randint(1, 60)
         heat = int(np.float32(rng.choice([0, 0.7, 1])).view(np.int32))
         token = -1 if unsure or rng.random() < 0.5 else 7
         limit = position + rng.choice([-1, 0, 1, 2, 3, 30])
@@ -46,7 +46,7 @@ def test_rows_are_where_plain_loops_put_them(seed: int):
     pages = torch.zeros((ROWS + 1, PAGES), dtype=torch.int32)
     pages[:ROWS] = (torch.randperm(ROWS * PAGES) + 1).view(ROWS, PAGES)
     tokens, last = torch.randint(0, 100, ((ROWS * PAGES + 1) * PAGE,)), torch.randint(0, 100, (ROWS + 1,))
-    where = torch.randint(entries, 60, (ROWS + 1,))
+    where = torch.randint(1, 60, (ROWS + 1,))
     lanes = lanes_of(rng, size, entries, where.tolist())
     on = [part.clone().to(DEVICE) for part in (lanes, last, where, pages, tokens)]
     inputs = begin_drafts(*on, drafts=drafts, entries=entries, page_size=PAGE, max_kv=PAGES * PAGE)
@@ -69,9 +69,9 @@ def test_rows_are_where_plain_loops_put_them(seed: int):
             return int(pages[row, place // PAGE]) * PAGE + place % PAGE
 
         assert state[:, lane].tolist() == [row, position, token, count] and torch.equal(table[lane], pages[row])
-        index = list(range(position - entries, position))
-        after = [*(int(tokens[slot(i + 1)]) for i in index[:-1]), token]
-        assert made[:, lane].tolist() == [after, index, [slot(i) for i in index]]
+        index = list(range(position - entries, position))  # below 0: nobody's, in the null page
+        after = [*(int(tokens[slot(i + 1)]) if i >= 0 else 0 for i in index[:-1]), token]
+        assert made[:, lane].tolist() == [after, [max(i, 0) for i in index], [slot(i) if i >= 0 else 0 for i in index]]
         for k in range(drafts):
             assert k == 0 or int(places[0, k, lane]) == position + k - 1
             assert k == 0 or int(places[1, k, lane]) == (slot(position + k - 1) if k < count else 0)
@@ -82,7 +82,7 @@ def test_rows_are_where_plain_loops_put_them(seed: int):
         assert int(keys[:, lane].max()) <= (entries + drafts + 1 if row == ROWS else min(position + drafts + 1, limit))
         for j in range(drafts + 1):
             place = j - (drafts - count)
-            at = position + place
+            at = position + place  # below 0 for a limit that no step on the device is given
             value = 0 if place < 0 else token if place == 0 else int(drafted[place - 1, lane])
             assert each[:, lane, j].tolist() == [value, at, 0 if place < 0 else slot(at), at + 1, seed_of, sample_id]
         mine = drawn[lane, drafts - count :].tolist()

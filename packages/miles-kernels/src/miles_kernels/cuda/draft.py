@@ -55,7 +55,8 @@ def begin_drafts(
     """Spread `lanes` int64 [7, S] (see `LANES`).
 
     `last`, `where` int64 [rows + 1] are token and position by row, `pages` int32 [rows + 1, P] hold every page that is reached,
-    all with an idle row at the end; `tokens` int64 [slots] are those of every slot. Live rows have n >= `entries`.
+    all with an idle row at the end; `tokens` int64 [slots] are those of every slot. Live rows have n >= 1. With n < `entries` the
+    first entries are nobody's: they lie in the null page, and their queries see no key.
     """
     from miles_kernels.cuda.draft_kernels import begin_drafts as kernel
 

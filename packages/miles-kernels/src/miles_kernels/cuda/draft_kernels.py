@@ -37,11 +37,13 @@ def begin_drafts(
         page = tl.load(source + column, mask=column < width, other=0)
         tl.store(table_ptr + lane.to(tl.int64) * width + column, page, mask=column < width)
     each = tl.arange(0, PAD)
-    index = position - C + each
     mine = each < C
-    slot = tl.load(source + index // PAGE, mask=mine, other=0).to(tl.int64) * PAGE + index % PAGE
-    after = tl.load(source + (index + 1) // PAGE, mask=each < C - 1, other=0).to(tl.int64) * PAGE + (index + 1) % PAGE
-    follows = tl.load(tokens_ptr + after, mask=each < C - 1, other=0)
+    real = mine & (position - C + each >= 0)  # a short sequence has fewer entries: the others go to the null page, for nobody
+    index = tl.maximum(position - C + each, 0)
+    slot = tl.load(source + index // PAGE, mask=real, other=0).to(tl.int64) * PAGE + index % PAGE
+    known = real & (each < C - 1)
+    after = tl.load(source + (index + 1) // PAGE, mask=known, other=0).to(tl.int64) * PAGE + (index + 1) % PAGE
+    follows = tl.load(tokens_ptr + after, mask=known, other=0)
     made = lane.to(tl.int64) * C + each
     tl.store(made_ptr + made, tl.where(each == C - 1, token, follows), mask=mine)
     tl.store(made_ptr + lanes * C + made, index, mask=mine)

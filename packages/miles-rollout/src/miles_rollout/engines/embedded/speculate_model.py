@@ -36,6 +36,9 @@ from miles_rollout.engines.embedded.tables import Tables
 from miles_spec.models.base import DraftModel, DraftState
 from miles_spec.rejection import target_probs
 
+_WIDE_QUERIES = 128
+"""Queries of a head from which attention on CUDA is another kernel, which has to find a key for each."""
+
 
 class _Keys(NamedTuple):
     """How rows sample, [A] each, on the device."""
@@ -122,6 +125,9 @@ class ModelProposer:
         if self._graphs is not None:
             self.ahead = AheadSteps(self._graphs, model, self.kv, store, decoder, entries=self.entries, number=number)
         self._entries = Entries(tables, store, number, self.entries)
+        narrow = self.entries * (block.num_attention_heads // block.num_key_value_heads) < _WIDE_QUERIES
+        self._least = 1 if narrow and not block.num_experts else self.entries
+        """Fewest tokens before a row's last one: where there may be fewer than entries, some of them see no key and are NaN."""
         self._going: np.ndarray = np.zeros(len(tables.position), np.int64)
         """The use of a row that `ahead` has served last."""
 
@@ -164,7 +170,9 @@ class ModelProposer:
         Rows that are `unsure`, whose positions only the device knows, must have been served by this draft's last step.
         """
         position, serial = self._tables.position[rows], self._tables.tail.serial[rows]
-        if self.ahead is None or (position < self.entries).any() or (unsure & (self._going[rows] != serial)).any():
+        if self.ahead is None or (position < self._least).any() or (unsure & (self._going[rows] != serial)).any():
+            return False
+        if (self._tables.last_position[rows] < self.entries).any():  # its verification would begin before the first token
             return False
         if not unsure.all():
             here, last = rows[~unsure], position[~unsure]
