@@ -25,6 +25,7 @@ from miles_rollout.engines.embedded.core import EngineCore
 from miles_rollout.engines.embedded.feed import feed
 from miles_rollout.engines.embedded.peers import START_S, Peers
 from miles_rollout.engines.embedded.ranks import Add, Begin, Bucket, Call, Start, Swap
+from miles_rollout.engines.embedded.reply import EngineFailure
 from miles_rollout.engines.embedded.staging import Staging
 from miles_rollout.engines.embedded.state import Delivery, Job
 from miles_rollout.text import Tokenizer
@@ -197,6 +198,11 @@ class LeadingCore(RankCore):
         self._telling = True
         try:
             yield
+        except RuntimeError as error:
+            failure = self.peers.why()
+            if failure is None:
+                raise
+            raise EngineFailure(failure) from error
         finally:
             self._telling = False
 

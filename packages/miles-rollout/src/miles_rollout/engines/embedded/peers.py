@@ -36,7 +36,7 @@ TELL_S = 60.0
 """Longest wait until a rank takes a message."""
 END_S = 10.0
 """Longest wait for a rank to end when told, and for the process group to be cut off."""
-_STACKS_S = 0.5
+_STACKS_S = _ENDING_S = 0.5
 
 
 class Peers:
@@ -90,6 +90,15 @@ class Peers:
         """Raise EngineFailure when a rank has ended."""
         if self.failure is not None:
             raise EngineFailure(self.failure)
+
+    def why(self) -> str | None:
+        """After a sum has failed: which rank has ended, None when none has. A rank that is just ending is waited for."""
+        began = time.monotonic()
+        while self.failure is None and not self._closing and time.monotonic() - began < END_S:
+            if time.monotonic() - began > _ENDING_S and all(process.poll() is None for process in self._processes):
+                break
+            time.sleep(0.01)
+        return self.failure
 
     def interrupt(self) -> None:
         """End the others at once, in the middle of whatever they do: a sum that waits here for them ends then, too."""
