@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import os
 import sys
@@ -35,6 +36,7 @@ from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.fsdp import FsdpTrainer
 from miles_core.trainer.hashing import combined_hash
 from miles_core.trainer.testing import random_samples
+from miles_kernels.checksum import forget_tables
 from miles_rollout.engines.embedded.config import EmbeddedConfig
 from miles_rollout.engines.embedded.engine import EmbeddedEngine
 from miles_rollout.text.char import CharTokenizer
@@ -97,7 +99,9 @@ class Account:
             return
         owners: dict[int, str] = {}
         for found in gc.get_objects():
-            if isinstance(found, torch.Tensor) and found.is_cuda and found.layout is torch.strided:
+            if type(found) not in (torch.Tensor, torch.nn.Parameter) or not found.is_cuda or found.layout is not torch.strided:
+                continue
+            with contextlib.suppress(RuntimeError):  # a tensor without memory, as compilers make them
                 owners[found.untyped_storage().data_ptr()] = f"{str(found.dtype).removeprefix('torch.')} {list(found.shape)}"
         for segment in sorted(torch.cuda.memory._snapshot()["segments"], key=lambda each: -each["total_size"])[:16]:
             alive = [block for block in segment["blocks"] if block["state"] == "active_allocated"]
@@ -227,6 +231,10 @@ def step_by_step(trainer: FsdpTrainer, account: Account) -> None:
     account.note("state away")
     empty_device(bench.device, collect=True)
     account.note("cached blocks given back")
+    if bench.cuda:
+        forget_tables()
+    empty_device(bench.device)
+    account.note("tables of checksums forgotten")
     account.what_is_left()
     for peers in memory._peers:
         peers.release()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from miles_kernels.checksum import (
     as_numbers,
     dtype_name,
     finals,
+    forget_tables,
     mix,
     sums_for,
     tensor_hash,
@@ -170,3 +172,15 @@ def test_windows_of_a_stream_add_up_and_move_only_what_lies_in_them() -> None:
     assert torch.equal(copied, stream) and not bool(mover._sums.any())
     with pytest.raises(AssertionError, match="inside a block"):
         mover.move(source, target, start=24, stop=BLOCK)
+
+
+def test_tables_that_are_forgotten_are_gone() -> None:
+    from miles_kernels.cuda import checksum
+
+    made = checksum.tables((70_000, 5), (0, 81_920), torch.device("cpu"))
+    assert checksum.tables((70_000, 5), (0, 81_920), torch.device("cpu")) is made
+    left = weakref.ref(made)
+    del made
+    assert left() is not None
+    forget_tables()
+    assert left() is None

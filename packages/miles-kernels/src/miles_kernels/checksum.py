@@ -62,6 +62,13 @@ def tensor_hashes(tensors: Sequence[Tensor]) -> list[str]:
     return as_hex(mover.checksums())
 
 
+def forget_tables() -> None:
+    """Give back the GPU memory that is kept for the next checksums of the same stretches, 8 bytes for each of their blocks."""
+    from miles_kernels.cuda import checksum
+
+    checksum.tables.cache_clear()
+
+
 def byte_view(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, row-major, as a flat uint8 tensor; a view when the tensor is contiguous."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

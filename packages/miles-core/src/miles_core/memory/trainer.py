@@ -19,6 +19,7 @@ from miles_core.memory.peers import Peers
 from miles_core.memory.regions import Moved, Mover, Region, Target
 from miles_core.memory.stack import KernelStack
 from miles_core.memory.together import Together
+from miles_kernels.checksum import forget_tables
 
 TRAINER_TAGS = ("masters", "moments", "tables", "weights", "reference", "draft")
 """In the order they come back: weights may be computed from masters. Tables are those that turn heads by position."""
@@ -140,6 +141,8 @@ class TrainerMemory:
     def sleep(self) -> list[Moved]:
         """Everything off the device, communicators too, and what the allocator kept given back. Collective."""
         moved = self.offload(TRAINER_TAGS)
+        if self.device.type == "cuda":
+            forget_tables()  # they lie in what the passes have left free, and would keep hundreds of MiB of it from the driver
         empty_device(self.device)
         for peers in self._peers:
             peers.release()

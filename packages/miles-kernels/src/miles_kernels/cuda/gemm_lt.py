@@ -54,15 +54,23 @@ class _Heuristic(ctypes.Structure):
 def library() -> ctypes.CDLL:
     """The cuBLASLt that torch loaded. Raises LtError when there is none."""
     torch.cuda.init()
-    torch.cuda.current_blas_handle()
-    with open("/proc/self/maps") as maps:
-        found = re.search(r"(/\S*libcublasLt\.so\.\d+\S*)", maps.read())
+    found = _loaded()
+    if found is None:
+        torch.cuda.current_blas_handle()  # not at once: torch allocates 32 MiB of the device for it, to keep
+        found = _loaded()
     if found is None:
         raise LtError("cublaslt: libcublasLt is not loaded in this process; is this a CUDA build of torch on Linux?")
-    loaded = ctypes.CDLL(found.group(1))
+    loaded = ctypes.CDLL(found)
     pointer = ctypes.c_void_p
     loaded.cublasLtMatmul.argtypes = [pointer] * 14 + [ctypes.c_size_t, pointer]
     return loaded
+
+
+def _loaded() -> str | None:
+    """The file of the cuBLASLt in this process."""
+    with open("/proc/self/maps") as maps:
+        found = re.search(r"(/\S*libcublasLt\.so\.\d+\S*)", maps.read())
+    return None if found is None else found.group(1)
 
 
 def _check(status: int, what: str) -> None:
