@@ -24,7 +24,7 @@ from miles_kernels.checksum import (
     tensor_hash,
     tensor_hashes,
 )  # fmt: skip
-from miles_kernels.mover import Mover, copy_hashed
+from miles_kernels.mover import Mover, copy_hashed, idle_movers
 
 MASK = (1 << 64) - 1
 
@@ -182,5 +182,10 @@ def test_tables_that_are_forgotten_are_gone() -> None:
     left = weakref.ref(made)
     del made
     assert left() is not None
+    mover = Mover([16], "cpu")
+    idle_movers.keep(mover)
+    kept = weakref.ref(mover)
+    del mover
+    assert kept() is not None
     forget_tables()
-    assert left() is None
+    assert left() is None and kept() is None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from miles_kernels.checksum import tensor_hash
-from miles_kernels.mover import Mover
+from miles_kernels.mover import IdleMovers, Mover
 from miles_rollout.weights import stage as staging
 from miles_rollout.weights.offer import layout
 from miles_rollout.weights.stage import SpanSource, make_manifest, stage, swap
@@ -34,25 +34,20 @@ def drawn() -> dict[str, Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def _none_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "_MOVERS", staging._Movers())
+def taken(monkeypatch: pytest.MonkeyPatch) -> set[Mover]:
+    """The movers that took part in a test."""
+    movers: set[Mover] = set()
 
+    class Counted(IdleMovers):
+        def take(self, sizes: tuple[int, ...], device: torch.device, offsets: tuple[int, ...]) -> Mover:
+            movers.add(found := super().take(sizes, device, offsets))
+            return found
 
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Mover]:
-    """The movers made during a test."""
-    movers: list[Mover] = []
-
-    class Counted(Mover):
-        def __init__(self, *args: object) -> None:
-            movers.append(self)
-            super().__init__(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(staging, "Mover", Counted)
+    monkeypatch.setattr(staging, "idle_movers", Counted())
     return movers
 
 
-def test_the_next_updates_are_other_weights_through_the_same_mover(made: list[Mover]) -> None:
+def test_the_next_updates_are_other_weights_through_the_same_mover(taken: set[Mover]) -> None:
     held, tensors = drawn(), drawn()
     source = Lying(tensors)
     for version in range(1, 5):
@@ -60,14 +55,14 @@ def test_the_next_updates_are_other_weights_through_the_same_mover(made: list[Mo
             tensor.normal_()
         swap(held.items(), stage(make_manifest(tensors.items(), version=version, contract_digest="x"), source))
         assert all(torch.equal(held[name], tensors[name]) for name in SHAPES)
-    assert len(made) == 1
+    assert len(taken) == 1
     moved = {name: tensor.clone() for name, tensor in tensors.items()}  # the same model, elsewhere
     moved["b"].add_(1)
     swap(held.items(), stage(make_manifest(moved.items(), version=5, contract_digest="x"), Lying(moved)))
-    assert all(torch.equal(held[name], moved[name]) for name in SHAPES) and len(made) == 1
+    assert all(torch.equal(held[name], moved[name]) for name in SHAPES) and len(taken) == 1
     more = moved | {"d": torch.randn(7)}
     assert stage(make_manifest(more.items(), version=6, contract_digest="x"), Lying(more)).keys() == more.keys()
-    assert len(made) == 2
+    assert len(taken) == 2
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c"])
@@ -84,7 +79,7 @@ def test_a_bit_that_flips_is_refused_in_every_update_and_the_next_one_goes_throu
             stage(manifest, source)
 
 
-def test_two_at_once_do_not_share_a_mover(made: list[Mover]) -> None:
+def test_two_at_once_do_not_share_a_mover() -> None:
     models = [drawn() for _ in range(2)]
     manifests = [make_manifest(model.items(), version=1, contract_digest="x") for model in models]
 
@@ -94,11 +89,17 @@ def test_two_at_once_do_not_share_a_mover(made: list[Mover]) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(updates, range(2))) == [True, True]
-    movers = staging._Movers()
-    where, cpu = layout(manifests[0]), torch.device("cpu")
-    first, second = movers.take(where, cpu), movers.take(where, cpu)
+    movers, where = IdleMovers(), layout(manifests[0])
+
+    def take() -> Mover:
+        return movers.take(where.sizes, torch.device("cpu"), where.offsets)
+
+    first, second = take(), take()
     movers.keep(first)
-    assert first is not second and movers.take(where, cpu) is first and movers.take(where, cpu) is not first
+    assert first is not second and take() is first and take() is not first
+    movers.keep(first)
+    movers.forget()
+    assert take() is not first
 
 
 def test_what_inference_mode_staged_is_no_hindrance_later() -> None:

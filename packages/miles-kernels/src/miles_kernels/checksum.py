@@ -65,7 +65,9 @@ def tensor_hashes(tensors: Sequence[Tensor]) -> list[str]:
 def forget_tables() -> None:
     """Give back the GPU memory that is kept for the next checksums of the same stretches, 8 bytes for each of their blocks."""
     from miles_kernels.cuda import checksum
+    from miles_kernels.mover import idle_movers
 
+    idle_movers.forget()
     checksum.tables.cache_clear()
 
 

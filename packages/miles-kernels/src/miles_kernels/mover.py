@@ -8,6 +8,7 @@ A byte is read once: what is copied is also what is summed.
 from __future__ import annotations
 
 import ctypes
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -141,6 +142,39 @@ class Mover:
                 data = _view(into, size, self.device).copy_(data)
             found = blocks_sum(data, block) if hashed else 0
         self._sums[number] += found - (1 << 64) if found >> 63 else found
+
+
+class IdleMovers:
+    """Movers of what was moved last, for the next time: their tables and places serve again. One in use is nobody else's."""
+
+    def __init__(self, most: int = 2) -> None:
+        self._idle: list[Mover] = []
+        self._most = most
+        self._lock = threading.Lock()
+
+    def take(self, sizes: tuple[int, ...], device: torch.device, offsets: tuple[int, ...]) -> Mover:
+        """One with sums of zero."""
+        with self._lock:
+            for mover in self._idle:
+                if mover.device == device and mover.sizes == sizes and mover.offsets == offsets:
+                    self._idle.remove(mover)
+                    mover.reset()
+                    return mover
+        with torch.inference_mode(False):  # its sums are written by whoever takes it next
+            return Mover(sizes, device, offsets)
+
+    def keep(self, mover: Mover) -> None:
+        """For the next time."""
+        with self._lock:
+            self._idle = [*self._idle, mover][-self._most :]
+
+    def forget(self) -> None:
+        """Let go of all of them, and of the memory of their devices."""
+        with self._lock:
+            self._idle = []
+
+
+idle_movers = IdleMovers()
 
 
 def copy_hashed(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> list[str]:

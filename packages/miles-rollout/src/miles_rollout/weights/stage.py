@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -11,7 +10,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from miles_kernels.checksum import as_hex, as_numbers, dtype_name, tensor_hashes
-from miles_kernels.mover import Mover, copy_hashed
+from miles_kernels.mover import Mover, copy_hashed, idle_movers
 from miles_rollout.weights.offer import Layout, layout
 from miles_rollout.wire import TensorSpec, WeightManifest
 
@@ -179,7 +178,7 @@ def stage(
         staged = Staged(manifest, where, torch.empty(where.total_bytes, dtype=torch.uint8, device=device))
         _stage_tensors(manifest, tensors, staged)  # type: ignore[arg-type]
         return staged
-    mover = _MOVERS.take(where, device)  # its sums go to zero: a device that slept wakes up meanwhile
+    mover = idle_movers.take(where.sizes, device, where.offsets)  # its sums go to zero: a device that slept wakes up meanwhile
     stream = torch.empty(where.total_bytes, dtype=torch.uint8, device=device)
     if spans:
         mover.move(mover.places(tensors.addresses()), mover.places_in(stream.data_ptr()))  # type: ignore[union-attr]
@@ -190,7 +189,7 @@ def stage(
     arrived = mover.expecting(stated)
     if not arrived():  # the first wait for the device
         _verify_all(manifest.tensors, mover.checksums(), stated)
-    _MOVERS.keep(mover)
+    idle_movers.keep(mover)
     return staged
 
 
@@ -212,34 +211,6 @@ def _indexed(device: torch.device | str) -> torch.device:
     """With its number: "cuda" is the current one."""
     made = torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if made.type == "cuda" and made.index is None else made
-
-
-class _Movers:
-    """Movers of the models last moved: their tables and places serve the next update. One in use is nobody else's."""
-
-    def __init__(self, most: int = 2) -> None:
-        self._idle: list[Mover] = []
-        self._most = most
-        self._lock = threading.Lock()
-
-    def take(self, where: Layout, device: torch.device) -> Mover:
-        """One with sums of zero."""
-        with self._lock:
-            for mover in self._idle:
-                if mover.device == device and mover.sizes == where.sizes and mover.offsets == where.offsets:
-                    self._idle.remove(mover)
-                    mover.reset()
-                    return mover
-        with torch.inference_mode(False):  # its sums are written by whoever takes it next
-            return Mover(where.sizes, device, where.offsets)
-
-    def keep(self, mover: Mover) -> None:
-        """For the next update."""
-        with self._lock:
-            self._idle = [*self._idle, mover][-self._most :]
-
-
-_MOVERS = _Movers()
 
 
 def _stated(manifest: WeightManifest, source: object) -> Tensor:
@@ -312,9 +283,9 @@ def swap(held: Iterable[tuple[str, Tensor]], staged: Staged) -> None:
     device = staged.stream.device
     with torch.no_grad():
         if all(tensor.is_contiguous() and tensor.device == device for tensor in ordered) and not any(a % 8 for a in addresses):
-            mover = _MOVERS.take(staged.where, device)
+            mover = idle_movers.take(staged.where.sizes, device, staged.where.offsets)
             mover.move(mover.places_in(staged.stream.data_ptr()), mover.places(addresses), hashed=False)
-            _MOVERS.keep(mover)
+            idle_movers.keep(mover)
         else:
             torch._foreach_copy_(ordered, list(staged.values()))
 
