@@ -1,9 +1,9 @@
 """What a weight update takes of a divided engine's first GPU, and how long: measure_staging.py --device cuda --tensor-parallel 2
 
-Makes an engine over several devices from a description of a model (nobody holds it whole) and publishes random weights to it, made
-tensor by tensor. Prints the most memory that was allocated on the first device meanwhile, beside a rank's part, a bucket and the one
-tensor that was being made; the time, and that of making the weights alone; and whether the part that is then held has the published
-bits. Ends with code 1 when it has not, or when the memory is more than 1.02 of the three.
+Makes an engine over several devices from a description of a model (nobody holds it whole) and publishes random weights to it,
+made tensor by tensor. Prints the most memory that was allocated on the first device meanwhile, over a rank's part, a bucket and
+the one tensor that was being made; the time, and that of making the weights alone; and whether the part that is then held has
+the published bits. Ends with code 1 when it has not, or when the memory is more than 1.02 of the three.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def synchronize(small: bool) -> None:
 async def measure(args: argparse.Namespace) -> bool:
     """One engine, several updates."""
     small, device = args.device == "cpu", args.device if args.device == "cpu" else "cuda:0"
-    experts = {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 768} if args.moe else {}
+    experts: dict[str, Any] = {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 768} if args.moe else {}
     shape = DecoderConfig(
         family="qwen3_moe" if args.moe else "qwen3", vocab_size=2048 if small else 65536, hidden_size=256 if small else 4096,
         intermediate_size=1024 if small else 12288, num_hidden_layers=args.layers, num_attention_heads=16, num_key_value_heads=4,
@@ -90,8 +91,9 @@ async def measure(args: argparse.Namespace) -> bool:
             unequal = sum(not torch.equal(found[name], tensor) for name, tensor in expected)
             good = good and unequal == 0 and peak <= 1.02 * (part + bucket + largest)
             print(
-                f"update {version}: {took * 1e3:,.0f} ms, making the weights alone {alone * 1e3:,.0f}; peak {peak / MIB:,.0f} MiB = "
-                f"{peak / (part + bucket + largest):.3f} of the three, {peak / whole:.3f} of the whole; {unequal} tensors unequal",
+                f"update {version}: {took * 1e3:,.0f} ms, making the weights alone {alone * 1e3:,.0f}; "
+                f"peak {peak / MIB:,.0f} MiB = {peak / (part + bucket + largest):.3f} of the three, {peak / whole:.3f} of the whole; "
+                f"{unequal} tensors unequal",
                 flush=True,
             )
     return good
