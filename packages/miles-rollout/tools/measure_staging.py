@@ -92,7 +92,7 @@ async def measure(args: argparse.Namespace) -> bool:
             good = good and unequal == 0 and peak <= 1.02 * (part + bucket + largest)
             print(
                 f"update {version}: {took * 1e3:,.0f} ms, making the weights alone {alone * 1e3:,.0f}; "
-                f"peak {peak / MIB:,.0f} MiB = {peak / (part + bucket + largest):.3f} of the three, {peak / whole:.3f} of the whole; "
+                f"peak {peak / MIB:,.0f} MiB = {peak / (part + bucket + largest):.3f} of the three, {peak / whole:.3f} of all; "
                 f"{unequal} tensors unequal",
                 flush=True,
             )
