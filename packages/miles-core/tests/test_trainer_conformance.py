@@ -216,7 +216,7 @@ def test_two_gpus_in_every_layout(tmp_path: Path) -> None:
     alone = {case.name: perform(fsdp, case, Layout("alone")) for case in (dense, moe)}
     assert check(alone[dense.name], expected(dense), BFLOAT16) == []
     wrong = []
-    for result in run(FSDP, plan, tmp_path, deadline_s=60):
+    for result in run(FSDP, plan, tmp_path, deadline_s=180):
         mine, where = alone[result.case.name], f"{result.case.name} {result.layout.name}"
         if result.case is dense:
             wrong += check(result, expected(dense), BFLOAT16)
