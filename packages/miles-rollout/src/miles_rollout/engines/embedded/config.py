@@ -59,8 +59,8 @@ class EmbeddedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Start a step before the tokens of the one before have been looked at; left out, on an accelerator only."""
     cuda_graphs: bool = True
     """Capture plain decode steps and launch each as a whole; without effect on the CPU."""
-    cuda_graph_drafts: bool = False
-    """Capture drafting and verification of chains, too. Off: what was last changed there has not run on a GPU yet."""
+    cuda_graph_drafts: bool = True
+    """Capture drafting and verification of chains, too; without effect on the CPU."""
     cuda_graph_prefill: bool = True
     """Capture small steps that prefill, too."""
     record_routed_experts: bool = False
