@@ -236,8 +236,8 @@ def show(table: Sequence[Mapping[str, float]], name: str, steps: int) -> None:
 
 
 def spread(items: Sequence[Any]) -> list[Any]:
-    """The first, the last, then always what lies farthest from those before: a deadline leaves an even choice."""
-    order = list(range(len(items)))[:1]
+    """The last, the first, then always what lies farthest from those before: a deadline leaves an even choice."""
+    order = list(range(len(items)))[-1:]
     while len(order) < len(items):
         order.append(max(set(range(len(items))) - set(order), key=lambda i: (min(abs(i - j) for j in order), i)))
     return [items[i] for i in order]
@@ -284,6 +284,10 @@ async def serve(args: argparse.Namespace, options: argparse.Namespace) -> list[d
         row["tokens"] = float(sum(sum(sample.loss_mask) for sample in samples))
         seconds = training_seconds(options, saved, decoder, learning, samples)
         row |= {f"train_s/{arm}": value for arm, value in seconds.items()}
+        if number < 2:  # the ends of the run have all lengths: made again untimed first, they capture what the others need
+            for each in comparisons.values():
+                for comparison in each.values():
+                    comparison.warm.clear()
         await replay(row, comparisons, samples, number, args.every, failed)
         rows.append(row)
         print(f"  [{time.perf_counter() - started:.1f} s; draft training {seconds}]", flush=True)
