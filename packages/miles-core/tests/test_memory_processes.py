@@ -59,12 +59,14 @@ WORKER = textwrap.dedent(
         trainer.optimizer._prepare = failing(trainer.optimizer._prepare)
     elif where == "gather":
         trainer.decoder.table.rows = failing(trainer.decoder.table.rows)
+    elif where == "sleep":
+        trainer.memory.mover.offload = failing(trainer.memory.mover.offload)
     try:
         trainer.step(batch)
-        if where == "nowhere":
+        if where in ("nowhere", "sleep"):
             trainer.memory.sleep()
             assert all(each._backend is None for each in peers)
-        if where in ("nowhere", "optimizer"):
+        if where != "gather":
             trainer.step(batch)
             made = {each.name: each.num_made for each in peers}
             assert made == {"shard": 1 + (where == "nowhere"), "replicate": 0}, made
@@ -141,6 +143,15 @@ def test_what_one_process_cannot_recover_alone_both_refuse_alike() -> None:
     assert codes == [3, 3], found
     assert found[0].startswith("out of memory in optimizer: no room here\ntried: free cached blocks"), found[0]
     assert "process 0 ran out of memory in optimizer: no room here" in found[1], found[1]
+    assert seconds < 200, "somebody waited for the group's timeout"
+
+
+def test_one_process_that_cannot_sleep_ends_both() -> None:
+    """The other one may be asleep by then, and hears of it when it wakes."""
+    codes, found, seconds = both("sleep")
+    assert codes == [3, 3], found
+    for text in found:
+        assert "process 0 ran out of memory in sleep: no room here" in text, text
     assert seconds < 200, "somebody waited for the group's timeout"
 
 

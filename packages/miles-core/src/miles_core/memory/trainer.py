@@ -139,15 +139,19 @@ class TrainerMemory:
         return [self.mover.onload(tag) for tag in _ordered(wanted)]
 
     def sleep(self) -> list[Moved]:
-        """Everything off the device, communicators too, and what the allocator kept given back. Collective."""
-        moved = self.offload(TRAINER_TAGS)
-        if self.device.type == "cuda":
-            forget_tables()  # they lie in what the passes have left free, and would keep hundreds of MiB of it from the driver
-        empty_device(self.device)
-        for peers in self._peers:
-            peers.release()
-        if self._stack is not None:
-            self._stack.shrink()
+        """Everything off the device, communicators too, and what the allocator kept given back. Collective.
+
+        Among several processes one that finds no room for what leaves ends all of them in OutOfRoom.
+        """
+        with nullcontext() if self._together is None else self._together.alike("sleep", self._report):
+            moved = self.offload(TRAINER_TAGS)
+            if self.device.type == "cuda":
+                forget_tables()  # they lie in what the passes left free, and would keep hundreds of MiB of it from the driver
+            empty_device(self.device)
+            for peers in self._peers:
+                peers.release()
+            if self._stack is not None:
+                self._stack.shrink()
         return moved
 
     def wake(self) -> list[Moved]:
