@@ -24,8 +24,10 @@ from miles_kernels.nn.config import DecoderConfig
 from miles_kernels.nn.decoder import Decoder
 from miles_kernels.nn.parallel import empty_shard, fold_decoder, shard_tensors
 from miles_rollout.engines.embedded import ranks, staging
+from miles_rollout.engines.embedded.core import EngineCore
 from miles_rollout.engines.embedded.factory import stored_weights
 from miles_rollout.engines.embedded.feed import feed
+from miles_rollout.engines.embedded.lead import LARGE_BYTES, RankCore
 from miles_rollout.engines.embedded.staging import Staging
 from miles_rollout.weights.group import BroadcastGroup
 from miles_rollout.weights.offer import WINDOW, DiskOffer, GroupInvitation, WeightUpdate, layout
@@ -402,6 +404,26 @@ def test_a_rank_takes_room_for_its_part_and_a_bucket(monkeypatch):
     with control:
         stage(manifest, pairs)
     assert control.peak >= whole > part + room, "an engine of one process stages the whole"
+
+
+@pytest.mark.parametrize("size", [LARGE_BYTES, LARGE_BYTES - 1])
+def test_a_large_part_goes_back_to_the_gpu_once_nobody_holds_it(monkeypatch, size: int):
+    class Part:
+        manifest = SimpleNamespace(version=3)
+        part_bytes = size
+
+        def verify(self, stated: Any, state: Any) -> None:
+            assert stated == ("a",)
+
+    core = RankCore.__new__(RankCore)
+    core._staging = Part()  # type: ignore[assignment]
+    held, seen = weakref.ref(core._staging), []
+    monkeypatch.setattr(EngineCore, "settle", lambda self: [])
+    monkeypatch.setattr(EngineCore, "swap_weights", lambda self, staged, version: [])
+    monkeypatch.setattr(EngineCore, "_give_back", lambda self: seen.append(held()))
+    monkeypatch.setattr(RankCore, "state", lambda self: (0, 0, 0))
+    assert core.finish_update(("a",)) == []
+    assert seen == ([None] if size == LARGE_BYTES else [])
 
 
 def test_stored_weights_are_read_one_by_one_and_what_does_not_fit_is_named(tmp_path):

@@ -32,6 +32,10 @@ from miles_rollout.text import Tokenizer
 from miles_rollout.weights.stage import outline
 from miles_rollout.wire import GenerateResult, WeightManifest
 
+LARGE_BYTES = 1 << 30
+"""Staged parts of this size go back to the GPU after the swap: a trainer's process beside this one needs the room, and asking for
+it again costs little beside the copy."""
+
 
 class RankCore(EngineCore):
     """The core of any rank: weights come as the parts this rank holds, and what was delivered is counted."""
@@ -84,7 +88,12 @@ class RankCore(EngineCore):
         assert staging is not None
         ready = self.note(super().settle())
         staging.verify(stated, self.state())
-        return ready + self.swap_weights(staging, staging.manifest.version)  # type: ignore[arg-type]
+        ready += self.swap_weights(staging, staging.manifest.version)  # type: ignore[arg-type]
+        is_large = staging.part_bytes >= LARGE_BYTES
+        del staging
+        if is_large:
+            self._give_back()
+        return ready
 
     def _take(self, staged: Any) -> None:
         staged.put(self._decoder)
