@@ -71,6 +71,22 @@ def test_it_turns_on_and_off_as_acceptance_changes():
     assert settle(0.9, 400) > 3 and settle(0.0, 800) < 0.3 and settle(0.9, 3000) > 3
 
 
+def test_a_draft_that_catches_up_for_long_is_seldom_tried_again():
+    """What a trial costs beyond its step counts: 20 ms for tokens that were decoded without the draft, now and then."""
+    controller, rng = Controller(4), random.Random(1)
+    spent, silent, steps = 0.0, 0, 8000
+    for _ in range(steps):
+        length = controller.choose(32)
+        seconds = (1e-3 + 3e-4 * length) * rng.uniform(0.97, 1.03)
+        if length:
+            seconds += 0.02 * min(1.0, silent / 256) * (silent > 3)
+            controller.note_accepted([32] * length, [0] * length, 32)
+        silent = 0 if length else silent + 1
+        controller.note_step(32, length, seconds)
+        spent += seconds
+    assert steps * 1e-3 / spent > 0.98, "it was 0.925 when only the step itself counted"
+
+
 def test_costs_lie_on_straight_lines_and_follow_a_slower_machine():
     costs = StepCosts(4)
     assert costs.seconds(8, 2) == 0.0

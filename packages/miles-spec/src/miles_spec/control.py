@@ -144,6 +144,8 @@ class Controller:
         self._accepted = [0.0] * most
         self._steps = self._heard_at = 0
         self._held_until = 0
+        self._is_again = False
+        """The choice that stands is a trial of what was tried before."""
         self._bucket = -1
         self._total_s = self._lost_s = 0.0
         self._turn = 0
@@ -157,6 +159,7 @@ class Controller:
         self._bucket = bucket
         best = self._best(num_rows)
         trial = self._trial(num_rows, best)
+        self._is_again = trial is not None and self.costs.count(num_rows, trial) >= _TRIAL
         self.length = best if trial is None else trial
         hold = _HOLD if self._steps > _LEARNING else 1
         self._held_until = self._steps + (hold if trial is None else _TRIAL)
@@ -176,6 +179,8 @@ class Controller:
     def note_step(self, num_rows: int, length: int, seconds: float) -> None:
         """A step without prefill that was to draft `length` tokens a row took `seconds`, drafting included."""
         self.costs.note(num_rows, length, seconds)
+        if self._is_again:  # a draft that was silent catches up with the tokens since: more than such a step usually takes
+            self._lost_s += max(0.0, seconds - self.costs.seconds(num_rows, length))
         self._total_s += self.costs.seconds(num_rows, length)
 
     def note_accepted(self, proposed: Sequence[int], accepted: Sequence[int], num_rows: int) -> None:
