@@ -266,7 +266,7 @@ async def serve(args: argparse.Namespace, options: argparse.Namespace) -> list[d
     for batch in args.batches:
         settings = msgspec.structs.replace(config.engine.embedded(), max_running=batch)
         each = engines(settings, loaded, draft, options.num_draft, args.graph_drafts)
-        made += each.values()
+        made += [(f"{batch}/{arm}", engine) for arm, engine in each.items()]
         comparisons[str(batch)] = {
             arm: Comparison(saved, {arm: engine}, sampling, 1, args.waves * batch)  # type: ignore[arg-type]
             for arm, engine in each.items()
@@ -291,7 +291,9 @@ async def serve(args: argparse.Namespace, options: argparse.Namespace) -> list[d
         await replay(row, comparisons, samples, number, args.every, failed)
         rows.append(row)
         print(f"  [{time.perf_counter() - started:.1f} s; draft training {seconds}]", flush=True)
-    for engine in made:
+    for name, engine in made:
+        counts = engine.metrics()
+        print(f"  {name}: {counts['num_steps']:.0f} steps, {counts.get('spec_num_on_device', 0):.0f} drafted for on the device")
         await engine.close()
     return sorted(rows, key=lambda row: row["step"])
 
