@@ -29,6 +29,7 @@ def traced(directory: Path, step: int) -> Iterator[None]:
         if memray is None and not on_device:
             warnings.warn("memory.trace_step: nothing to record without a GPU; pip install memray traces the host", stacklevel=3)
         if on_device:
+            # not "all": taking the stack of a free loses the error under way that ends a recomputed layer early
             torch.cuda.memory._record_memory_history(max_entries=_ENTRIES, stacks="python", context="alloc")
         try:
             yield
