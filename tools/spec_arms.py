@@ -131,6 +131,24 @@ def training_seconds(
     return found | {"adaptive": found["ours"]}
 
 
+def estimate(options: argparse.Namespace, saved: Saved, decoder: Any, draft: Any, samples: Any, most: int) -> float:
+    """The trainer's estimate of ours on all sequences of a step; the run made it of those that ours learnt from."""
+    import torch
+
+    from miles_spec.train import DraftTrainConfig, DraftTrainer, Policy, Rollout, stream_of
+
+    draft.load_named(saved.drafts["draft"].items())
+    rollouts = [
+        Rollout(token_ids=torch.tensor(s.token_ids), loss_mask=torch.tensor(s.loss_mask), sample_id=s.sample_id) for s in samples
+    ]
+    facts = Policy(
+        embed=decoder.embed_tokens.detach(), head=decoder.head.detach(), seed=options.seed, max_new_tokens=most,
+        stop_ids=frozenset(decoder.config.eos_token_ids),
+    )  # fmt: skip
+    judge = DraftTrainer(draft, DraftTrainConfig(), num_draft=options.num_draft)
+    return float(judge.step([stream_of(decoder, rollouts)], facts, train=False).metrics()["accept_length_estimate"])
+
+
 async def replay(
     row: dict[str, float], comparisons: Mapping[str, Mapping[str, Any]], samples: Any, number: int, every: int, failed: set
 ) -> None:
@@ -208,12 +226,13 @@ def estimate_gaps(
     """By "BATCH/ARM/STEP": the trainer's estimate of the accept length over the served one, less 1, for whole steps."""
     stated = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     estimates, whole = {row["step"]: row for row in stated}, {row["step"]: row["tokens"] for row in rows}
+    ours = {row["step"]: row["estimate"] for row in rows}
     found = {}
     for batch, table in tables.items():
         for row in table:
             for arm in ("frozen", "upstream", "ours"):
-                key = _ESTIMATE if arm == "ours" else _ESTIMATE.replace("/", f"/{arm}/")
-                expected = estimates.get(row["step"], {}).get(key)
+                key = _ESTIMATE.replace("/", f"/{arm}/")
+                expected = ours.get(row["step"]) if arm == "ours" else estimates.get(row["step"], {}).get(key)
                 if expected is not None and round(row.get(f"{arm}/tokens", 0.0)) == whole[row["step"]]:
                     found[f"{batch}/{arm}/{row['step']:.0f}"] = expected / row[f"{arm}/length"] - 1.0
     return found
@@ -261,6 +280,7 @@ async def serve(args: argparse.Namespace, options: argparse.Namespace) -> list[d
     draft = load_draft(folders[0] / "draft", decoder.config, decoder.contract, dtype=weight.dtype, device=weight.device)
     saved = Saved(contract=decoder.contract)
     sampling = config.sampling.params(seed=options.seed, n=options.group)
+    judged = deepcopy(draft)
     learning = trainers(options, draft, args.capture)
     comparisons, made = {}, []
     for batch in args.batches:
@@ -284,6 +304,7 @@ async def serve(args: argparse.Namespace, options: argparse.Namespace) -> list[d
         row["tokens"] = float(sum(sum(sample.loss_mask) for sample in samples))
         seconds = training_seconds(options, saved, decoder, learning, samples)
         row |= {f"train_s/{arm}": value for arm, value in seconds.items()}
+        row["estimate"] = estimate(options, saved, decoder, judged, samples, config.sampling.max_new_tokens)
         if number < 2:  # the ends of the run have all lengths: made again untimed first, they capture what the others need
             for each in comparisons.values():
                 for comparison in each.values():
