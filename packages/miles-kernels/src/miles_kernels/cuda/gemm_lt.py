@@ -56,7 +56,7 @@ def library() -> ctypes.CDLL:
     torch.cuda.init()
     found = _loaded()
     if found is None:
-        torch.cuda.current_blas_handle()  # not at once: torch allocates 32 MiB of the device for it, to keep
+        torch.cuda.current_blas_handle()  # loads it, and takes a workspace of 32 MiB
         found = _loaded()
     if found is None:
         raise LtError("cublaslt: libcublasLt is not loaded in this process; is this a CUDA build of torch on Linux?")
