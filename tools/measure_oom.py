@@ -33,6 +33,13 @@ def empty() -> None:
         torch.cuda.empty_cache()
 
 
+def require_nothing_left(bench: Bench, name: str) -> None:
+    """Stop before a step whose peak would count what the steps before have left."""
+    left = torch.cuda.memory_allocated() if bench.cuda else 0
+    if left > GIB // 64:
+        raise SystemExit(f"{left / GIB:.2f} GiB of the steps before are still held, and would be counted again in: {name}")
+
+
 def peak(bench: Bench) -> None:
     """The largest allocation of a step: plain FSDP2, and ours with one measure after the other."""
     import torch.distributed as dist
@@ -60,9 +67,7 @@ def peak(bench: Bench) -> None:
 
     def note(name: str, make: Callable[[], Callable[[], object]]) -> None:
         """Of the second step: the first one compiles."""
-        left = torch.cuda.memory_allocated() if bench.cuda else 0
-        if left > GIB // 64:
-            raise SystemExit(f"{left / GIB:.2f} GiB of the steps before are still held, and would be counted again in: {name}")
+        require_nothing_left(bench, name)
         try:
             step = make()
             step()
