@@ -215,7 +215,8 @@ def test_tile_names() -> None:
     [
         (1, 8, 2048, 768, True),
         (3, 8, 2048, 768, True),
-        (4, 8, 2048, 768, False),  # more pairs than pay
+        (4, 8, 2048, 768, True),
+        (5, 8, 2048, 768, False),  # more pairs than pay
         (12, 2, 80, 48, True),
         (0, 2, 80, 48, False),
         (1, 3, 80, 48, False),  # slots that were never compared

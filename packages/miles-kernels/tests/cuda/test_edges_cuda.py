@@ -139,7 +139,7 @@ def test_tokens_are_sorted_by_expert(tokens: int, slots: int, experts: int) -> N
     assert not torch.equal(plan.order, moe.plan_dispatch(ids.flip(0), experts).order)  # the control
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
 def test_experts_of_few_tokens_pair_by_pair(tokens: int) -> None:
     from miles_kernels.cuda import moe
 

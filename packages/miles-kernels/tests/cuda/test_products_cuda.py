@@ -135,7 +135,7 @@ def test_moe(tokens: int, experts: int, slots: int, hidden: int, width: int) -> 
         close(a, b, 2e-2)
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 3, 4])
 def test_moe_of_a_handful_of_tokens(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """The unsorted kernels: the bits of the sorted ones, repeated experts and empty tails included, also replayed."""
     from miles_kernels.bench.timing import capture

@@ -1,7 +1,8 @@
 """Which backend and tile was fastest for a product, measured by `tune`. Never changes bits: all of them are bit-equal.
 
 Keys: device name, then "N,K", then rows M as measured; a product uses the entry of the nearest measured M (by ratio).
-Values: "lt:ALGORITHM" (see `gemm_lt.Plan.name`), "deepgemm", or a Triton tile as in "tma 128x256x64 w8 s3 p1".
+Values: "lt:ALGORITHM" (see `gemm_lt.Plan.name`; "lt:" is cuBLASLt's first without split-K), "deepgemm", or a Triton tile as in
+"tma 128x256x64 w8 s3 p1".
 "A;B": B where A may not serve and cuBLASLt's own first choice would be slow.
 """
 
@@ -27,7 +28,7 @@ TABLE: dict[str, dict[str, dict[int, str]]] = {
         },
         "4096,1024": {
             1: "lt:66.10.0.1.35.0.0",
-            16: "pointer 16x32x128 w4 s5 p1",
+            16: "lt:",
             64: "tma 64x32x128 w4 s5 p1",
             256: "lt:66.18.0.3.35.0.0",
             1024: "lt:66.20.0.1.35.0.0",

@@ -18,7 +18,7 @@ GATHER_MULTIPLE = 128
 """Without gradients the first product reads its rows in place where their length is a multiple of this."""
 GATHER_ROWS = 6
 """..and experts have at most this many rows each, where reading in place beats a copy in sorted order."""
-FEW_PAIRS = 24
+FEW_PAIRS = 32
 """Up to this many (token, slot) pairs each pair is a tile of its own: experts hardly repeat.."""
 FEW_SLOTS = (1, 2, 4, 8)
 """..for these numbers of slots, which were compared with the sorted way on a GPU, .."""
@@ -187,15 +187,17 @@ def _few(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor)
 
     experts, hidden, width = down.shape
     (tokens, slots), early = ids.shape, starts_early(x.device.index or 0)
-    inner, out = x.new_empty((tokens * slots, width)), torch.empty_like(x)
+    pairs = tokens * slots
+    stages, ring = 3 if 16 < pairs <= 24 else 4, 3 if pairs <= 8 else 2  # so many programs a multiprocessor; timed, no bits
+    inner, out = x.new_empty((pairs, width)), torch.empty_like(x)
     up = descriptor3(gate_up.view(2 * experts, width, hidden), 2, 16, 128)
-    moe_few_kernels.few_up[(tokens * slots * cdiv(width, 16),)](
+    moe_few_kernels.few_up[(pairs * cdiv(width, 16),)](
         x, up, ids, inner, slots, hidden, width, hidden,
-        BN=16, BK=128, EARLY=early, num_warps=2, num_stages=4 if tokens * slots <= 16 else 3, launch_pdl=early,
+        BN=16, BK=128, EARLY=early, num_warps=2, num_stages=stages, launch_pdl=early,
     )  # fmt: skip
     moe_few_kernels.few_down[(tokens * hidden // FEW_COLUMNS,)](
         inner, down, ids, weights, out, hidden, width,
-        COUNT=slots, BN=FEW_COLUMNS, STAGES=3, EARLY=early, num_warps=FEW_COLUMNS // 2, launch_pdl=early,
+        COUNT=slots, BN=FEW_COLUMNS, STAGES=ring, EARLY=early, num_warps=FEW_COLUMNS // 2, launch_pdl=early,
     )  # fmt: skip
     return out
 
