@@ -20,7 +20,9 @@ from engine_cases import ask
 from test_engine_parallel import WIDE, of_one
 
 from miles_rollout.engines.embedded import peers
+from miles_rollout.engines.embedded.lead import LeadingCore
 from miles_rollout.engines.embedded.peers import Peers
+from miles_rollout.engines.embedded.ranks import Call
 from miles_rollout.engines.embedded.replay import StepGraphs
 from miles_rollout.engines.embedded.reply import EngineFailure
 
@@ -130,6 +132,19 @@ def test_graphs_end_also_for_whoever_holds_them():
     graphs._captured = {(1, 64): type("Captured", (), {"graph": held})()}  # type: ignore[dict-item]
     graphs.end()
     assert held.resets == 1 and not graphs._captured
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_a_sum_that_fails_because_a_rank_has_ended_says_which(kind):
+    """Torch raises either of a group that is being cut off; without such a rank both come as they are."""
+    core = LeadingCore.__new__(LeadingCore)
+    core._peers = Peers([], None)
+    with pytest.raises(kind, match="is not initialized"), core._told(Call("step")):
+        raise kind("the group is not initialized")
+    with pytest.raises(EngineFailure, match="^rank 1 has ended$") as caught, core._told(Call("step")):
+        core._peers.failure = "rank 1 has ended"
+        raise kind("the group is not initialized")
+    assert isinstance(caught.value.__cause__, kind)
 
 
 def test_a_rank_that_does_not_read_is_not_waited_for_without_end():

@@ -207,8 +207,8 @@ class LeadingCore(RankCore):
         self._telling = True
         try:
             yield
-        except RuntimeError as error:
-            failure = self.peers.why()
+        except (RuntimeError, ValueError) as error:  # the latter of a group that is cut off since a rank ended
+            failure = self.peers.failure if isinstance(error, ValueError) else self.peers.why()
             if failure is None:
                 raise
             raise EngineFailure(failure) from error
