@@ -150,7 +150,7 @@ def test_experts_of_few_tokens_pair_by_pair(tokens: int) -> None:
             half(experts, hidden, width) * width**-0.5,
         )
         ids, weights = torch.rand(tokens, experts).topk(slots).indices, torch.rand(tokens, slots)
-        assert moe.few_proven(0, slots, ids.dtype, x.dtype)
+        assert moe.few_proven(0, tokens, slots, ids.dtype, x.dtype)
         want = moe._sorted(x, up, down, ids, weights)
         assert_bitwise_equal(moe._few(x, up, down, ids, weights), want, "pairs")
         assert count_unequal(moe._few(x, up, down.roll(1, 0), ids, weights), want) > 0  # the control

@@ -186,22 +186,81 @@ def test_kernels_that_fail_are_tried_once_and_do_not_serve(
         tried.append(1)
         raise AttributeError("no attribute 'barrier'")
 
-    monkeypatch.setattr(torch.cuda, "device", lambda which: torch.no_grad())
+    pretend_trials(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(moe, "_few_kinds", {})
-    monkeypatch.setattr(moe, "_draw", lambda device, slots, id_dtype, dtype: tuple(torch.ones(2, 2) for _ in range(5)))
-    monkeypatch.setattr(moe, "_sorted", lambda *inputs: torch.ones(2, 2))
     monkeypatch.setattr(moe, "_few", attempt)
     capturing = True
-    assert not moe.few_proven(0, 8, torch.int64, HALF) and not tried, "nothing is tried while a graph is captured"
+    assert not moe.few_proven(0, 1, 8, torch.int64, HALF) and not tried, "nothing is tried while a graph is captured"
     capturing = False
     for _ in range(3):
-        assert not moe.few_proven(0, 8, torch.int64, HALF)
-    assert len(tried) == 1 and "no attribute 'barrier'" in caplog.text
-    monkeypatch.setattr(moe, "_few", lambda *inputs: torch.ones(2, 2))
-    assert moe.few_proven(0, 4, torch.int64, HALF)
-    monkeypatch.setattr(moe, "_few", lambda *inputs: torch.ones(2, 2).nextafter(torch.tensor(2.0)))
-    assert not moe.few_proven(0, 2, torch.int64, HALF) and "4 of 4" in caplog.text
+        assert not any(moe.few_proven(0, tokens, 8, torch.int64, HALF) for tokens in (1, 2, 3, 4))
+    assert len(tried) == 3 and "no attribute 'barrier'" in caplog.text
+    monkeypatch.setattr(moe, "_few", lambda x, *rest: torch.ones_like(x))
+    assert moe.few_proven(0, 1, 4, torch.int64, HALF)
+    monkeypatch.setattr(moe, "_few", lambda x, *rest: torch.ones_like(x).nextafter(torch.tensor(2.0, dtype=HALF)))
+    assert not moe.few_proven(0, 1, 2, torch.int64, HALF) and "128 of 128" in caplog.text
+
+
+def pretend_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial of the kernels of a handful of tokens without a GPU: nothing tried yet, and the sorted way gives ones."""
+
+    def draw(device: int, tokens: int, slots: int, id_dtype: torch.dtype, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        ids, weights = torch.zeros((tokens, slots), dtype=id_dtype), torch.ones(tokens, slots)
+        return half(tokens, 32), half(8, 32, 32), half(8, 32, 16), ids, weights
+
+    monkeypatch.setattr(torch.cuda, "device", lambda which: torch.no_grad())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(moe, "_few_kinds", {})
+    monkeypatch.setattr(moe, "_draw", draw)
+    monkeypatch.setattr(moe, "_sorted", lambda x, *rest: torch.ones_like(x))
+
+
+class FewKernels:
+    """Stand-ins for `few_up` and `few_down`: those of these depths cannot be compiled, the others give ones."""
+
+    def __init__(self, stages: int | None = None, ring: int | None = None) -> None:
+        self.broken, self.launched = {"num_stages": stages, "STAGES": ring}, []
+        self.few_up = self.few_down = self
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        return self.launch
+
+    def launch(self, *args: Any, **how: Any) -> None:
+        name = "STAGES" if "STAGES" in how else "num_stages"
+        self.launched.append(how[name])
+        if how[name] == self.broken[name]:
+            raise RuntimeError("out of resource: shared memory")
+        if name == "STAGES":
+            args[4].fill_(1.0)
+
+
+@pytest.mark.parametrize("slots", moe.FEW_SLOTS)
+@pytest.mark.parametrize(
+    ("broken", "refused"),
+    [({}, ()), ({"stages": 3}, range(17, 25)), ({"ring": 3}, range(1, 9)), ({"ring": 2}, range(9, 33)), ({"stages": 4}, None)],
+)
+def test_a_depth_that_fails_is_not_used_and_the_others_are(
+    broken: dict[str, int], refused: Any, slots: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every number of tokens is served by kernels that were tried as they are compiled for it, all in the first call."""
+    kernels = FewKernels(**broken)
+    pretend_trials(monkeypatch)
+    monkeypatch.setattr("miles_kernels.cuda.moe_few_kernels", kernels, raising=False)
+    monkeypatch.setattr(moe, "starts_early", lambda device: False)
+    monkeypatch.setattr(moe, "descriptor3", lambda *described: None)
+    refused = [*range(1, 17), *range(25, 33)] if refused is None else refused
+    served = []
+    for tokens in range(1, moe.FEW_PAIRS // slots + 1):
+        served.append(moe.few_proven(0, tokens, slots, torch.int64, HALF))
+        assert served[-1] == (tokens * slots not in refused), tokens
+        if tokens == 1:
+            tried = list(kernels.launched)
+    assert kernels.launched == tried, "nothing is tried after the first call"
+    assert False in served or not broken
+    assert ("out of resource" in caplog.text) == bool(broken)
+    for tokens, works in enumerate(served, 1):
+        if works:
+            moe._few(*moe._draw(0, tokens, slots, torch.int64, HALF))  # what serves is what was tried
 
 
 # ---------------------------------------------------------------- messages
@@ -332,6 +391,7 @@ def test_the_backward_stays_within_its_room(hidden: int, vocab: int) -> None:
         if not summed:
             assert lent.own.nbytes + tokens * hidden <= 60 * 2**20
             assert lent.own.nbytes + tokens * hidden + 2**20 <= 64e6
+            assert own.own.nbytes <= (64 if hidden <= 1024 else 128) * 2**20, "as STEP_BYTES says of a backward without d_weight"
         assert lent.own.nbytes <= own.own.nbytes <= 6 * logprob.MOST_ROWS * max(logprob.MOST_TOKENS, hidden)
     if (hidden, vocab) == (4096, 151_936):
         assert len(steps) < 30 and steps[0] == (0, 8192) and steps[-1][1] - steps[-1][0] < 2048

@@ -49,7 +49,9 @@ def target_logits(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
 MOST_TOKENS = 8192
 """Token rows of a step of the backward."""
 STEP_BYTES = 60 * 2**20
-"""Of the backward's own room at that many tokens; with what the allocator rounds up it stays under 64 MB."""
+"""Room of the backward besides d_weight at that many tokens, lower bits of the sum of d_hidden included, up to a hidden size of
+5600; with what the allocator rounds up it stays under 64 MB. Where no d_weight is written (`main`, a frozen head) the logit
+gradients of the largest step take room too: 64 MiB at a hidden size of 1024, up to 128 MiB from 2048 on, and the lower bits."""
 MOST_ROWS = 8192
 """Vocabulary rows of a step of the backward, at most."""
 
@@ -77,7 +79,8 @@ def backward_steps(vocab: int, hidden_size: int) -> list[tuple[int, int]]:
 
 class StepRoom:
     """Where the logit gradients of a step lie, and its sum of d_weight over several groups of tokens: in those rows of d_weight
-    [V, H] that are not written yet, as long as they hold it, then in memory of its own, which is used again."""
+    [V, H] that are not written yet, as long as they hold it, then in memory of its own, which is used again. Without a d_weight
+    all of it is its own, of the size of the largest step (`STEP_BYTES`)."""
 
     def __init__(self, d_weight: Tensor | None, hidden: Tensor, summed: bool) -> None:
         self.lent = d_weight.view(-1) if d_weight is not None and d_weight.is_contiguous() else None

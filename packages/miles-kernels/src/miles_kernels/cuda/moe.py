@@ -96,7 +96,7 @@ def moe_mlp(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tens
     _check(x, gate_up, down, ids, weights)
     x = aligned(x.contiguous())
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up, down, weights))
-    if not learns and _are_few(ids, down) and few_proven(x.device.index or 0, ids.shape[1], ids.dtype, x.dtype):
+    if not learns and _are_few(ids, down) and few_proven(x.device.index or 0, *ids.shape, ids.dtype, x.dtype):
         gate_up, down = (aligned(each.contiguous()) for each in (gate_up, down))
         return _few(x, gate_up, down, ids.contiguous(), weights.contiguous())
     if not learns:
@@ -124,43 +124,58 @@ def _are_few(ids: Tensor, down: Tensor) -> bool:
     return 0 < ids.numel() <= FEW_PAIRS and ids.shape[1] in FEW_SLOTS and wide
 
 
-_few_kinds: dict[tuple[int, int, torch.dtype, torch.dtype], bool] = {}
+class Depth(NamedTuple):
+    """Loads on their way at once in the two launches of a handful of tokens; each choice is compiled on its own, bits are one."""
+
+    stages: int
+    ring: int
 
 
-def few_proven(device: int, slots: int, id_dtype: torch.dtype, dtype: torch.dtype) -> bool:
-    """Whether the kernels of a handful of tokens have the bits of the sorted way on this device; tried once per process and kind.
+def few_depth(pairs: int) -> Depth:
+    """For so many (token, slot) pairs, which set how many programs share a multiprocessor; timed."""
+    return Depth(stages=3 if 16 < pairs <= 24 else 4, ring=3 if pairs <= 8 else 2)
 
-    The sorted way defines the layer, and serves where this is False, as on a machine whose compiler cannot build these, or before
-    it was tried while a graph is captured.
+
+_few_kinds: dict[tuple[int, int, torch.dtype, torch.dtype], frozenset[Depth]] = {}
+
+
+def few_proven(device: int, tokens: int, slots: int, id_dtype: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether the kernels that so few tokens take have the bits of the sorted way on this device; tried once a process and kind.
+
+    The first call of a kind tries every depth that its slots lead to. The sorted way defines the layer, and serves where this is
+    False, as on a machine whose compiler cannot build these, or before they were tried while a graph is captured.
     """
     kind = (device, slots, id_dtype, dtype)
     if kind not in _few_kinds:
         if torch.cuda.is_current_stream_capturing():
             return False
-        _few_kinds[kind] = _try_few(*kind)
-    return _few_kinds[kind]
+        most = {few_depth(count * slots): count for count in range(1, FEW_PAIRS // slots + 1)}
+        _few_kinds[kind] = frozenset(depth for depth, count in most.items() if _try_few(device, count, *kind[1:]))
+    return few_depth(tokens * slots) in _few_kinds[kind]
 
 
-def _try_few(device: int, slots: int, id_dtype: torch.dtype, dtype: torch.dtype) -> bool:
+def _try_few(device: int, tokens: int, slots: int, id_dtype: torch.dtype, dtype: torch.dtype) -> bool:
+    what = f"the kernels for a handful of tokens (here {tokens} of {slots} slots)"
     with torch.no_grad(), torch.cuda.device(device):
-        inputs = _draw(device, slots, id_dtype, dtype)
+        inputs = _draw(device, tokens, slots, id_dtype, dtype)
         want = _sorted(*inputs)
         try:
             got = _few(*inputs)
         except Exception as error:  # whatever a compiler or a driver raises: the sorted way serves
-            what = f"{type(error).__name__}: {error}"
-            logger.warning("the kernels for a handful of tokens cannot be used on device %d; tokens are sorted: %s", device, what)
+            why = f"{type(error).__name__}: {error}"
+            logger.warning("%s cannot be used on device %d; tokens are sorted: %s", what, device, why)
             return False
         unequal = int((got != want).sum())
     if unequal:
-        what = f"{unequal} of {want.numel()}"
-        logger.warning("the kernels for a handful of tokens have other bits on device %d (%s); tokens are sorted", device, what)
+        logger.warning("%s have other bits on device %d (%d of %d); tokens are sorted", what, device, unequal, want.numel())
     return not unequal
 
 
-def _draw(device: int, slots: int, id_dtype: torch.dtype, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A small layer with more than one block of everything, and ends that fill none."""
-    tokens, experts, hidden, width = 2, 2 * slots, 80, 1040
+def _draw(
+    device: int, tokens: int, slots: int, id_dtype: torch.dtype, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A small layer with more than one block of everything, and ends that fill none; experts of few rows, for one sorted tile."""
+    experts, hidden, width = max(8, 2 * slots), 80, 1040
     where = f"cuda:{device}"
     generator = torch.Generator(where).manual_seed(0)
     x, gate_up, down = (
@@ -188,7 +203,7 @@ def _few(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor)
     experts, hidden, width = down.shape
     (tokens, slots), early = ids.shape, starts_early(x.device.index or 0)
     pairs = tokens * slots
-    stages, ring = 3 if 16 < pairs <= 24 else 4, 3 if pairs <= 8 else 2  # so many programs a multiprocessor; timed, no bits
+    stages, ring = few_depth(pairs)
     inner, out = x.new_empty((pairs, width)), torch.empty_like(x)
     up = descriptor3(gate_up.view(2 * experts, width, hidden), 2, 16, 128)
     moe_few_kernels.few_up[(pairs * cdiv(width, 16),)](
