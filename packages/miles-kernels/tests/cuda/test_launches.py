@@ -259,8 +259,9 @@ def test_a_depth_that_fails_is_not_used_and_the_others_are(
     assert False in served or not broken
     assert ("out of resource" in caplog.text) == bool(broken)
     for tokens, works in enumerate(served, 1):
-        if works:
-            moe._few(*moe._draw(0, tokens, slots, torch.int64, HALF))  # what serves is what was tried
+        kernels.launched.clear()
+        moe.moe_mlp(*moe._draw(0, tokens, slots, torch.int64, HALF))
+        assert tuple(kernels.launched) == (moe.few_depth(tokens * slots) if works else ()), "what serves is what was tried"
 
 
 # ---------------------------------------------------------------- messages

@@ -96,7 +96,8 @@ def moe_mlp(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tens
     _check(x, gate_up, down, ids, weights)
     x = aligned(x.contiguous())
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up, down, weights))
-    if not learns and _are_few(ids, down) and few_proven(x.device.index or 0, *ids.shape, ids.dtype, x.dtype):
+    tokens, slots = ids.shape
+    if not learns and _are_few(ids, down) and few_proven(x.device.index or 0, tokens, slots, ids.dtype, x.dtype):
         gate_up, down = (aligned(each.contiguous()) for each in (gate_up, down))
         return _few(x, gate_up, down, ids.contiguous(), weights.contiguous())
     if not learns:
