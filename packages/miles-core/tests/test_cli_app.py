@@ -56,6 +56,13 @@ def test_doctor_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in said
 
 
+def test_models_are_found_without_the_engine() -> None:
+    """Whoever only loads a model, as a trainer process does, does not import what generates."""
+    program = "import sys, miles_core.models; print([name for name in sys.modules if name.endswith('.embedded.engine')])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_help_is_quick_and_imports_no_torch() -> None:
     program = "import sys; from miles_core.cli.app import main\ntry:\n main(['--help'])\nexcept SystemExit: pass\n"
     program += "assert 'torch' not in sys.modules"

@@ -23,11 +23,12 @@ from miles_core.cluster.fleet import Fleet, WorkerDied, WorkerFailed
 from miles_core.cluster.local import LocalHandle
 from miles_core.cluster.parts import ClusterEngine
 from miles_core.cluster.start import Cluster, LocalPlacement, Seat, start
-from miles_core.cluster.worker import EngineAnswer
+from miles_core.cluster.worker import EngineAnswer, Peers, _publisher, exports_own
 from miles_core.compose import make_trainer
 from miles_core.config.schema import RunConfig
 from miles_core.draft.build import load_draft, with_draft
 from miles_core.models import load_model
+from miles_core.sync.transports import LentTransport, SlotsTransport
 from miles_core.trainer.base import StepStats
 from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.hashing import combined_hash
@@ -224,6 +225,31 @@ def test_workers_end_with_a_driver_that_is_killed(tmp_path: Path) -> None:
     while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
         assert time.monotonic() < end, "the worker outlived its driver"
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("change", "own", "wanted"),
+    [
+        ({}, True, LentTransport),
+        ({"cluster": {"num_trainers": 2}}, True, SlotsTransport),
+        ({"trainer": {"backend": "megatron"}}, False, SlotsTransport),
+        ({"draft": {"model": "mtp"}}, False, SlotsTransport),
+        ({"engine": {"tensor_parallel": 2}}, False, SlotsTransport),
+    ],
+)
+def test_auto_lends_what_was_proven_to_be_lent(
+    change: dict[str, dict[str, Any]], own: bool, wanted: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one GPU: one fsdp process without a draft, to an engine of one GPU; all else goes through slots."""
+    monkeypatch.setattr("miles_core.sync.transports._own_gpu", lambda: torch.device("cuda", 0))
+    values = config(tmp_path, num_engines=1).model_dump()
+    values["model"]["device"] = "cuda"
+    for section, fields in change.items():
+        values[section].update(fields)
+    found = RunConfig.model_validate(values)
+    assert exports_own(found) is own
+    peers = Peers(urls=(), names=(), token=None, shared_host=True, shared_gpu=True)
+    assert type(_publisher(None, peers, found, found.num_trainers == 1)._transport) is wanted
 
 
 def test_batches_and_reports_keep_every_bit_on_the_way() -> None:

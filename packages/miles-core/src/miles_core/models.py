@@ -18,7 +18,6 @@ from miles_kernels.nn.checkpoint import load_config, load_decoder, random_decode
 from miles_kernels.nn.config import DecoderConfig
 from miles_kernels.nn.decoder import Decoder
 from miles_kernels.nn.parallel import fold_decoder
-from miles_rollout.engines.embedded.factory import stored_weights
 from miles_rollout.text import Tokenizer, load_tokenizer
 from miles_spec.models.store import draft_tensors, policy_drafts
 
@@ -131,6 +130,8 @@ def load_model(config: RunConfig, say: Callable[[str], None], *, weights: bool =
     dtype = contract.torch_dtype
     stored: Iterator[tuple[str, Tensor]] | None = None
     if divided and (folder is not None or not weights):
+        from miles_rollout.engines.embedded.factory import stored_weights
+
         beside = _leave_drafts(folder, config, say) if folder is not None else lambda name: False
         shape, tokenizer = load_shape(config.model, say)
         decoder, name = Decoder(shape, contract, dtype=dtype, device="meta"), str(folder or "random")

@@ -167,6 +167,14 @@ class TrainerWorker:
         return b""
 
 
+def exports_own(config: RunConfig) -> bool:
+    """Whether the trainer exports tensors of its own, always the same, which an engine on its GPU may read where they lie.
+
+    Proven on a GPU for an fsdp trainer without a draft and engines of one GPU; megatron-core's are put together for every export.
+    """
+    return config.trainer.backend == "fsdp" and config.draft.model == "none" and config.engine.tensor_parallel == 1
+
+
 def _publisher(trainer: Any, peers: Peers, config: RunConfig, single: bool) -> Any:
     from miles_core.sync.links import HttpLink
     from miles_core.sync.publisher import Publisher
@@ -177,11 +185,9 @@ def _publisher(trainer: Any, peers: Peers, config: RunConfig, single: bool) -> A
         HttpLink(url, peers.token, name=name, deadline_s=2 * deadline_s)
         for url, name in zip(peers.urls, peers.names, strict=True)
     ]
-    # Lent weights were proven on a GPU for these; megatron-core's are put together for every export.
-    own = config.trainer.backend == "fsdp" and config.draft.model == "none" and config.engine.tensor_parallel == 1
     transport = make_transport(
         config.sync, device=config.model.device, shared_host=peers.shared_host, shared_gpu=peers.shared_gpu,
-        single_trainer=single, exports_own=own,
+        single_trainer=single, exports_own=exports_own(config),
     )  # fmt: skip
     return Publisher(trainer, links, transport)
 

@@ -100,8 +100,8 @@ class SyncConfig(Section):
     """How the bytes travel; every tensor is hashed on both sides whatever it is. "inprocess": engine and trainer share a process.
     "shared_memory": processes of one machine. "cuda_ipc": of one GPU, through slots of GPU memory. "lent": of one GPU, read
     straight from a trainer of one process. "broadcast": gloo or NCCL. "disk": full updates and deltas in `directory`. "auto":
-    by where the parts run; on one GPU "lent" where a trainer of one process exports tensors of its own (fsdp without a draft),
-    else "cuda_ipc"."""
+    by where the parts run; on one GPU "lent" where a trainer of one process exports tensors of its own (fsdp without a draft)
+    to an engine of one GPU, else "cuda_ipc"."""
     bucket_bytes: int | None = Field(default=None, ge=4096)
     """Bytes sent at once; two such buckets are held on the sending side. None: 256 MiB on GPUs, 64 MiB in host memory."""
     deadline_s: float = Field(default=120.0, gt=0.0)
