@@ -7,9 +7,10 @@ tools/inject_oom.py --sum FILE FILE  one table of what several processes wrote
 A trial lets its work begin, and when it comes to the site (a layer's forward or backward, the logits, the update, ...), empties
 the allocator's cache, caps it (`torch.cuda.set_per_process_memory_fraction`) at what it holds, fills the holes that it keeps,
 and allows it a drawn amount more. The cap stays until the work has ended. Loading and saving take host memory: there a tensor
-finds no room on the host. What ends in neither way, or with other bits, is printed and makes the exit code 1. Sites whose work
-allocates nothing then are counted as "fitted". `--seconds` begin when kernels are compiled and the reference is known. The file
-is written after every trial, and a trial that hangs ends the process with the stacks of its threads.
+finds no room on the host. What ends in neither way, or with other bits, is printed and makes the exit code 1, and so does a run
+that throws nothing. Sites whose work allocates nothing then are counted as "fitted". `--seconds` begin when kernels are compiled
+and the reference is known. The file is written after every trial, and a trial that hangs ends the process with the stacks of its
+threads.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from miles_rollout.text.char import CharTokenizer
 
 TRAINER_SITES = ("forward", "backward", "logits", "optimizer", "save", "load", "wake")
 ENGINE_SITES = ("engine pass", "KV growth", "graph capture", "publish", "engine wakes")
+PARTS = {"all": (*TRAINER_SITES, *ENGINE_SITES), "trainer": TRAINER_SITES, "engine": ENGINE_SITES}
 HANG_S = 60.0
 """Longest a trial may take."""
 BEGUN = time.perf_counter()
@@ -357,22 +359,19 @@ THROWN = ("recovered", "refused")
 
 
 def run(bench: Bench) -> int:
-    table: dict[str, Counter[str]] = {site: Counter() for site in (*TRAINER_SITES, *ENGINE_SITES)}
+    table: dict[str, Counter[str]] = {site: Counter() for site in PARTS["all"]}
     options = bench.options
-    wanted = set(options.sites.split(",")) if options.sites else set(table)
-    if strange := wanted - set(table):
-        sys.exit(f"no such site: {', '.join(sorted(strange))}; there are {', '.join(table)}")
-    shares = (0.6, 0.4) if options.part == "all" else (1.0, 1.0)
+    wanted = choose(options.part, options.sites)
+    of_trainer, of_engine = (tuple(site for site in wanted if site in sites) for sites in (TRAINER_SITES, ENGINE_SITES))
+    shares = (0.6, 0.4) if of_trainer and of_engine else (1.0, 1.0)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            if options.part != "engine":
-                inject(
-                    TrainerTrials(bench, Path(folder)), chosen(TRAINER_SITES, wanted), table, bench, shares[0] * options.seconds
-                )
+            if of_trainer:
+                inject(TrainerTrials(bench, Path(folder)), of_trainer, table, bench, shares[0] * options.seconds)
                 clean()
-            if options.part != "trainer":
+            if of_engine:
                 trials = EngineTrials(bench, Path(folder))
-                inject(trials, chosen(ENGINE_SITES, wanted), table, bench, shares[1] * options.seconds)
+                inject(trials, of_engine, table, bench, shares[1] * options.seconds)
                 trials.close()
     except Exception:
         traceback.print_exc()
@@ -380,16 +379,23 @@ def run(bench: Bench) -> int:
     return conclude(bench, table)
 
 
-def chosen(sites: tuple[str, ...], wanted: set[str]) -> tuple[str, ...]:
-    return tuple(site for site in sites if site in wanted)
+def choose(part: str, sites: str | None) -> tuple[str, ...]:
+    """The sites asked for, all of the part where none are named; ends the process where the part has no such site."""
+    known = PARTS[part]
+    wanted = known if sites is None else tuple(each.strip() for each in sites.split(","))
+    if strange := [site for site in wanted if site not in known]:
+        sys.exit(f"--sites: --part {part} has no {', '.join(map(repr, strange))}; its sites are {', '.join(known)}")
+    return tuple(site for site in known if site in wanted)
 
 
 def conclude(bench: Bench, table: dict[str, Counter[str]]) -> int:
-    """Print the table; 1 when a trial ended in another way than it may."""
+    """Print the table; 1 when a trial ended in another way than it may, or when no failure was thrown at all."""
     total, wrong = show(table)
     bench.note("injected, wrong", (total, wrong))
     bench.note("sites", {site: dict(counts) for site, counts in table.items() if counts})
-    return 1 if wrong else 0
+    if not total:
+        print("no failure was thrown, so nothing is shown: allow more --trials or --seconds, or choose other --sites", flush=True)
+    return 1 if wrong or not total else 0
 
 
 def show(table: dict[str, Counter[str]]) -> tuple[int, int]:
@@ -412,7 +418,7 @@ def inject(
     until, spent = time.perf_counter() + seconds, dict.fromkeys(sites, 0.0)
     gc.collect()
     gc.freeze()  # every failure collects garbage: not what stays
-    limit = bench.options.trials * (len(sites) if bench.options.part == "all" else len(table)) // len(table)
+    limit = bench.options.trials * len(sites) // len(choose(bench.options.part, bench.options.sites))
     for number in range(4 * limit):
         if time.perf_counter() > until or sum(table[site][kind] for site in sites for kind in THROWN) >= limit:
             break

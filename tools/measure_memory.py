@@ -62,9 +62,7 @@ class Card:
         try:
             pynvml: Any = importlib.import_module("pynvml")
             pynvml.nvmlInit()
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[index : index + 1]
-            number = int(visible[0]) if visible and visible[0].isdigit() else index
-            handle = pynvml.nvmlDeviceGetHandleByIndex(number)
+            handle = find_handle(pynvml, index)
             self.others = int(pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).used)
         except Exception as error:  # a library that may be absent, of another version, or refused
             print(f"NVML: {type(error).__name__}: {error}", flush=True)
@@ -89,6 +87,18 @@ class Card:
             return own
         free, total = torch.cuda.mem_get_info()
         return total - free - self.others
+
+
+def find_handle(pynvml: Any, index: int) -> Any:
+    """NVML's handle of the GPU that CUDA calls `index`: CUDA_VISIBLE_DEVICES lists indices, or ids (GPU-..., MIG-...)."""
+    listed = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")][index : index + 1]
+    name = listed[0] if listed and listed[0] else str(index)
+    if name.isdigit():
+        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
+    try:
+        return pynvml.nvmlDeviceGetHandleByUUID(name)
+    except pynvml.NVMLError as error:
+        sys.exit(f"CUDA_VISIBLE_DEVICES names {name!r}, unknown to NVML ({error}); give the whole id, as nvidia-smi -L shows it")
 
 
 class Bench:

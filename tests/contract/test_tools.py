@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import re
 import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -109,3 +111,83 @@ def test_setup_knows_which_torch_fits(bounds: str, version: str, allowed: bool) 
 
 def test_setup_reads_the_range_of_torch_from_the_packages() -> None:
     assert load("setup").torch_range().startswith("torch>=")
+
+
+# ---------------------------------------------------------------- allocation failures
+@pytest.fixture(name="oom")
+def oom_tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return load("inject_oom")
+
+
+def test_a_part_without_the_sites_asked_for_names_its_own(oom: ModuleType) -> None:
+    assert oom.choose("trainer", None) == oom.TRAINER_SITES
+    assert oom.choose("all", "publish, forward") == ("forward", "publish")
+    for part, sites, named in (
+        ("trainer", "publish", "forward, backward"),
+        ("engine", "publish,save", "'save'"),
+        ("all", "", "''"),
+    ):
+        with pytest.raises(SystemExit, match=f"--part {part} has no .*{named}"):
+            oom.choose(part, sites)
+    bench = SimpleNamespace(options=SimpleNamespace(part="trainer", sites="publish", seconds=1.0))
+    with pytest.raises(SystemExit, match="its sites are forward, backward, logits, optimizer, save, load, wake"):
+        oom.run(bench)
+
+
+@pytest.mark.parametrize(
+    ("counts", "code"),
+    [
+        ({}, 1),
+        ({"fitted": 3}, 1),
+        ({"recovered": 1, "fitted": 3}, 0),
+        ({"refused": 2}, 0),
+        ({"recovered": 5, "OTHER BITS": 1}, 1),
+    ],
+)
+def test_failures_that_were_never_thrown_show_nothing(oom: ModuleType, counts: dict[str, int], code: int) -> None:
+    bench = SimpleNamespace(note=lambda name, value: None)
+    assert oom.conclude(bench, {"forward": Counter(counts), "backward": Counter()}) == code
+
+
+class Nvml(SimpleNamespace):
+    """NVML of two GPUs, the second of which has an id."""
+
+    class NVMLError(Exception):
+        pass
+
+    nvmlMemory_v2 = 2
+
+    def nvmlInit(self) -> None:
+        pass
+
+    def nvmlDeviceGetHandleByIndex(self, number: int) -> int:
+        return number
+
+    def nvmlDeviceGetHandleByUUID(self, name: str) -> int:
+        if name not in ("GPU-1b2c", "MIG-77"):
+            raise self.NVMLError("Not Found")
+        return 1
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int, version: int) -> SimpleNamespace:
+        return SimpleNamespace(used=(handle + 1) << 30)
+
+
+@pytest.mark.parametrize(
+    ("visible", "index", "gib"),
+    [(None, 0, 1), ("", 1, 2), ("1,0", 0, 2), ("0, 1", 1, 2), ("GPU-1b2c", 0, 2), ("GPU-zz,MIG-77", 1, 2), ("GPU-zz", 0, None)],
+)
+def test_a_card_is_the_one_that_is_visible(
+    visible: str | None, index: int, gib: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml())  # type: ignore[arg-type]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    tool = load("measure_memory")
+    if gib is None:
+        with pytest.raises(SystemExit, match="CUDA_VISIBLE_DEVICES names 'GPU-zz', unknown to NVML"):
+            tool.Card(index)
+    else:
+        assert tool.Card(index).others == gib << 30
