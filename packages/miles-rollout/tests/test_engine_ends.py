@@ -20,9 +20,10 @@ from engine_cases import ask
 from test_engine_parallel import WIDE, of_one
 
 from miles_rollout.engines.embedded import peers
+from miles_rollout.engines.embedded.config import EmbeddedConfig
 from miles_rollout.engines.embedded.lead import LeadingCore
 from miles_rollout.engines.embedded.peers import Peers
-from miles_rollout.engines.embedded.ranks import Call
+from miles_rollout.engines.embedded.ranks import Call, Start
 from miles_rollout.engines.embedded.replay import StepGraphs
 from miles_rollout.engines.embedded.reply import EngineFailure
 
@@ -158,6 +159,68 @@ def test_a_rank_that_does_not_read_is_not_waited_for_without_end():
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_rank_that_takes_no_message_since_it_was_killed_is_named_with_its_exit_code():
+    process, end = subprocess.Popen(["sleep", "600"], stdin=subprocess.PIPE), Peers([], None)
+    assert process.stdin is not None
+    os.set_blocking(process.stdin.fileno(), False)
+    process.kill()
+    process.wait()
+    end._processes.append(process)
+    listener = threading.Timer(0.3, lambda: setattr(end, "failure", "rank 1 has ended (exit code -9)"))
+    listener.start()
+    with pytest.raises(EngineFailure, match="exit code -9"):
+        end.tell(Call("step"))
+    listener.join()
+    process.stdin.close()
+
+
+def test_a_rank_that_does_not_take_what_it_starts_with_is_named(monkeypatch):
+    def fails(*_: Any) -> None:
+        raise BrokenPipeError("nobody reads")
+
+    monkeypatch.setattr(peers, "_send", fails)
+    monkeypatch.setattr(peers.sys, "executable", "false")
+    start = Start(
+        rank=1, ranks=2, port=0, device="cpu", threads=1, deadline_s=1.0, shape={}, contract="", shards=8,
+        config=EmbeddedConfig(), num_pages=1, tokenizer="", weight_version=0,
+    )  # fmt: skip
+    with pytest.raises(EngineFailure, match=r"rank 1 of the tensor-parallel engine has ended \(exit code 1\)"):
+        Peers([start], None)
+
+
+class Stuck:
+    """A process that no signal ends."""
+
+    pid = 7
+
+    def __init__(self, waits: list[float]) -> None:
+        self.waits, self.signals = waits, []
+
+    def wait(self, timeout: float) -> None:
+        self.waits.append(timeout)
+        time.sleep(timeout)
+        raise subprocess.TimeoutExpired("stuck", timeout)
+
+    def send_signal(self, number: int) -> None:
+        self.signals.append(number)
+
+    def kill(self) -> None:
+        self.signals.append(signal.SIGKILL)
+
+
+def test_ranks_that_stay_share_one_deadline_and_are_left_after_sigkill(monkeypatch, caplog):
+    monkeypatch.setattr(peers, "END_S", 0.2)
+    monkeypatch.setattr(peers, "_STACKS_S", 0.0)
+    waits: list[float] = []
+    stuck = [Stuck(waits) for _ in range(3)]
+    with caplog.at_level(logging.ERROR):
+        peers._end(stuck, time.monotonic() + 0.2)  # type: ignore[arg-type]
+    assert len(waits) == 6 and sum(waits[:3]) < 0.21 and sum(waits[3:]) < 0.21, "not 0.2 s each"
+    assert all(each.signals == [signal.SIGUSR1, signal.SIGKILL] for each in stuck)
+    assert "rank 1, rank 2, rank 3 of the tensor-parallel engine: not ended within 0.2 s" in caplog.text
+    assert "rank 3 (process 7) of the tensor-parallel engine: still there 0.2 s after SIGKILL" in caplog.text
 
 
 def test_an_engine_closes_while_its_step_waits_for_a_rank_that_stands_still(monkeypatch):

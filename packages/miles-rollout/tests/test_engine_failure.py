@@ -29,11 +29,40 @@ def test_an_engine_that_warms_up_has_served_and_keeps_nothing(monkeypatch):
     run(warm_up(narrow))
     assert narrow.metrics()["num_generated_tokens"] == 1 + 3 + 2 + 1 * 6 + 1
     run(narrow.close())
+    small = build(msgspec.structs.replace(SMALL, num_pages=4))
+    run(warm_up(small))
+    assert small.metrics()["num_generated_tokens"] == 1 + (7 + 6 + 5 + 4) + 1, "four rows in a page each"
+    run(small.close())
+    greedy = build(msgspec.structs.replace(SMALL, draft="ngram", verification="greedy"))
+    run(warm_up(greedy))
+    assert greedy.metrics()["num_generated_tokens"] == 1 + 8 * 32 + 1
+    run(greedy.close())
     monkeypatch.setattr("miles_rollout.launch.WARM_S", 0.05)
     stuck = build()
     monkeypatch.setattr(stuck, "_run", lambda: time.sleep(0.5))
     with pytest.raises(WaitExpired, match="the engine to serve its first requests"):
         run(warm_up(stuck))
+
+
+def test_a_round_that_is_refused_is_left_out(caplog):
+    engine = build(msgspec.structs.replace(SMALL, max_context=1))
+    run(warm_up(engine))
+    assert engine.metrics()["num_generated_tokens"] == 0 and "of round 2: request 'warm-2-0'" in caplog.text
+    run(engine.close())
+
+
+def test_all_rounds_and_the_flush_share_one_deadline(monkeypatch):
+    monkeypatch.setattr("miles_rollout.launch.WARM_S", 0.5)
+
+    async def never() -> None:
+        await asyncio.sleep(30)
+
+    engine = build()
+    monkeypatch.setattr(engine, "flush_cache", never)
+    monkeypatch.setattr(engine, "generate", lambda request: asyncio.sleep(0))
+    with pytest.raises(WaitExpired, match=r"waited 0\.5 s for the engine to serve its first requests"):
+        run(warm_up(engine))
+    run(engine.close())
 
 
 def test_sequences_longer_than_the_first_tables():

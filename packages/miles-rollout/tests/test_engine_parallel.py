@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from miles_kernels.nn.parallel import fold_decoder, local_config, shard_decoder
 from miles_rollout.engines.embedded import EmbeddedConfig
 from miles_rollout.engines.embedded.core import EngineCore
 from miles_rollout.engines.embedded.engine import EmbeddedEngine
+from miles_rollout.engines.embedded.feed import feed
 from miles_rollout.engines.embedded.lead import LeadingCore
 from miles_rollout.engines.embedded.reply import EngineFailure
 from miles_rollout.engines.embedded.weights import make_manifest
 from miles_rollout.text import CharTokenizer
+from miles_rollout.waits import wait_until
 from miles_rollout.wire import GenerateRequest
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
@@ -131,6 +134,70 @@ def test_an_engine_of_two_processes_is_one_of_one_also_after_new_weights_and_los
     assert two == one and one[0] != one[1] and one[4] == 1
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_refused_update_takes_no_finished_request_with_it(monkeypatch, ranks: int):
+    """The last token is on its way when the update comes, and is taken in for it."""
+    request, new = batch_of(1, 3)[0], random_decoder(WIDE, 1)
+    request = msgspec.structs.replace(request, sampling=msgspec.structs.replace(request.sampling, max_new_tokens=1))
+
+    async def main() -> None:
+        async with of_one(WIDE, tensor_parallel=ranks, overlap=True) as engine:
+            core: Any = engine._core
+            first = await served(engine, [request])
+            brought, in_flight = threading.Event(), threading.Event()
+            name = "_staged" if ranks == 1 else "_fed"
+            step, bring = core.step, getattr(engine, name)
+
+            def steps() -> Any:
+                ready = step()
+                if core._flights and not in_flight.is_set():
+                    in_flight.set()
+                    wait_until(lambda: bool(engine._inbox), "the update", 30)
+                return ready
+
+            def brings(*what: Any) -> Any:
+                swap = bring(*what)
+                brought.set()
+                assert in_flight.wait(30)
+                return swap
+
+            def refuses(staged: Any) -> None:
+                raise ValueError("model.norm.weight hashes to f")
+
+            monkeypatch.setattr(core, "step", steps)
+            monkeypatch.setattr(engine, name, brings)
+            manifest = make_manifest(new.hf_state(), version=1, contract_digest=engine.info().contract_digest)
+            waits = asyncio.ensure_future(engine.update_weights(manifest, new.hf_state()))
+            assert await asyncio.to_thread(brought.wait, 30)
+            if ranks == 1:
+                monkeypatch.setattr(core, "_take", refuses)
+            else:
+                core._staging.found[3] = "f" * 16  # as if it had arrived damaged; the other rank is told
+            found = await asyncio.wait_for(served(engine, [request]), 30)
+            with pytest.raises(ValueError, match="hashes to f"):
+                await waits
+            assert found == first == await served(engine, [request]) and engine.info().weight_version == 0
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_update_of_weights_that_are_released_is_refused_and_taken_after_they_are_back(ranks: int):
+    requests, new = batch_of(2, 3, most_new=3), random_decoder(WIDE, 1)
+
+    async def main() -> None:
+        async with of_one(WIDE, tensor_parallel=ranks) as engine:
+            await engine.release_memory(["weights"])
+            manifest = make_manifest(new.hf_state(), version=1, contract_digest=engine.info().contract_digest)
+            with pytest.raises(ValueError, match="the memory of the weights is released; resume_memory first"):
+                await engine.update_weights(manifest, new.hf_state())
+            await engine.resume_memory(["weights"])
+            await engine.update_weights(manifest, new.hf_state())
+            assert len(await asyncio.wait_for(served(engine, requests), 30)) == 2 and engine.info().weight_version == 1
+
+    asyncio.run(main())
+
+
 def test_the_end_of_a_rank_ends_the_engine_and_no_process_stays():
     async def run() -> list[int]:
         engine = of_one(WIDE, tensor_parallel=2)
@@ -155,7 +222,7 @@ def test_ranks_that_computed_different_things_are_told_apart():
         whole = random_decoder(WIDE, 1)
         manifest = make_manifest(whole.hf_state(), version=1, contract_digest=core.decoder.contract.digest)
         with pytest.raises(RuntimeError, match="the ranks have computed different things"):
-            core.swap_whole(manifest, dict(whole.hf_state()))
+            core.finish_update(feed(manifest, whole.hf_state(), lambda call: call(core)))
     finally:
         asyncio.run(engine.close())
 
@@ -181,6 +248,6 @@ def test_every_call_of_a_core_is_told_to_the_other_ranks():
     """A new method that changes an engine's state must reach all ranks; one that only looks is named here."""
     public = {name for name in vars(EngineCore) if not name.startswith("_")}
     looks = {"has_work", "metrics", "draft_state", "makes_room", "num_generated", "weight_version"}
-    inner = {"swap_weights"}  # part of swap_whole
+    inner = {"swap_weights"}  # part of finish_update
     assert not LeadingCore.makes_room
     assert public - looks - inner == {name for name in vars(LeadingCore) if name in public}

@@ -270,6 +270,25 @@ def test_an_engine_that_is_divided_takes_whole_updates_from_a_disk_and_no_deltas
     assert taken == [1]
 
 
+def test_an_error_of_weights_that_are_shown_is_not_taken_for_weights_that_are_divided(monkeypatch, tmp_path):
+    def fails(manifest: WeightManifest) -> str:
+        raise ValueError("no digest")
+
+    class Shows:
+        device = torch.device("cpu")
+
+        def info(self) -> Any:
+            return SimpleNamespace(weight_version=0)
+
+        def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+            yield "a", torch.zeros(1)
+
+    monkeypatch.setattr("miles_rollout.weights.receiver.weights_digest", fails)
+    manifest = make_manifest(Shows().weights(), version=1, contract_digest="d")
+    with pytest.raises(ValueError, match="no digest"):
+        WeightReceiver(Shows())._from_disk(manifest, DiskOffer(directory=str(tmp_path), version=1))  # type: ignore[arg-type]
+
+
 def flipped(pairs: Pairs) -> Pairs:
     spoiled = [(name, tensor.clone()) for name, tensor in pairs]
     spoiled[-1][1].view(torch.int32).flatten()[3] ^= 1
@@ -328,6 +347,44 @@ def test_a_rank_that_got_other_bytes_refuses_for_all():
     cores = divided(WIDE, work)
     assert all(holds(core, WIDE, 0) for core in cores)
     assert f"{manifest.tensors[5].name} hashes to {'f' * 16} on rank 1" in cores[1].refused[0]
+
+
+def test_a_rank_without_memory_to_hash_refuses_for_all_and_lives(monkeypatch):
+    pairs, manifest = new_weights(WIDE)
+    hashes, leads = staging.tensor_hashes, threading.current_thread
+
+    def work(cores: list[Core]) -> None:
+        leader = leads()
+
+        def full(tensors: Any) -> list[str]:
+            if leads() is not leader:
+                raise torch.OutOfMemoryError("no memory")
+            return hashes(tensors)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(staging, "tensor_hashes", full)
+            stated = feed(manifest, pairs, lambda run: run(cores[0]))
+            with pytest.raises(ValueError, match=r"ranks \[1\] had no memory to hash what arrived; lower engine.kv_memory_bytes"):
+                cores[0].finish_update(stated)
+        assert holds(cores[0], WIDE, 0)
+        cores[0].finish_update(feed(manifest, pairs, lambda run: run(cores[0])))
+
+    cores = divided(WIDE, work)
+    assert all(holds(core, WIDE, 1) for core in cores)
+    assert len(cores[1].refused) == 1 and "ranks [1] had no memory" in cores[1].refused[0]
+
+
+def test_memory_is_let_go_whoever_holds_the_staging():
+    _, manifest = new_weights(WIDE)
+
+    def work(cores: list[Core]) -> None:
+        staged = cores[0].begin_update(manifest)
+        room, flat = weakref.ref(staged.room.untyped_storage()), weakref.ref(staged._flat.untyped_storage())
+        assert room() is not None and flat() is not None
+        staged.forget()
+        assert staged.room.nbytes == staged._flat.nbytes == 0
+
+    divided(WIDE, work)
 
 
 def test_ranks_that_computed_different_things_take_no_weights():
@@ -407,23 +464,57 @@ def test_a_rank_takes_room_for_its_part_and_a_bucket(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [LARGE_BYTES, LARGE_BYTES - 1])
-def test_a_large_part_goes_back_to_the_gpu_once_nobody_holds_it(monkeypatch, size: int):
+def test_a_large_part_goes_back_to_the_gpu_however_the_update_ends(monkeypatch, size: int):
     class Part:
         manifest = SimpleNamespace(version=3)
         part_bytes = size
 
         def verify(self, stated: Any, state: Any) -> None:
-            assert stated == ("a",)
+            calls.append("verify")
+            if stated != ("a",):
+                raise ValueError("other hashes")
 
+        def forget(self) -> None:
+            calls.append("forget")
+
+    calls: list[str] = []
     core = RankCore.__new__(RankCore)
-    core._staging = Part()  # type: ignore[assignment]
-    held, seen = weakref.ref(core._staging), []
-    monkeypatch.setattr(EngineCore, "settle", lambda self: [])
-    monkeypatch.setattr(EngineCore, "swap_weights", lambda self, staged, version: [])
-    monkeypatch.setattr(EngineCore, "_give_back", lambda self: seen.append(held()))
+    core.released = set()
+    monkeypatch.setattr(EngineCore, "_land", lambda self: calls.append("land"))
+    monkeypatch.setattr(EngineCore, "settle", lambda self: calls.append("settle") or [])
+    monkeypatch.setattr(EngineCore, "swap_weights", lambda self, staged, version: calls.append("swap") or [])
+    monkeypatch.setattr(EngineCore, "_give_back", lambda self: calls.append("give back"))
     monkeypatch.setattr(RankCore, "state", lambda self: (0, 0, 0))
-    assert core.finish_update(("a",)) == []
-    assert seen == ([None] if size == LARGE_BYTES else [])
+    end = ["forget", "give back"] if size == LARGE_BYTES else ["forget"]
+    core._staging = Part()  # type: ignore[assignment]
+    assert core.finish_update(("a",)) == [] and calls == ["land", "verify", "settle", "swap", *end]
+    calls.clear()
+    core._staging = Part()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="other hashes"):
+        core.finish_update(("b",))
+    assert calls == ["land", "verify", *end], "what is ready stays for the next call"
+    calls.clear()
+    core._staging = Part()  # type: ignore[assignment]
+    core.drop_update()
+    core.drop_update()
+    assert calls == end
+
+
+@pytest.mark.parametrize("is_cuda", [True, False])
+def test_released_weights_take_the_tables_of_checksums_along(monkeypatch, is_cuda: bool):
+    calls: list[str] = []
+    core: Any = EngineCore.__new__(EngineCore)
+    core.released, core._flights = set(), []
+    core._scheduler = SimpleNamespace(num_running=0)
+    core._runner = SimpleNamespace(graphs=None)
+    core._decoder = SimpleNamespace(
+        embed_tokens=SimpleNamespace(is_cuda=is_cuda), thaw_quantized=lambda: None, parameters=lambda: iter(())
+    )
+    monkeypatch.setattr("miles_rollout.engines.embedded.core.forget_tables", lambda: calls.append("tables"))
+    monkeypatch.setattr(EngineCore, "_give_back", lambda self: calls.append("give back"))
+    core.release(["cuda_graph"])
+    core.release(["weights"])
+    assert calls == ["give back", *(["tables"] if is_cuda else []), "give back"]
 
 
 def test_stored_weights_are_read_one_by_one_and_what_does_not_fit_is_named(tmp_path):

@@ -128,7 +128,7 @@ def test_a_gpu_is_taken_when_asked_for_and_its_memory_is_shared_out(
         launch._left_on_gpu(_Gpu, "cuda", str(tmp_path), "float32")
 
 
-def test_of_a_divided_model_every_gpu_holds_its_part(tmp_path: Path) -> None:
+def test_of_a_divided_model_every_gpu_holds_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """32 billion weights, which this GPU of 40 GiB does not hold once, over 8 of them."""
     from miles_kernels.nn.config import DecoderConfig
 
@@ -143,7 +143,21 @@ def test_of_a_divided_model_every_gpu_holds_its_part(tmp_path: Path) -> None:
         launch._left_on_gpu(_Gpu, "cuda", str(tmp_path), "bfloat16")
     table, layer = 151936 * 5120, 5120 * (2 * 64 + 2 * 8) * 128 + 3 * 5120 * 25600
     part = 2 * (2 * table + 64 * (layer // 8 + 2 * 5120 + 2 * 128) + 5120)
-    assert launch._left_on_gpu(_Gpu, "cuda", str(tmp_path), "bfloat16", 8) == int(0.85 * ((40 << 30) - 2 * part - 2 * table))
+    asked: list[int] = []
+    monkeypatch.setattr(launch, "_free_on_gpus", lambda torch, place, ranks: asked.append(ranks) or (40 << 30))
+    left = (40 << 30) - 2 * part - 2 * table - launch.NCCL_BYTES
+    assert launch._left_on_gpu(_Gpu, "cuda", str(tmp_path), "bfloat16", 8) == int(0.85 * left) and asked == [8]
+
+
+def test_the_fullest_gpu_of_all_ranks_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked by a process that ends: here torch of another making answers it."""
+    (tmp_path / "torch.py").write_text("class cuda:\n    mem_get_info = staticmethod(lambda i: ([70, 20, 60, 5][i], 80))\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(_Gpu.cuda, "device_count", lambda: 4)
+    assert launch._free_on_gpus(_Gpu, "cuda", 2) == 20 and launch._free_on_gpus(_Gpu, "cuda", 4) == 5
+    monkeypatch.setattr(_Gpu.cuda, "device_count", lambda: 5)
+    with pytest.raises(ValueError, match=r"5 GPUs do not tell .*: IndexError: .*--kv-memory-mib"):
+        launch._free_on_gpus(_Gpu, "cuda", 8)
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from miles_rollout.engine import EngineRefusal
 from miles_rollout.extras import require
 from miles_rollout.waits import expired, gather_all
 from miles_rollout.wire import GenerateRequest, SamplingParams
@@ -17,6 +20,7 @@ from miles_rollout.wire import GenerateRequest, SamplingParams
 if TYPE_CHECKING:
     from miles_rollout.engine import Engine
     from miles_rollout.engines.embedded.config import EmbeddedConfig
+    from miles_rollout.engines.embedded.engine import EmbeddedEngine
     from miles_rollout.engines.sglang.config import SglangConfig
     from miles_rollout.server.service import WeightLoader
     from miles_rollout.text import Tokenizer
@@ -25,8 +29,13 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("miles_rollout.launch")
 FILL = 0.85
 """Share of a GPU's free memory, less the weights and one update of them, that keys and values take when nobody says."""
+NCCL_BYTES = 1400 << 20
+"""What NCCL's communicator takes on every GPU that holds a part of a model."""
+ASK_S = 180.0
+"""Longest wait for several GPUs to tell how much of them is free."""
+_ASKS = "import sys, torch; print(min(torch.cuda.mem_get_info(i)[0] for i in range(int(sys.argv[1]))))"
 WARM_S = 600.0
-"""Longest wait for the first requests of a start."""
+"""Longest wait for all the first requests of a start."""
 _WARM: tuple[tuple[tuple[int, ...], int], ...] = (((1,), 1), (tuple(range(9, 17)), 32), ((700,), 4))
 """Rounds of requests that a start makes: lengths of the prompts, new tokens."""
 
@@ -68,28 +77,44 @@ def load_embedded(
     return engine, engine.tokenizer, disk_loader(dtype)
 
 
-async def warm_up(engine: Engine) -> None:
-    """Serve a few requests of usual shapes, and forget them.
+async def warm_up(engine: EmbeddedEngine) -> None:
+    """Serve a few requests of usual shapes, and forget them; shorter and fewer ones where the cache is small.
 
     Kernels are compiled at their first use, which can take a minute on a machine that has never run them, and an engine that
-    compiles looks like one that hangs.
+    compiles looks like one that hangs. What the engine refuses is left out.
 
-    Raises WaitExpired after `WARM_S` seconds.
+    Raises WaitExpired when all of it takes longer than `WARM_S` seconds.
     """
-    info, began = engine.info(), time.monotonic()
-    for number, (lengths, new) in enumerate(_WARM):
-        requests: list[GenerateRequest] = []
-        for length in (min(each, info.max_context - 1) for each in lengths):
-            sampling = SamplingParams(max_new_tokens=min(new, info.max_context - length), ignore_eos=True, seed=0)
-            ids = tuple(token % info.vocab_size for token in range(length))
-            requests.append(GenerateRequest(request_id=f"warm-{number}-{len(requests)}", input_ids=ids, sampling=sampling))
-        try:
-            async with asyncio.timeout(WARM_S):
-                await gather_all(engine.generate(request) for request in requests)
-        except TimeoutError:
-            raise expired("the engine to serve its first requests", WARM_S) from None
-    await engine.flush_cache()  # type: ignore[attr-defined]
+    began = time.monotonic()
+    try:
+        async with asyncio.timeout(WARM_S):
+            for number in range(len(_WARM)):
+                try:
+                    await gather_all(engine.generate(request) for request in _first_requests(engine, number))
+                except EngineRefusal as refusal:
+                    LOG.warning("a start leaves out its requests of round %d: %s", number, refusal)
+            await engine.flush_cache()
+    except TimeoutError:
+        raise expired("the engine to serve its first requests", WARM_S) from None
     LOG.info("warm after %.1f s", time.monotonic() - began)
+
+
+def _first_requests(engine: EmbeddedEngine, number: int) -> list[GenerateRequest]:
+    """A round of `_WARM`, of which all rows fit the cache at once."""
+    info, (pages, page_size), (lengths, new) = engine.info(), engine.cache_pages, _WARM[number]
+    lengths = lengths[:pages]
+    most = min(info.max_context, pages // len(lengths) * page_size)
+    requests: list[GenerateRequest] = []
+    for length in (min(each, most - 1) for each in lengths):
+        sampling = SamplingParams(
+            max_new_tokens=min(new, most - length),
+            ignore_eos=True,
+            seed=0,
+            temperature=0.0 if engine.config.verification == "greedy" else 1.0,
+        )
+        ids = tuple(token % info.vocab_size for token in range(length))
+        requests.append(GenerateRequest(request_id=f"warm-{number}-{len(requests)}", input_ids=ids, sampling=sampling))
+    return requests
 
 
 def _device(torch: Any, name: str) -> Any:
@@ -107,7 +132,7 @@ def _device(torch: Any, name: str) -> Any:
 def _left_on_gpu(torch: Any, place: Any, model: str, dtype: str, ranks: int = 1) -> int:
     """Bytes that keys and values may take. Raises ValueError when the weights, twice for updates, leave nothing.
 
-    Where the model is divided they are a rank's part, and a bucket of an update is on its way.
+    Where the model is divided they are a rank's part, a bucket of an update is on its way, and the fullest GPU counts.
     """
     if ranks == 1:
         stored = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
@@ -115,7 +140,8 @@ def _left_on_gpu(torch: Any, place: Any, model: str, dtype: str, ranks: int = 1)
     else:
         room = require("miles_rollout.engines.embedded.room", extra="embedded", purpose="the embedded engine")
         weights, bucket = room.part_bytes(model, dtype, ranks)
-    free = torch.cuda.mem_get_info(place)[0]
+        bucket += NCCL_BYTES
+    free = _free_on_gpus(torch, place, ranks)
     left = int(FILL * (free - 2 * weights - bucket))
     if left < 1:
         raise ValueError(
@@ -123,6 +149,21 @@ def _left_on_gpu(torch: Any, place: Any, model: str, dtype: str, ranks: int = 1)
             "say how much keys and values may take with --kv-memory-mib"
         )
     return left
+
+
+def _free_on_gpus(torch: Any, place: Any, ranks: int) -> int:
+    """Bytes free on the fullest GPU of the ranks. Another process asks several: whoever asks a GPU keeps memory on it."""
+    if ranks == 1:
+        return int(torch.cuda.mem_get_info(place)[0])
+    count = str(min(ranks, torch.cuda.device_count()))
+    try:
+        done = subprocess.run([sys.executable, "-c", _ASKS, count], capture_output=True, text=True, timeout=ASK_S)
+    except subprocess.TimeoutExpired:
+        raise expired(f"{count} GPUs to tell how much of them is free", ASK_S) from None
+    if done.returncode:
+        why = done.stderr.strip().rpartition("\n")[2]
+        raise ValueError(f"{count} GPUs do not tell how much of them is free: {why}; say what to take with --kv-memory-mib")
+    return int(done.stdout.split()[-1])
 
 
 def disk_loader(dtype: str) -> WeightLoader:

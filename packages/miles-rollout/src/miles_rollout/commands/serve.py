@@ -153,7 +153,7 @@ async def _serve(model: str, settings: Any, server: Any, sock: Any, engine: str,
     if engine == "embedded":
         serving, tokenizer, load_weights = load_embedded(model, settings, **options)
         if serving.device.type == "cuda":  # type: ignore[attr-defined]
-            await warm_up(serving)
+            await warm_up(serving)  # type: ignore[arg-type]
     else:
         serving, tokenizer = await load_sglang(model, settings)
         load_weights = None

@@ -108,6 +108,7 @@ class WeightReceiver:
         if isinstance(self._engine, HoldsWeights):
             with contextlib.suppress(ValueError):  # one that is divided over processes shows nothing, and takes whole updates
                 held = dict(self._engine.weights())
+            if held is not None:
                 digest = weights_digest(make_manifest(held.items(), version=info.weight_version, contract_digest=""))
         stored, stream = WeightStore(offer.directory).load(offer.version, info.weight_version, held, digest)
         if stored != manifest:

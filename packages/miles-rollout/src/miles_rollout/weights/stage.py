@@ -108,7 +108,7 @@ def check_manifest(
         ("unexpected", sorted(set(names) - held.keys())),
     ):
         if group:
-            wrong.append(f"tensors {label}: {_some(group)}")
+            wrong.append(f"tensors {label}: {some_names(group)}")
     for spec in manifest.tensors:
         if spec.name in held and (tuple(spec.shape), spec.dtype) != held[spec.name]:
             shape, dtype = held[spec.name]
@@ -262,7 +262,7 @@ def _stage_tensors(manifest: WeightManifest, tensors: Iterable[tuple[str, Tensor
                 _verify(name, each, specs[name].hash)
     missing = sorted(specs.keys() - found.keys())
     if missing:
-        raise ValueError(f"weight update: {len(missing)} tensors did not arrive: {_some(missing)}")
+        raise ValueError(f"weight update: {len(missing)} tensors did not arrive: {some_names(missing)}")
     if not at_once:
         _verify_all(manifest.tensors, as_numbers([found[name] for name in specs]), _stated(manifest, tensors))
 
@@ -290,5 +290,6 @@ def swap(held: Iterable[tuple[str, Tensor]], staged: Staged) -> None:
             torch._foreach_copy_(ordered, list(staged.values()))
 
 
-def _some(names: list[str]) -> str:
+def some_names(names: list[str]) -> str:
+    """The first of them, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

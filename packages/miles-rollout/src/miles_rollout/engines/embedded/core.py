@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miles_kernels.checksum import forget_tables
 from miles_kernels.nn.decoder import Decoder
 from miles_rollout.engine import MEMORY_TAGS
 from miles_rollout.engines.embedded.config import DRAFT_PREFIX, EmbeddedConfig
@@ -37,7 +38,6 @@ from miles_rollout.engines.embedded.tables import Tables
 from miles_rollout.engines.embedded.verification import Verifier
 from miles_rollout.engines.embedded.weights import Staged, swap
 from miles_rollout.text import Tokenizer
-from miles_rollout.wire import WeightManifest
 from miles_spec.draft import Draft
 from miles_spec.models.base import DraftModel
 from miles_spec.verifiers import Verifier as Rule
@@ -235,7 +235,10 @@ class EngineCore:
 
         Running requests go on under the new weights: they are retracted, so that their keys and values are computed
         again; their tokens stay, and their weight spans tell which version sampled what.
+
+        Raises ValueError while "weights" are released: there is nothing to copy into.
         """
+        self._require_weights()
         ready = self.retract_all()
         self._take(staged)
         if self.speculator is not None:
@@ -248,15 +251,15 @@ class EngineCore:
             seq.start_version(version)
         return ready
 
-    def swap_whole(self, manifest: WeightManifest, staged: Staged) -> list[Delivery]:
-        """`swap_weights` with the whole model's tensors, of which this core may hold a part only."""
-        return self.swap_weights(staged, manifest.version)
-
     def interrupt(self) -> None:
         """From any thread: end what a step may be waiting for outside this process. Nothing, here."""
 
     def close(self) -> None:
         """End what belongs to this core outside this process: nothing, here."""
+
+    def _require_weights(self) -> None:
+        if "weights" in self.released:
+            raise ValueError("weight update: the memory of the weights is released; resume_memory first, then send it again")
 
     def _take(self, staged: Staged) -> None:
         with_draft = any(name.startswith(DRAFT_PREFIX) for name in staged)
@@ -289,6 +292,8 @@ class EngineCore:
             self._decoder.thaw_quantized()
             for parameter in self._decoder.parameters():
                 parameter.untyped_storage().resize_(0)
+            if self._decoder.embed_tokens.is_cuda:
+                forget_tables()  # of updates: they would keep memory from the driver
         if self._runner.graphs is not None:
             self._runner.graphs.forget()  # they hold addresses of all of it
         self._give_back()

@@ -256,6 +256,11 @@ class EmbeddedEngine:
             eos_token_ids=tuple(sorted(self._eos)),
         )
 
+    @property
+    def cache_pages(self) -> tuple[int, int]:
+        """How many pages of keys and values there are, and the tokens of one."""
+        return self._limits.num_pages, self._limits.page_size
+
     def metrics(self) -> dict[str, float]:
         """Counters and gauges since start; after `close`, the last ones."""
         core = self._core
@@ -383,6 +388,7 @@ class EmbeddedEngine:
             bring = self._staged(manifest, tensors) if self.config.tensor_parallel == 1 else self._fed(manifest, tensors)
 
             def swap(core: EngineCore) -> None:
+                self._dispatch(core.settle())  # first: a refusal below must not take finished requests with it
                 self._dispatch(bring(core))
                 self._version = manifest.version
 
@@ -391,7 +397,7 @@ class EmbeddedEngine:
     def _staged(self, manifest: WeightManifest, tensors: Any) -> Callable[[Any], list[Delivery]]:
         """Stage the whole model here; what swaps it in."""
         staged = stage(manifest, tensors, self.device)
-        return lambda core: core.swap_whole(manifest, staged)
+        return lambda core: core.swap_weights(staged, manifest.version)
 
     def _fed(self, manifest: WeightManifest, tensors: Any) -> Callable[[Any], list[Delivery]]:
         """Have every rank stage its part, a bucket at a time, between steps; what swaps it in."""

@@ -15,7 +15,7 @@ from miles_kernels.checksum import as_hex, dtype_name
 from miles_kernels.mover import Mover
 from miles_rollout.engines.embedded.staging import Staging, wrong_hashes
 from miles_rollout.weights.offer import layout, size_bytes
-from miles_rollout.weights.stage import Sealed, SpanSource, WindowSource
+from miles_rollout.weights.stage import Sealed, SpanSource, WindowSource, some_names
 from miles_rollout.wire import WeightManifest
 
 Result = TypeVar("Result")
@@ -28,14 +28,6 @@ class PieceSource(Protocol):
     def pieces(self) -> Iterator[tuple[int, Tensor]]:
         """As `WindowSource.windows`."""
         ...
-
-
-class Rank(Protocol):
-    """The leader's core, as far as an update concerns it."""
-
-    def begin_update(self, manifest: WeightManifest) -> Staging: ...
-    def take_bucket(self, numbers: tuple[int, ...]) -> None: ...
-    def drop_update(self) -> None: ...
 
 
 def feed(
@@ -61,7 +53,7 @@ def feed(
                 _require(manifest, numbers, staging.found, stated)
         missing = sorted(spec.name for spec, found in zip(specs, staging.found, strict=True) if not found)
         if missing:
-            raise ValueError(f"weight update: {len(missing)} tensors did not arrive: {_some(missing)}")
+            raise ValueError(f"weight update: {len(missing)} tensors did not arrive: {some_names(missing)}")
         if seals_itself:
             stated = tuple(staging.found)
         elif stated is None:
@@ -170,7 +162,3 @@ def _require(manifest: WeightManifest, numbers: Iterable[int], found: list[str],
     wrong = wrong_hashes(manifest, numbers, found, stated)
     if wrong:
         raise ValueError(f"weight update: {'; '.join(wrong[:3])}; the transfer is damaged, send it again")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

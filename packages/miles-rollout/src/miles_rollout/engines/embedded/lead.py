@@ -33,8 +33,8 @@ from miles_rollout.weights.stage import outline
 from miles_rollout.wire import GenerateResult, WeightManifest
 
 LARGE_BYTES = 1 << 30
-"""Staged parts of this size go back to the GPU after the swap: a trainer's process beside this one needs the room, and asking for
-it again costs little beside the copy."""
+"""Staged parts of this size go back to the GPU after an update: a trainer's process beside this one needs the room, and asking
+for it again costs little beside the copy."""
 
 
 class RankCore(EngineCore):
@@ -67,7 +67,8 @@ class RankCore(EngineCore):
         return self.note(super().step())
 
     def begin_update(self, manifest: WeightManifest) -> Staging:
-        """Make room for new weights. Raises MemoryError, on all ranks, when one has none."""
+        """Make room for new weights. Raises on all ranks: MemoryError without room, ValueError while weights are released."""
+        self._require_weights()
         group, rank = self.joined
         self._staging = None  # of an update that was given up
         self._staging = Staging(manifest, self._decoder, group, rank)
@@ -80,20 +81,33 @@ class RankCore(EngineCore):
 
     def drop_update(self) -> None:
         """Forget what was staged; the old weights stay."""
-        self._staging = None
+        staging, self._staging = self._staging, None
+        if staging is not None:
+            self._let_go(staging)
 
     def finish_update(self, stated: tuple[str, ...]) -> list[Delivery]:
-        """Compare what all ranks found, and swap. Returns as `swap_weights`. Raises as `Staging.verify`: the old weights stay."""
+        """Compare what all ranks found, and swap. Returns as `swap_weights`.
+
+        Raises as `Staging.verify` and `swap_weights`: the old weights stay, and what became ready is for the next call to take.
+        """
         staging, self._staging = self._staging, None
         assert staging is not None
+        try:
+            self._require_weights()
+            self._land()
+            staging.verify(stated, self.state())
+        except ValueError:
+            self._let_go(staging)
+            raise
         ready = self.note(super().settle())
-        staging.verify(stated, self.state())
         ready += self.swap_weights(staging, staging.manifest.version)  # type: ignore[arg-type]
-        is_large = staging.part_bytes >= LARGE_BYTES
-        del staging
-        if is_large:
-            self._give_back()
+        self._let_go(staging)
         return ready
+
+    def _let_go(self, staging: Staging) -> None:
+        staging.forget()
+        if staging.part_bytes >= LARGE_BYTES:
+            self._give_back()
 
     def _take(self, staged: Any) -> None:
         staged.put(self._decoder)
@@ -169,12 +183,6 @@ class LeadingCore(RankCore):
         """See `RankCore.finish_update`."""
         with self._told(Swap(stated)):
             return super().finish_update(stated)
-
-    def swap_whole(self, manifest: WeightManifest, staged: Any) -> list[Delivery]:
-        """`swap_weights` on all ranks, from the whole model by name; without hashes in the manifest what is there is meant."""
-        known = all(spec.hash for spec in manifest.tensors)
-        stated = feed(manifest, staged.items(), lambda call: call(self), seals_itself=not known)
-        return self.finish_update(stated)
 
     def interrupt(self) -> None:
         """End the other ranks at once; a step of this one that waits for them fails."""

@@ -64,7 +64,7 @@ class Peers:
             raise
 
     def wait_ready(self, deadline_s: float) -> None:
-        """Until every rank has built its part. Raises EngineFailure naming the one that has not."""
+        """Until every rank is ready to be met. Raises EngineFailure naming the one that is not."""
         for number, ready in enumerate(self._ready):
             if not ready.wait(deadline_s):
                 raise EngineFailure(f"rank {number + 1} is not ready after {deadline_s:.0f} s")
@@ -84,7 +84,7 @@ class Peers:
             try:
                 _send(process, content, TELL_S)
             except (OSError, ValueError) as error:
-                raise EngineFailure(self.failure or f"rank {number + 1} takes no more messages: {error}") from error
+                raise EngineFailure(self.why() or f"rank {number + 1} takes no more messages: {error}") from error
 
     def check(self) -> None:
         """Raise EngineFailure when a rank has ended."""
@@ -92,7 +92,7 @@ class Peers:
             raise EngineFailure(self.failure)
 
     def why(self) -> str | None:
-        """After a sum has failed: which rank has ended, None when none has. A rank that is just ending is waited for."""
+        """After a failed sum or message: which rank has ended, None when none has. A rank that is just ending is waited for."""
         began = time.monotonic()
         while self.failure is None and not self._closing and time.monotonic() - began < END_S:
             if time.monotonic() - began > _ENDING_S and all(process.poll() is None for process in self._processes):
@@ -114,16 +114,16 @@ class Peers:
         What did not end in time is named in the log.
         """
         self._closing = True
+        until = time.monotonic() + END_S
         content = ranks.framed(msgspec.msgpack.encode(Bye()))
         for process in self._processes:
             assert process.stdin is not None
             with contextlib.suppress(OSError, ValueError):
                 if process.poll() is None:
-                    _send(process, content, END_S)
+                    _send(process, content, max(0.0, until - time.monotonic()))
             with contextlib.suppress(OSError):
                 process.stdin.close()
-        for number, process in enumerate(self._processes):
-            _end(process, f"rank {number + 1} of the tensor-parallel engine")
+        _end(self._processes, until)
         try:
             let_go()
         except RuntimeError as error:  # of a device that has failed; the group ends in any case
@@ -160,7 +160,10 @@ class Peers:
             raise expired(f"rank {start.rank} to be started", START_S)
         if failed:
             raise failed[0]
-        _send(self._processes[number], ranks.framed(msgspec.msgpack.encode(start)), TELL_S)
+        try:
+            _send(self._processes[number], ranks.framed(msgspec.msgpack.encode(start)), TELL_S)
+        except OSError as error:
+            raise EngineFailure(self.why() or f"rank {start.rank} does not take what it starts with: {error}") from error
 
     def _listen(self, number: int, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
@@ -208,13 +211,33 @@ def _send(process: subprocess.Popen[bytes], content: bytes, deadline_s: float) -
                 raise OSError(f"it has not read for {deadline_s:g} s") from None
 
 
-def _end(process: subprocess.Popen[bytes], name: str) -> None:
-    """Wait for a process that was told to end; kill it, with its stacks in the log, when it does not."""
-    try:
-        process.wait(END_S)
-    except subprocess.TimeoutExpired:
-        logger.error("%s has not ended within %g s and is killed; its stacks are on standard error", name, END_S)
-        process.send_signal(signal.SIGUSR1)  # faulthandler
-        time.sleep(_STACKS_S)
-        process.kill()
-        process.wait()
+def _end(processes: list[subprocess.Popen[bytes]], until: float) -> None:
+    """Wait for processes that were told to end; kill those that have not until then, with their stacks in the log."""
+    late = _waited(processes, until)
+    if not late:
+        return
+    names = ", ".join(f"rank {number + 1}" for number in late)
+    logger.error(
+        "%s of the tensor-parallel engine: not ended within %g s, and killed; the stacks are on standard error", names, END_S
+    )
+    for number in late:
+        processes[number].send_signal(signal.SIGUSR1)  # faulthandler
+    time.sleep(_STACKS_S)
+    for number in late:
+        processes[number].kill()
+    until = time.monotonic() + END_S
+    left = [number for number in late if _waited([processes[number]], until)]
+    if left:
+        names = ", ".join(f"rank {number + 1} (process {processes[number].pid})" for number in left)
+        logger.error("%s of the tensor-parallel engine: still there %g s after SIGKILL; going on without that", names, END_S)
+
+
+def _waited(processes: list[subprocess.Popen[bytes]], until: float) -> list[int]:
+    """The numbers of those that have not ended by a time."""
+    late = []
+    for number, process in enumerate(processes):
+        try:
+            process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            late.append(number)
+    return late

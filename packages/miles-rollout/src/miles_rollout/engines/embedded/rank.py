@@ -99,7 +99,7 @@ def _obey(core: Any, message: Any) -> None:
     if isinstance(message, ranks.Add):
         core.add(Job(message.request, message.arrival, frozenset(message.eos), message.stream))
     elif isinstance(message, ranks.Begin):
-        with contextlib.suppress(MemoryError):  # refused on every rank alike; the leader says so
+        with contextlib.suppress(MemoryError, ValueError):  # refused on every rank alike; the leader says so
             core.begin_update(message.manifest)
     elif isinstance(message, ranks.Bucket):
         core.take_bucket(message.numbers)

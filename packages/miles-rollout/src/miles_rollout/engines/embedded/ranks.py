@@ -18,7 +18,7 @@ from miles_rollout.engines.embedded.config import EmbeddedConfig
 from miles_rollout.wire import GenerateRequest, WeightManifest
 
 READY = b""
-"""What a rank writes when it has built its part."""
+"""What a rank writes when it can compute as the first one does, and goes to meet the others."""
 _LENGTH = struct.Struct("<Q")
 
 

@@ -43,7 +43,8 @@ class Staging:
         self.sizes = [_room(spec) for spec in manifest.tensors]
         """What each tensor takes of the room."""
         self.found: list[str] = [""] * len(manifest.tensors)
-        """The hash of every tensor that has come, as it arrived here."""
+        """The hash of every tensor that has come, as it arrived here; "" of one that a further rank had no memory to hash."""
+        self._had_room = True
         self._places: dict[str, tuple[int, torch.Size, torch.dtype]] = {}
         at = 0
         for spec in manifest.tensors:
@@ -74,8 +75,19 @@ class Staging:
             part = self._part(name, view)
             if part is not None:
                 self[name].copy_(part)
-        for number, found in zip(numbers, tensor_hashes(views), strict=True):  # waits for the device
+        try:
+            hashes = tensor_hashes(views)  # waits for the device
+        except (torch.OutOfMemoryError, MemoryError):
+            if self.rank == 0:  # the leader says so at once; of another one `verify` does, on all alike
+                raise
+            self._had_room = False
+            return
+        for number, found in zip(numbers, hashes, strict=True):
             self.found[number] = found
+
+    def forget(self) -> None:
+        """Let go of the memory, whoever still holds this."""
+        self.room = self._flat = torch.empty(0, dtype=torch.uint8, device=self._device)
 
     def __getitem__(self, name: str) -> Tensor:
         """The staged part of a tensor."""
@@ -84,13 +96,18 @@ class Staging:
 
     def verify(self, stated: Sequence[str], state: Sequence[int]) -> None:
         """Compare all hashes on all ranks. Raises ValueError on every rank alike when one of them found another than is `stated`,
-        RuntimeError when the ranks' `state` (what they have computed until now) is not the same.
+        or had no memory to look, RuntimeError when the ranks' `state` (what they have computed until now) is not the same.
         """
         wrong = wrong_hashes(self.manifest, range(len(stated)), self.found, stated, f" on rank {self.rank}")
-        told = torch.tensor([len(wrong), *state], dtype=torch.int64, device=self._device)
+        told = torch.tensor([len(wrong), int(self._had_room), *state], dtype=torch.int64, device=self._device)
         answers = all_gather(told, self.group).tolist()
-        if any(answer[1:] != answers[0][1:] for answer in answers):
+        if any(answer[2:] != answers[0][2:] for answer in answers):
             raise RuntimeError(f"the ranks have computed different things: {answers}; tokens since the last weights are in doubt")
+        full = [rank for rank, answer in enumerate(answers) if not answer[1]]
+        if full:
+            raise ValueError(
+                f"weight update: ranks {full} had no memory to hash what arrived; lower engine.kv_memory_bytes and send it again"
+            )
         if any(answer[0] for answer in answers):
             where = f"ranks {[rank for rank, answer in enumerate(answers) if answer[0]]} found other hashes"
             raise ValueError(f"weight update: {'; '.join(wrong[:3]) or where}; the transfer is damaged, send it again")
