@@ -30,6 +30,7 @@ from miles_rollout.weights import stage as staging
 from miles_rollout.wire import EngineInfo, WeightManifest
 
 DIGEST = "mk1-bench0000000"
+SLOTS = "slots of 256 MiB"
 SHAPES = {
     "tiny": (64, 96, 2, 4, 2, 16, 500),
     "thin": (16, 16, 36, 1, 1, 16, 16),
@@ -312,14 +313,12 @@ def colocated(args: argparse.Namespace) -> None:
     total = sum(t.nbytes for t in trainer.given.values())
     print(f"colocated, Qwen3-{args.shape}: {len(trainer.given)} tensors, {total / 1e9:.3f} GB", flush=True)
     reference = kernels(trainer.given, device)
-    cases: dict[str, Any] = {"slots of 256 MiB": lambda: SlotsTransport(bucket_bytes=256 << 20, device=device)}
-    if args.device == "cuda":
-        cases = {"lent": LentTransport} | cases
-    for name, make in cases.items():
+    cases: dict[str, Any] = {SLOTS: lambda: SlotsTransport(bucket_bytes=256 << 20, device=device), "lent": LentTransport}
+    for name in variants_of(args):
         if args.only not in name:
             continue
         try:
-            asyncio.run(measure(args, name, make, trainer, total, reference, 0))
+            asyncio.run(measure(args, name, cases[name], trainer, total, reference, 0))
         except Exception as error:  # one variant must not end the others
             print(f"    FAILED: {type(error).__name__}: {error}", flush=True)
 
@@ -334,12 +333,12 @@ def broadcast(args: argparse.Namespace) -> None:
     print(f"broadcast, Qwen3-{args.shape}: {len(trainer.given)} tensors, {total / 1e9:.3f} GB", flush=True)
     reference = plain_broadcast(args, total)
     print(f"  {'NCCL' if args.device == 'cuda' else 'gloo'} broadcast of one tensor: {reference / 1e9:.1f} GB/s", flush=True)
-    for mib in (256, 64) if args.device == "cuda" else (4,):
-        if args.only not in f"buckets of {mib} MiB":
+    for name in variants_of(args):
+        if args.only not in name:
             continue
         try:
-            make = partial(BroadcastTransport, bucket_bytes=mib << 20, device=device)
-            asyncio.run(measure(args, f"buckets of {mib} MiB", make, trainer, total, reference, 1))
+            make = partial(BroadcastTransport, bucket_bytes=int(name.split()[2]) << 20, device=device)
+            asyncio.run(measure(args, name, make, trainer, total, reference, 1))
         except Exception as error:  # one variant must not end the others
             print(f"    FAILED: {type(error).__name__}: {error}", flush=True)
 
@@ -379,6 +378,14 @@ def plain_broadcast(args: argparse.Namespace, total: int) -> float:
     return min(float(process.communicate(timeout=90)[0].split()[-1]) for process in both)
 
 
+def variants_of(args: argparse.Namespace) -> tuple[str, ...]:
+    """What a command measures on a device, by name."""
+    if args.command == "colocated":
+        return ("lent", SLOTS) if args.device == "cuda" else (SLOTS,)
+    sizes = (256, 64) if args.device == "cuda" else (4,)
+    return tuple(f"buckets of {mib} MiB" for mib in sizes) if args.command == "broadcast" else ()
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -389,6 +396,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="variants whose name has this in it")
     parser.add_argument("--unchecked", action="store_true")
     args = parser.parse_args()
+    variants = variants_of(args)
+    if variants and not any(args.only in name for name in variants):
+        parser.error(f"--only: {args.command} on {args.device} has no variant {args.only!r}; there are {', '.join(variants)}")
     if args.device == "cuda" and args.command != "serve":
         print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}", flush=True)
     {"serve": serve, "colocated": colocated, "broadcast": broadcast}[args.command](args)

@@ -225,6 +225,8 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="the run left alone takes one process, as good as one trainer")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.runs < 1 or args.steps < 1:
+        parser.error("--runs, --steps: at least 1, or nothing is shown")
     if args.plain and args.trainers > 1:
         parser.error("--plain: two trainers add gradients in another order than one process does; use --trainers 1")
     folder = Path(tempfile.mkdtemp(prefix="miles-chaos-"))
