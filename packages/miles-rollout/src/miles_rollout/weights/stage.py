@@ -238,22 +238,26 @@ def stream_views(manifest: WeightManifest, where: Layout, stream: Tensor) -> dic
     return views
 
 
+def check_arrival(manifest: WeightManifest, spec: TensorSpec | None, name: str, tensor: Tensor, again: bool) -> None:
+    """Raise ValueError when a tensor that arrived by name is not in the manifest (no `spec`), came before, or does not fit it."""
+    if spec is None:
+        raise ValueError(f"weight update: tensor {name} is not in the manifest of version {manifest.version}")
+    if again:
+        raise ValueError(f"weight update: tensor {name} arrived twice")
+    if tuple(tensor.shape) != tuple(spec.shape) or dtype_name(tensor.dtype) != spec.dtype:
+        raise ValueError(
+            f"weight update: {name} arrived as {dtype_name(tensor.dtype)} {list(tensor.shape)}, "
+            f"the manifest says {spec.dtype} {list(spec.shape)}"
+        )
+
+
 def _stage_tensors(manifest: WeightManifest, tensors: Iterable[tuple[str, Tensor]], views: Staged) -> None:
     specs = {spec.name: spec for spec in manifest.tensors}
     at_once = all(spec.hash for spec in manifest.tensors)
     found: dict[str, str] = {}
     for group in grouped(tensors):
         for name, tensor in group:
-            spec = specs.get(name)
-            if spec is None:
-                raise ValueError(f"weight update: tensor {name} is not in the manifest of version {manifest.version}")
-            if name in found:
-                raise ValueError(f"weight update: tensor {name} arrived twice")
-            if tuple(tensor.shape) != tuple(spec.shape) or dtype_name(tensor.dtype) != spec.dtype:
-                raise ValueError(
-                    f"weight update: {name} arrived as {dtype_name(tensor.dtype)} {list(tensor.shape)}, "
-                    f"the manifest says {spec.dtype} {list(spec.shape)}"
-                )
+            check_arrival(manifest, specs.get(name), name, tensor, name in found)
             found[name] = ""
         hashes = copy_hashed([tensor for _, tensor in group], [views[name] for name, _ in group])
         for (name, _), each in zip(group, hashes, strict=True):

@@ -11,11 +11,11 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from miles_kernels.checksum import as_hex, dtype_name
+from miles_kernels.checksum import as_hex
 from miles_kernels.mover import Mover
 from miles_rollout.engines.embedded.staging import Staging, wrong_hashes
 from miles_rollout.weights.offer import layout, size_bytes
-from miles_rollout.weights.stage import Sealed, SpanSource, WindowSource, some_names
+from miles_rollout.weights.stage import Sealed, SpanSource, WindowSource, check_arrival, some_names
 from miles_rollout.wire import WeightManifest
 
 Result = TypeVar("Result")
@@ -81,22 +81,14 @@ def buckets(manifest: WeightManifest, source: Any, staging: Staging) -> Iterator
 
 def _from_tensors(manifest: WeightManifest, tensors: Iterable[tuple[str, Tensor]], staging: Staging) -> Iterator[tuple[int, ...]]:
     """Tensors that come one by one, in any order."""
-    number_of = {spec.name: number for number, spec in enumerate(manifest.tensors)}
+    specs = {spec.name: spec for spec in manifest.tensors}
+    number_of = {name: number for number, name in enumerate(specs)}
     seen: set[str] = set()
     bucket: list[int] = []
     held = 0
     for name, tensor in tensors:
-        number = number_of.get(name)
-        if number is None:
-            raise ValueError(f"weight update: tensor {name} is not in the manifest of version {manifest.version}")
-        if name in seen:
-            raise ValueError(f"weight update: tensor {name} arrived twice")
-        spec = manifest.tensors[number]
-        if tuple(tensor.shape) != tuple(spec.shape) or dtype_name(tensor.dtype) != spec.dtype:
-            raise ValueError(
-                f"weight update: {name} arrived as {dtype_name(tensor.dtype)} {list(tensor.shape)}, "
-                f"the manifest says {spec.dtype} {list(spec.shape)}"
-            )
+        check_arrival(manifest, specs.get(name), name, tensor, name in seen)
+        number = number_of[name]
         seen.add(name)
         if held + staging.sizes[number] > staging.room_bytes:
             yield tuple(bucket)
