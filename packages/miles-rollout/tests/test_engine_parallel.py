@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch.distributed as dist
 from engine_cases import SHAPE, batch_of
 
 from miles_kernels.nn.checkpoint import random_decoder
@@ -198,7 +199,13 @@ def test_an_update_of_weights_that_are_released_is_refused_and_taken_after_they_
     asyncio.run(main())
 
 
-def test_the_end_of_a_rank_ends_the_engine_and_no_process_stays():
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a trainer's group"])
+def test_the_end_of_a_rank_ends_the_engine_and_no_process_stays(beside: bool, request: pytest.FixtureRequest):
+    """With a default group in the process torch replaces the failed sum's error by one of its own."""
+    if beside and not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        request.addfinalizer(dist.destroy_process_group)
+
     async def run() -> list[int]:
         engine = of_one(WIDE, tensor_parallel=2)
         (process,) = engine._core.peers._processes  # type: ignore[union-attr]

@@ -215,8 +215,11 @@ class LeadingCore(RankCore):
         self._telling = True
         try:
             yield
-        except (RuntimeError, ValueError) as error:  # the latter of a group that is cut off since a rank ended
-            failure = self.peers.failure if isinstance(error, ValueError) else self.peers.why()
+        except (RuntimeError, ValueError) as error:
+            # of a sum that fails beside a default process group (a trainer's), torch asks for its backend, to log it; that of a
+            # group of our own is not in its list, and a ValueError is raised in the place of the RuntimeError
+            broken = isinstance(error, RuntimeError) or isinstance(error.__context__, RuntimeError)
+            failure = self.peers.why() if broken else self.peers.failure
             if failure is None:
                 raise
             raise EngineFailure(failure) from error

@@ -36,7 +36,8 @@ TELL_S = 60.0
 """Longest wait until a rank takes a message."""
 END_S = 10.0
 """Longest wait for a rank to end when told, and for the process group to be cut off."""
-_STACKS_S = _ENDING_S = 0.5
+_STACKS_S = 0.5
+_ENDING_S = 2.0
 
 
 class Peers:
