@@ -1,4 +1,4 @@
-"""The `miles-spec` command: simulate, train, inspect, export, verify-lossless."""
+"""The `miles-spec` command: simulate, bench, train, inspect, export, verify-lossless."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from miles_spec import __version__
+from miles_spec.bench import KINDS, BenchSettings, Cell, heading, line, write
 from miles_spec.draft import DRAFTS
 from miles_spec.metrics import AcceptStats
 from miles_spec.models import command as model_command
@@ -67,12 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lossless.add_argument(
         "--part", default="0/1", metavar="I/N", help="only the I-th of N shares of all combinations, for N commands side by side"
     )
+    _add_bench(commands)
     train_command.add_arguments(commands)
     model_command.add_arguments(commands)
     options = parser.parse_args(arguments)
     try:
         if options.command == "verify-lossless":
             return _lossless(options)
+        if options.command == "bench":
+            return _bench(options)
         if options.command == "train":
             return train_command.run(options)
         if options.command in ("inspect", "export"):
@@ -87,19 +92,72 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _lossless(options: argparse.Namespace) -> int:
+def _engine(command: str, module: str) -> Any:
     """The engine lies above this package, so it is looked up by name and only here."""
+    try:
+        return importlib.import_module(f"miles_rollout.engines.embedded.{module}")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f'{command} runs the embedded engine: pip install "miles-rollout[embedded]" ({error.name} is missing)'
+        ) from error
+
+
+def _add_bench(commands: Any) -> None:
+    known = BenchSettings()
+    bench = commands.add_parser(
+        "bench",
+        help="tokens per second without drafts, with every fixed length and with the controller's",
+        description="Decode the same requests in the embedded engine in every way, in turn, and print tokens per second over "
+        "plain decoding's. Exit code 1 when tokens differ. Needs miles-rollout[embedded].",
+    )
+    bench.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="a Hugging Face directory; left out: a random model")
+    bench.add_argument(
+        "--draft", default=known.draft, help=f"{', '.join(KINDS)} (the layers MODEL carries), or a draft's directory"
+    )
+    bench.add_argument("--device", choices=["cpu", "cuda"], default=known.device)
+    bench.add_argument("--rows", type=int, nargs="+", default=known.rows, help="sequences decoded at a time")
+    bench.add_argument("--temperatures", type=float, nargs="+", default=known.temperatures, metavar="T")
+    bench.add_argument("--num-draft", type=int, default=known.num_draft, help="longest draft")
+    bench.add_argument("--rounds", type=int, default=known.rounds, help="times every arm runs; the best counts")
+    bench.add_argument("--settle", type=int, default=known.settle, help="runs that the controller learns from beforehand")
+    bench.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="JSON lines of token ids, or a run's samples; else random ids"
+    )
+    bench.add_argument("--prompt-tokens", type=int, default=known.prompt_tokens, help="of random prompts")
+    bench.add_argument("--new-tokens", type=int, default=known.new_tokens, help="sampled tokens of each sequence")
+    bench.add_argument("--layers", type=int, default=known.layers, help="of the random model")
+    bench.add_argument("--hidden", type=int, default=known.hidden, help="of the random model")
+    bench.add_argument("--out", type=Path, metavar="DIR", help="write bench.md, bench.json, bench.svg and costs.jsonl there")
+
+
+def _bench(options: argparse.Namespace) -> int:
+    given: dict[str, Any] = {name: value for name, value in vars(options).items() if name != "command"}
+    given |= {"rows": tuple(options.rows), "temperatures": tuple(options.temperatures)}
+    settings = BenchSettings(**given)
+    settings.validate()
+    engine = _engine("bench", "speculate_bench")
+    machine, cells = engine.machine_of(settings), []
+    print(f"{machine}\n\n{heading(settings)}", flush=True)
+
+    def told(cell: Cell) -> None:
+        cells.append(cell)
+        print(line(cell), flush=True)
+        if settings.out is not None:
+            write(cells, settings, machine, settings.out)
+
+    engine.measure(settings, told)
+    different = sum(cell.num_different for cell in cells)
+    print(f"\n{'tokens identical in all arms' if not different else f'{different} arms gave other tokens than plain decoding'}")
+    return 1 if different else 0
+
+
+def _lossless(options: argparse.Namespace) -> int:
     if options.tokens < 1:
         raise ValueError(f"--tokens must be at least 1, not {options.tokens}")
     part = re.fullmatch(r"(\d+)/(\d+)", options.part)
     if part is None or not int(part[1]) < int(part[2]):
         raise ValueError(f"--part must be I/N with I < N, such as 0/4; got {options.part!r}")
-    try:
-        check = importlib.import_module("miles_rollout.engines.embedded.speculate_check")
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f'verify-lossless runs the embedded engine: pip install "miles-rollout[embedded]" ({error.name} is missing)'
-        ) from error
+    check = _engine("verify-lossless", "speculate_check")
     shares = (int(part[1]), int(part[2]))
     return int(check.main(options.tokens, options.seed, options.device, options.seconds, shares))
 

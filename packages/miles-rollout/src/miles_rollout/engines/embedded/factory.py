@@ -41,18 +41,32 @@ def load_engine(
     if not path.is_dir():
         raise ValueError(f"{path}: not a directory; the embedded engine loads a local model directory")
     contract = contract or Contract.for_device(device, dtype)
-    carried = policy_drafts(path, load_config(path))
-    beside = draft_tensors(carried) if carried is not None else lambda name: False
     if config is not None and config.tensor_parallel > 1:
         shell = shell_of(path, contract, dtype)
-        tokenizer, weights = tokenizer or load_tokenizer(path), stored_weights(path, shell, beside)
+        tokenizer, weights = tokenizer or load_tokenizer(path), stored_weights(path, shell, _drafts_in(path))
         return EmbeddedEngine(
             shell, tokenizer, config, model=str(path), weight_version=weight_version, device=device, weights=weights
         )
-    decoder = load_decoder(path, contract, DTYPES[dtype], device=device, beside=beside)
-    draft = _draft_model(path, config, decoder, carried is not None)
+    decoder = load_policy(path, contract, dtype, device)
+    draft = _draft_model(path, config, decoder)
     tokenizer = tokenizer or load_tokenizer(path)
     return EmbeddedEngine(decoder, tokenizer, config, model=str(path), weight_version=weight_version, draft=draft)
+
+
+def load_policy(path: Path, contract: Contract, dtype: str, device: str) -> Decoder:
+    """The decoder of a model directory, without the draft layers that it may carry."""
+    return load_decoder(path, contract, DTYPES[dtype], device=device, beside=_drafts_in(path))
+
+
+def load_draft_for(decoder: Decoder, folder: str | Path) -> DraftModel:
+    """The draft model of a directory, or the MTP layers that a policy's carries, beside a decoder whose tensors it shares.
+
+    Raises ValueError naming what in the directory is wrong, or that it holds no draft.
+    """
+    weight = decoder.embed_tokens
+    shared = {"embed_tokens": weight.detach(), "lm_head": decoder.head.detach()}
+    draft = load_draft(folder, decoder.config, decoder.contract, dtype=weight.dtype, device=weight.device, shared=shared)
+    return draft.requires_grad_(False)
 
 
 def shell_of(path: Path, contract: Contract | None, dtype: str) -> Decoder:
@@ -90,15 +104,19 @@ def stored_weights(
         raise ValueError(f"{path}: weights do not fit the {decoder.config.family} decoder: " + "; ".join(absent + wrong))
 
 
-def _draft_model(path: Path, config: EmbeddedConfig | None, decoder: Decoder, carried: bool) -> DraftModel | None:
+def _drafts_in(path: Path) -> Callable[[str], bool]:
+    """Whether a tensor of a policy's directory is of draft layers that it carries."""
+    carried = policy_drafts(path, load_config(path))
+    return draft_tensors(carried) if carried is not None else lambda name: False
+
+
+def _draft_model(path: Path, config: EmbeddedConfig | None, decoder: Decoder) -> DraftModel | None:
     """The draft with weights that the settings name. Layers that the policy's directory carries are left out when they do not."""
     if config is None or config.draft not in ("mtp", "eagle3"):
         return None
-    if config.draft_path is None and not carried:
+    if config.draft_path is None and policy_drafts(path, decoder.config) is None:
         raise ValueError(f"{path}: it carries no MTP layers (no num_nextn_predict_layers); name a directory with draft_path")
-    folder, weight = config.draft_path or path, decoder.embed_tokens
-    shared = {"embed_tokens": decoder.embed_tokens.detach(), "lm_head": decoder.head.detach()}
-    draft = load_draft(folder, decoder.config, decoder.contract, dtype=weight.dtype, device=weight.device, shared=shared)
+    draft = load_draft_for(decoder, config.draft_path or path)
     if draft.config.kind != config.draft:
-        raise ValueError(f"{folder}: a draft of kind {draft.config.kind!r}, but draft={config.draft!r}")
-    return draft.requires_grad_(False)
+        raise ValueError(f"{config.draft_path or path}: a draft of kind {draft.config.kind!r}, but draft={config.draft!r}")
+    return draft
