@@ -34,7 +34,7 @@ def test_a_random_model_with_every_length_and_the_controller(tmp_path: Path, cap
         assert 1 <= cell["accept_length"] <= 3 and cell["num_different"] == 0
     assert sorted(CostTable.read(out / "costs.jsonl").seconds) == [1, 2]
     texts = [each.text for each in ElementTree.parse(out / "bench.svg").iter() if each.text]
-    assert {"adaptive", "tokens drafted", "2 rows, T 0", "tokens per second over plain decoding"} <= set(texts)
+    assert {"adaptive", "tokens drafted", "rows 2, T 0", "tokens per second over plain decoding"} <= set(texts)
     assert (out / "bench.md").read_text().count("\n| ") == 1 + 4
 
 

@@ -164,15 +164,16 @@ def drawing(cells: Sequence[Cell], machine: str) -> str:
     rows, heats = (list(dict.fromkeys(values)) for values in zip(*((cell.rows, cell.temperature) for cell in cells), strict=True))
     for number, cell in enumerate(cells):
         color = _COLORS[rows.index(cell.rows) % len(_COLORS)]
-        dash = _DASHES[heats.index(cell.temperature) % len(_DASHES)]
+        heat = heats.index(cell.temperature)
+        dash, fill = _DASHES[heat % len(_DASHES)], "white" if heat % 2 else color
         points = " ".join(f"{x_of(k):.1f},{y_of(rate / cell.plain):.1f}" for k, rate in enumerate(cell.fixed))
         x, y, legend = x_of(most + 1), y_of(cell.adaptive / cell.plain), _TOP + 10 + 17 * number
         out.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.8" stroke-dasharray="{dash}"/>')
-        out.append(f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8" fill="{color}"/>')
+        out.append(f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8" fill="{fill}" stroke="{color}"/>')
         start = _WIDTH - _RIGHT + 12
         out.append(
             f'<line x1="{start}" x2="{start + 30}" y1="{legend}" y2="{legend}" stroke="{color}" stroke-width="1.8" '
             f'stroke-dasharray="{dash}"/>'
         )
-        out.append(f'<text x="{start + 36}" y="{legend + 4}">{cell.rows} rows, T {cell.temperature:g}</text>')
+        out.append(f'<text x="{start + 36}" y="{legend + 4}">rows {cell.rows}, T {cell.temperature:g}</text>')
     return "\n".join([*out, "</svg>\n"])
