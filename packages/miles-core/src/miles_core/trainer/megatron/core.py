@@ -74,12 +74,12 @@ def submodules_of(spec: Any) -> Any:
     return spec.submodules if hasattr(spec, "submodules") else spec.keywords["submodules"]
 
 
-def replace_module(spec: Any, module: type) -> Any:
+def replace_module(spec: Any, module: Any) -> Any:
     """The spec entry with another class for the same submodules."""
     from functools import partial
 
     if hasattr(spec, "submodules"):
         spec.module = module
         return spec
-    make = getattr(module, "as_mlp_submodule", module)
-    return partial(make, **spec.keywords)
+    of_layer = getattr(spec.func, "__name__", "") == "as_mlp_submodule"  # a layer's own; experts are made by the class
+    return partial(module.as_mlp_submodule if of_layer else module, **spec.keywords)
