@@ -72,7 +72,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 def test_where_the_optimizer_lives_changes_no_bit(
     where: str, master: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(StateHome.__init__, "__kwdefaults__", {"directory": None, "piece_bytes": 4 * PAD})
+    monkeypatch.setattr(StateHome.__init__, "__kwdefaults__", {"directory": None, "piece_bytes": 4 * PAD, "slabs": None})
     seed = random.randrange(2**20)
     plain = build(None, dtype, master=master)
     moved = build(MemoryConfig(optimizer=where, directory=str(tmp_path)), dtype, master=master)
@@ -406,90 +406,3 @@ def test_the_stack_of_kernels_is_given_back_and_taken_again() -> None:
     stack.restore()
     assert driver.size == 2048
     KernelStack(torch.device("cpu")).shrink()
-
-
-class Runtime:
-    """A pretended CUDA: which addresses are locked, and all that happens, in order."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.locked: set[int] = set()
-        self.seen: list[str] = []
-        self.refuses = False
-        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: self.seen.append("wait"))
-        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.seen.append("launch"))
-
-    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
-        self.seen.append("lock")
-        if not self.refuses:
-            self.locked.add(address)
-        return 208 * self.refuses
-
-    def cudaHostUnregister(self, address: int) -> int:
-        self.seen.append("unlock")
-        known = address in self.locked
-        self.locked.discard(address)
-        return 0 if known else 713
-
-
-def test_pages_are_unlocked_before_they_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when nobody closes: a page that is unmapped while CUDA has it registered breaks the next one at its address.
-
-    And no copy is under way then.
-    """
-    runtime = Runtime(monkeypatch)
-    forgotten, closed = slabs.HostSlabs(pinned=True), slabs.HostSlabs(pinned=True)
-    parts = [each.take(1 << 16) for each in (forgotten, closed)]
-    assert len(runtime.locked) == 2
-    closed.close()
-    closed.close()
-    assert runtime.locked == {parts[0].data_ptr()}
-    del forgotten
-    assert not runtime.locked and runtime.seen == ["lock", "lock", "wait", "unlock", "wait", "unlock"]
-
-
-def test_a_lock_that_is_refused_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither an error for the next launch, nor pages; what makes CUDA forget must not need memory itself."""
-    runtime = Runtime(monkeypatch)
-    runtime.refuses = True
-    held = slabs.HostSlabs(pinned=True)
-    monkeypatch.setattr(torch, "zeros", None)
-    with pytest.raises(torch.OutOfMemoryError, match=r"cannot be page-locked \(CUDA error 208\)"):
-        held.take(1 << 16)
-    assert runtime.seen == ["lock", "launch"] and held.num_bytes == 0
-    held._locked.append(4096)
-    held.close()
-    assert runtime.seen[2:] == ["wait", "unlock", "launch"]
-
-
-def test_room_that_others_take_meanwhile_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes of one machine ask at the same time, and each is told of all that is free."""
-    Runtime(monkeypatch)
-    monkeypatch.setattr(slabs, "_TOUCH_BYTES", 1 << 16)
-    room = iter([1 << 20, *[1 << 17] * 2, *[1 << 10] * 99])
-    monkeypatch.setattr(slabs, "available_host_bytes", lambda: next(room))
-    held = slabs.HostSlabs(pinned=True)
-    with pytest.raises(torch.OutOfMemoryError, match="others have taken the room meanwhile"):
-        held.take(1 << 19)
-    assert held.num_bytes == 0
-
-
-@pytest.mark.parametrize(
-    ("files", "gib"),
-    [
-        ({}, 8.0),
-        ({"memory.max": "max", "memory.current": "1"}, 8.0),
-        ({"memory.max": str(6 << 30), "memory.current": str(3 << 30), "memory.stat": f"file 1\ninactive_file {1 << 30}"}, 4.0),
-        ({"memory/memory.limit_in_bytes": str(5 << 30), "memory/memory.usage_in_bytes": str(4 << 30), "memory/memory.stat":
-          f"inactive_file 7\ntotal_inactive_file {1 << 29}"}, 1.5),
-        ({"memory/memory.limit_in_bytes": str((1 << 63) - 4096), "memory/memory.usage_in_bytes": "1"}, 8.0),
-    ],
-    ids=["no group", "no limit", "version 2", "version 1", "version 1, no limit"],
-)  # fmt: skip
-def test_the_room_of_a_container_is_that_of_its_group(files: dict[str, str], gib: float, tmp_path: Path) -> None:
-    all_of_them = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
-    for name, text in ({"proc/meminfo": f"MemTotal: 9 kB\nMemAvailable: {8 << 20} kB\n"} | all_of_them).items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text, encoding="ascii")
-    assert slabs.available_host_bytes(tmp_path) == int(gib * 2**30)
-    assert slabs.available_host_bytes(tmp_path / "nowhere") is None

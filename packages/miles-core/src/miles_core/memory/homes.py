@@ -37,6 +37,8 @@ class Streamed(NamedTuple):
 class StateHome:
     """`columns` float32 numbers per element of parameters with `counts` elements, in host memory or, with `directory`, in a file.
 
+    `slabs`, of which this becomes the owner, may have been prepared for columns of `column_bytes(counts)`.
+
     Example: StateHome([1024, 77], columns=3, device=torch.device("cuda")).views(0) -> [float32 [1024], float32 [77]]
     """
 
@@ -48,18 +50,19 @@ class StateHome:
         device: torch.device,
         directory: Path | None = None,
         piece_bytes: int = 128 << 20,
+        slabs: HostSlabs | None = None,
     ) -> None:
         self.counts = list(counts)
-        padded = [-(-count // PAD) * PAD for count in counts]
-        self.offsets = [0, *accumulate(padded)]
+        self.offsets = [0, *accumulate(_padded(counts))]
         self.device = device
         self.piece = max(PAD, piece_bytes // 4 // PAD * PAD)
         self.last = Streamed(0, 0.0)
-        self._slabs = HostSlabs(pinned=device.type == "cuda" and directory is None)
+        self._slabs = slabs or HostSlabs(pinned=device.type == "cuda" and directory is None)
         self._bounce: HostSlabs | None = None
         total = self.offsets[-1]
         if directory is None:
             self.columns = [self._slabs.take(4 * total).view(torch.float32) for _ in range(columns)]
+            self._slabs.forget()
         else:
             require_disk(directory)
             self.columns = _mapped(directory, columns, total)
@@ -197,6 +200,15 @@ class StateHome:
                 writes.append(writer.submit(back, number, done) if write else writer.submit(done.synchronize))
             for each in writes:
                 each.result()
+
+
+def column_bytes(counts: Sequence[int]) -> int:
+    """Bytes of one column of parameters with so many elements."""
+    return 4 * sum(_padded(counts))
+
+
+def _padded(counts: Sequence[int]) -> list[int]:
+    return [-(-count // PAD) * PAD for count in counts]
 
 
 def _after(ready: object, work: Callable[[int], None], number: int) -> Callable[[], None]:

@@ -1,15 +1,15 @@
 """Host memory for what leaves the device: page-locked, in stretches of exactly the size asked for, given back when closed.
 
 torch's own pinned allocator rounds every block up to a power of two and keeps it, so a model of 92 GiB of state could take twice
-that of the host. Here the pages come from the operating system, are touched by all cores, and are then registered with CUDA.
+that of the host. Here the pages come from the operating system, are made by all cores, and are then registered with CUDA.
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,79 +17,82 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TOUCH_BYTES = 256 << 20
+from miles_core.memory.pages import Pages, available_host_bytes
+
 _DISKLESS = {"tmpfs", "ramfs", "overlay-tmpfs"}
-_GROUPS = (
-    ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current", "inactive_file"),
-    ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes", "total_inactive_file"),
-)
-"""Of control groups, version 2 and 1: the limit, what is used, and the part of it that is cached files and can go."""
 
 
 class HostSlabs:
     """Hands out uint8 tensors of host memory. With `pinned` they are page-locked, so that copies run at the bus's speed.
 
-    Raises torch.OutOfMemoryError, with the sizes, when the host has no room or CUDA cannot lock the pages.
-    Example: HostSlabs(pinned=True).take(1 << 30)
+    Raises torch.OutOfMemoryError, with the sizes, when the host has no room or CUDA cannot lock the pages; TimeoutError when
+    the system makes no pages for minutes. Example: HostSlabs(pinned=True).take(1 << 30)
     """
 
     def __init__(self, *, pinned: bool) -> None:
         self.pinned = pinned
-        self._held: list[tuple[mmap.mmap, Tensor]] = []
+        self._held: list[Pages] = []
+        self._ahead: list[Pages] = []
         self._locked: list[int] = []
         # pages that go while they are registered leave a mark at their address, which ends the process when it is used again
-        weakref.finalize(self, _unlock, self._locked).atexit = False
+        weakref.finalize(self, _let_go, self._ahead, self._locked).atexit = False
 
     @property
     def num_bytes(self) -> int:
         """All that has been handed out."""
-        return sum(tensor.numel() for _, tensor in self._held)
+        return sum(pages.num_bytes for pages in self._held)
+
+    def prepare(self, sizes: Sequence[int]) -> None:
+        """Begin to make the pages of stretches of these sizes, which `take` will ask for; other work may go on meanwhile.
+
+        Nothing is locked yet: CUDA's calls would wait for that. Call `forget` when no more of them will be taken.
+        """
+        require_host_room(sum(sizes))
+        if not self.pinned:
+            return  # pages of plain memory are made as they are used
+        threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="host-pages")
+        try:
+            for size in sizes:
+                self._ahead.append(Pages(size, threads))
+        finally:
+            threads.shutdown(wait=False)
 
     def take(self, num_bytes: int) -> Tensor:
         """uint8 [num_bytes], contents zero."""
         if num_bytes == 0:
             return torch.empty(0, dtype=torch.uint8)
-        room = available_host_bytes()
-        if room is not None and num_bytes > room:
-            raise torch.OutOfMemoryError(f"host: {num_bytes / 2**30:.2f} GiB wanted, {room / 2**30:.2f} GiB are available")
-        try:
-            pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as error:
-            raise torch.OutOfMemoryError(f"host: {num_bytes / 2**30:.2f} GiB refused by the system ({error})") from None
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        tensor = torch.frombuffer(pages, dtype=torch.uint8)
-        if self.pinned:
-            _touch(tensor)
-            _register(tensor)
-            self._locked.append(tensor.data_ptr())
-        self._held.append((pages, tensor))
-        return tensor
+        if not self.pinned:
+            require_host_room(num_bytes)
+            pages = Pages(num_bytes)
+        else:
+            if not any(each.num_bytes == num_bytes for each in self._ahead):
+                self.prepare([num_bytes])
+            pages = next(each for each in self._ahead if each.num_bytes == num_bytes)
+            self._ahead.remove(pages)
+            pages.wait()
+            _register(pages.tensor)
+            self._locked.append(pages.tensor.data_ptr())
+        self._held.append(pages)
+        return pages.tensor
+
+    def forget(self) -> None:
+        """Give up what was prepared and not taken. Idempotent."""
+        _stop(self._ahead)
 
     def close(self) -> None:
         """Give everything back to the system, once no copy uses it; no tensor handed out may be used afterwards. Idempotent."""
-        _unlock(self._locked)
+        _let_go(self._ahead, self._locked)
         self._held.clear()  # the mappings go when the last view of them does
 
 
-def available_host_bytes(root: Path = Path("/")) -> int | None:
-    """What this machine, or the control group this process lives in, can still give; None where it is not known."""
-    rooms = []
-    try:
-        for line in (root / "proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                rooms.append(int(line.split()[1]) * 1024)
-    except OSError:
-        return None
-    for limit, used, cache in _GROUPS:
-        try:
-            most = (root / limit).read_text(encoding="ascii").strip()
-            if most != "max":
-                held = int((root / used).read_text(encoding="ascii"))
-                rooms.append(int(most) - held + _stat(root / Path(used).with_name("memory.stat"), cache))
-        except (OSError, ValueError):
-            continue
-    return min(rooms, default=None)
+def require_host_room(num_bytes: int) -> None:
+    """Raise torch.OutOfMemoryError when the host has less than this."""
+    room = available_host_bytes()
+    if room is not None and num_bytes > room:
+        raise torch.OutOfMemoryError(
+            f"host: {num_bytes / 2**30:.2f} GiB wanted, {room / 2**30:.2f} GiB are available; "
+            "miles plan says what takes the host's memory"
+        )
 
 
 def require_disk(directory: Path) -> None:
@@ -117,32 +120,14 @@ def _filesystem(path: Path) -> str:
     return kind
 
 
-def _stat(file: Path, name: str) -> int:
-    for line in file.read_text(encoding="ascii").splitlines():
-        key, value = line.split()
-        if key == name:
-            return int(value)
-    return 0
+def _let_go(ahead: list[Pages], locked: list[int]) -> None:
+    _stop(ahead)
+    _unlock(locked)
 
 
-def _touch(tensor: Tensor) -> None:
-    """Have every page made now, by several cores: registering would make them one after the other.
-
-    The processes of a machine that do this at once have all been told of the same room, so it is asked for again on the way: a
-    page too many would end one of them without a word.
-    """
-
-    def touch(part: Tensor) -> None:
-        room = available_host_bytes()
-        if room is not None and part.numel() > room:
-            raise torch.OutOfMemoryError(
-                f"host: {tensor.numel() / 2**30:.2f} GiB wanted, and others have taken the room meanwhile; "
-                f"{room / 2**30:.2f} GiB are left"
-            )
-        part[::4096].zero_()
-
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        list(pool.map(touch, tensor.split(_TOUCH_BYTES)))
+def _stop(ahead: list[Pages]) -> None:
+    while ahead:
+        ahead.pop().stop()
 
 
 def _unlock(addresses: list[int]) -> None:
@@ -159,7 +144,10 @@ def _register(tensor: Tensor) -> None:
     status = runtime.cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0)
     if int(status) != 0:
         _forget_error()
-        raise torch.OutOfMemoryError(f"host: {tensor.numel() / 2**30:.2f} GiB cannot be page-locked (CUDA error {int(status)})")
+        raise torch.OutOfMemoryError(
+            f"host: {tensor.numel() / 2**30:.2f} GiB cannot be page-locked (CUDA error {int(status)}): the host is "
+            'short of memory, or limits what may be locked. memory.optimizer = "device" or "disk" locks less'
+        )
 
 
 def _settle() -> None:

@@ -17,6 +17,7 @@ from miles_core.memory.homes import PAD, StateHome
 from miles_core.memory.ladder import Ladder, OutOfRoom, Rung, is_out_of_memory
 from miles_core.memory.peers import Peers
 from miles_core.memory.regions import Moved, Mover, Region, Target
+from miles_core.memory.slabs import HostSlabs
 from miles_core.memory.stack import KernelStack
 from miles_core.memory.together import Together
 from miles_kernels.checksum import forget_tables
@@ -261,10 +262,12 @@ class TrainerMemory:
         return "drop" if tag == "weights" and self._has_masters else self.config.sleep_to
 
 
-def make_home(config: MemoryConfig, device: torch.device) -> Callable[[Sequence[int], int], StateHome]:
-    """Builds the home of an optimizer's state that `memory.optimizer` names."""
+def make_home(
+    config: MemoryConfig, device: torch.device, slabs: HostSlabs | None = None
+) -> Callable[[Sequence[int], int], StateHome]:
+    """Builds the home of an optimizer's state that `memory.optimizer` names, in `slabs` if they were made for it."""
     directory = Path(config.directory) if config.optimizer == "disk" and config.directory is not None else None
-    return lambda counts, columns: StateHome(counts, columns=columns, device=device, directory=directory)
+    return lambda counts, columns: StateHome(counts, columns=columns, device=device, directory=directory, slabs=slabs)
 
 
 def empty_device(device: torch.device, *, collect: bool = False) -> None:

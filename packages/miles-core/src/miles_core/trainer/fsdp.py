@@ -22,6 +22,7 @@ from torch import Tensor
 from miles_core.algorithm.config import AlgorithmConfig
 from miles_core.algorithm.loss import LOSSES, LossInputs
 from miles_core.memory.config import MemoryConfig
+from miles_core.memory.slabs import HostSlabs
 from miles_core.memory.trainer import PASSES, TRAINER_TAGS, TrainerMemory, make_home
 from miles_core.trainer.base import StepStats, TrainObserver
 from miles_core.trainer.batch import TrainBatch
@@ -56,7 +57,8 @@ class FsdpTrainer:
     With torch.distributed initialised, every process builds the same trainer from the same whole decoder, which is then cut
     as the configuration says (see `layout`), and is given the same batches. All methods are collective. `total_updates` is
     the length of the run for falling schedules. `reference` is the frozen policy of the KL penalty; without one the weights
-    at construction are copied, so construct the trainer from the base model and `load` afterwards.
+    at construction are copied, so construct the trainer from the base model and `load` afterwards. `slabs` is host memory that
+    has been prepared for the optimizer's state (`memory.ahead`), and belongs to the trainer from then on.
 
     Example: FsdpTrainer(decoder, AlgorithmConfig(), TrainerConfig(), OptimizerConfig(lr=1e-3)).step(batch)
     """
@@ -72,6 +74,7 @@ class FsdpTrainer:
         reference: Decoder | None = None,
         parallel: DataParallel | None = None,
         memory: MemoryConfig | None = None,
+        slabs: HostSlabs | None = None,
     ) -> None:
         self.algorithm = algorithm
         self.config = config
@@ -92,7 +95,7 @@ class FsdpTrainer:
         self.model = self._cut(decoder)
         self.reference_model = None if frozen is None else self._cut(frozen)
         stochastic = config.master == "stochastic"
-        home = None if memory.optimizer == "device" else make_home(memory, self.model.device)
+        home = None if memory.optimizer == "device" else make_home(memory, self.model.device, slabs)
         self.optimizer = AdamW(self.model.optimized(), optimizer, total_updates, stochastic=stochastic, home=home)
         self.memory = TrainerMemory(
             self.optimizer, self._weights, self._frozen, self.model.device, memory,
