@@ -64,7 +64,7 @@ async def score(text, label):
     if text == "hang":
         await asyncio.sleep(1000)
     if text == "block":
-        time.sleep(4)
+        time.sleep(8)
     if text == "cancel":
         raise asyncio.CancelledError
     if text == "stubborn":
@@ -182,7 +182,7 @@ def test_an_async_function_that_blocks_its_loop_cannot_stop_ours(rewards: Path) 
     scorer = Scorer(RewardConfig(name=f"{rewards}/async.py:score", timeout_s=0.3))
     scores = asyncio.run(scorer.score(items("block", "yes")))
     assert [s.status for s in scores] == ["timeout", "timeout"]
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 6
     scorer.close()
 
 

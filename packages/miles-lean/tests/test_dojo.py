@@ -49,7 +49,7 @@ def test_tactics_lead_where_lean_says(backend: Backend, goals: str) -> None:
         assert isinstance(dojo.run_tac(start, "sorry"), ProofGivenUp)
         dojo.timeout_s, started = 1.0, time.monotonic()
         assert isinstance(dojo.run_tac(start, "repeat (have k := h)"), Timeout)
-        assert time.monotonic() - started < 4.0, "ended soon after its second, also on a busy machine"
+        assert time.monotonic() - started < 9.0, "ended soon after its second, also on a busy machine"
         dojo.timeout_s = 10.0
         assert isinstance(dojo.run_tac(start, "exact ⟨h.2, h.1⟩"), ProofFinished)
 

@@ -75,7 +75,7 @@ def test_a_process_ends_by_itself_or_with_all_its_children() -> None:
     assert (done.rc, done.stdout, done.stderr, done.ended) == (7, "out\n", "err\n", "exit")
     started = time.monotonic()
     late = sh("sleep 600 & echo $!; wait", deadline=0.4)
-    assert late.ended == "timeout" and late.rc is None and time.monotonic() - started < 0.4 + 2.0
+    assert late.ended == "timeout" and late.rc is None and time.monotonic() - started < 0.4 + 10.0
     until(lambda: not alive(int(late.stdout)))
     left_behind = sh("sleep 600 & echo $!")
     assert left_behind.ended == "exit"
