@@ -75,6 +75,24 @@ def test_existing_run_and_nothing_to_resume(micro: Any) -> None:
     assert code == 2 and "optimizer.lr: 0.003 -> 1e-05" in said
 
 
+def test_after_a_lack_of_memory_a_run_goes_on_with_smaller_micro_batches(micro: Any) -> None:
+    assert micro.miles("train", "micro.toml", "--steps", "1")[0] == 0
+    smaller = (
+        "--trainer.max_tokens_per_microbatch",
+        "40",
+        "--trainer.recompute",
+        "true",
+        "--checkpoint.keep_best",
+        "eval/acuracy",
+    )
+    code, said = micro.miles("train", "micro.toml", "--steps", "3", "--resume", *smaller)
+    assert code == 0 and "max_tokens_per_microbatch: 16384 -> 40: the run goes on, not with the bits" in said, said
+    assert "trainer.recompute" not in said and "step 1 of 3" in said
+    assert said.count('checkpoint.keep_best = "eval/acuracy": step 2 measured no such number') == 1
+    rows = [json.loads(line) for line in (micro.run("micro") / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["train/num_microbatches"] > 1 and rows[-1]["mismatch/tokens_unequal"] == 0
+
+
 def test_damaged_checkpoints(micro: Any) -> None:
     assert micro.miles("train", "micro.toml", "--steps", "2")[0] == 0
     last = micro.run("micro") / "checkpoints" / "step_000002"

@@ -86,12 +86,16 @@ def test_conversation_with_system_shots_template_tools_and_options(tmp_path: Pat
 def test_chat_template_always_and_never(tmp_path: Path) -> None:
     text = write(tmp_path / "a.jsonl", {"prompt": "hi"})
     chat = write(tmp_path / "b.jsonl", {"prompt": [{"role": "user", "content": "hi"}]})
+    tools = write(tmp_path / "d.jsonl", {"prompt": "hi", "tools": [{"n": 1}]})
+    assert load_prompts(tools, MarkedTokenizer(), DataConfig(chat_template="never"))[0][0].text == "hi"
     assert load_prompts(text, MarkedTokenizer(), DataConfig(chat_template="always"))[0][0].text == "<user>hi$\n<assistant>"
     assert load_prompts(text, MarkedTokenizer(), DataConfig(chat_template="never"))[0][0].text == "hi"
     for config, spec, message in [
         (DataConfig(chat_template="never"), chat, 'b.jsonl:1: the prompt is a conversation, but data.chat_template = "never"'),
         (DataConfig(prefix="x"), chat, "data.prefix is plain text"),
         (DataConfig(system_prompt="x"), text, "system_prompt needs a conversation"),
+        (DataConfig(chat_template_options={"think": 0}), text, "a.jsonl:1: chat_template_options needs a conversation"),
+        (DataConfig(), tools, "d.jsonl:1: tools needs a conversation; set data.chat_template"),
     ]:
         with pytest.raises(DataError, match=message):
             load_prompts(spec, MarkedTokenizer(), config)

@@ -86,6 +86,13 @@ def test_missing_and_unknown_files(tmp_path: Path) -> None:
         load_rows(str(tmp_path / "none.jsonl"))
     with pytest.raises(DataError, match="current directory"):
         load_rows("none.jsonl")
+    folder = tmp_path / "hub" / "data"
+    folder.mkdir(parents=True)
+    with pytest.raises(DataError, match="hub: is a folder, and rows come from files .*, and holds none of those"):
+        load_rows(str(tmp_path / "hub"))
+    (folder / "train-0.parquet").touch()
+    with pytest.raises(DataError, match=r'hub: is a folder, .*; name its files: \[".*hub/data/train-0.parquet"\]'):
+        load_rows(str(tmp_path / "hub"))
     (tmp_path / "x.csv").write_text("a,b")
     with pytest.raises(DataError, match=r"cannot read \.csv; known are \.json"):
         load_rows(str(tmp_path / "x.csv"))

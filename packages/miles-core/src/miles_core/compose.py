@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from miles_core.checkpoint import Checkpoint, CheckpointStore
-from miles_core.config.dump import differences, read_config
+from miles_core.config.dump import read_config
+from miles_core.config.idle import idle_settings
+from miles_core.config.resume import changes_on_resume
 from miles_core.config.schema import RunConfig
 from miles_core.data.load import load_prompts, load_sft
 from miles_core.data.source import PromptSource
@@ -47,11 +49,6 @@ from miles_rollout.text import Tokenizer
 Mode = Literal["train", "sft", "rollout"]
 Say = Callable[[str], None]
 
-FREE_ON_RESUME = ("run.num_steps", "run.threads", "run.dir", "run.profile_steps", "eval.", "checkpoint.", "engine.", "memory.")
-"""What a resumed run may change: none of it alters a step that is already done, or the bits of the next."""
-FIXED_ON_RESUME = "engine.tensor_parallel"
-"""The exception: it is part of the numeric contract."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -81,6 +78,8 @@ def compose(config: RunConfig, request: Request, say: Say) -> Run:
     Raises ValueError, FileExistsError or ImportError with the remedy in the message; nothing is written then.
     """
     use_threads(config.run.threads)
+    for line in idle_settings(config, request.mode):
+        say(line)
     run_dir = RunDir.of(config)
     checkpoint = None
     if request.resume:
@@ -204,11 +203,6 @@ def _cluster_parts(
     """The same with trainer and engine in worker processes. This process holds no weights."""
     from miles_core.cluster.start import start
 
-    if config.memory.sleep:
-        raise ValueError(
-            "memory.sleep takes turns inside one process; with cluster.num_trainers or num_engines trainer and engine are "
-            "processes of their own: leave those out, or give each its own device"
-        )
     shape, tokenizer = load_shape(config.model, say)
     text = Text(tokenizer, shape)
     scorer = stack.enter_context(Scorer(config.reward)) if _needs_engine(config, request) else None
@@ -236,13 +230,15 @@ def _keep_logs(logs: Path, root: Path) -> None:
 def make_trainer(config: RunConfig, mode: Mode, decoder: Decoder) -> Trainer:
     """The training backend by name, one process of it. Raises ImportError naming the extra when its library is missing."""
     updates = config.run.num_steps * (1 if mode == "sft" else config.trainer.updates_per_step)
+    # no reference policy is held where nothing asks for one
+    algorithm = config.algorithm.model_copy(update={"kl_coef": 0.0}) if mode == "sft" else config.algorithm
     if config.trainer.backend == "megatron":
         from miles_core.trainer.megatron.backend import MegatronTrainer
 
-        return MegatronTrainer(decoder, config.algorithm, config.trainer, config.optimizer, total_updates=updates)
+        return MegatronTrainer(decoder, algorithm, config.trainer, config.optimizer, total_updates=updates)
     job = job_of_run(config, decoder.config, mode, device_of_run(config), config.num_trainers)
     memory = config.memory
-    trainer = FsdpTrainer(decoder, config.algorithm, config.trainer, config.optimizer, total_updates=updates, memory=memory)
+    trainer = FsdpTrainer(decoder, algorithm, config.trainer, config.optimizer, total_updates=updates, memory=memory)
     trainer.memory.facts.plan = make_plan(job)
     return trainer
 
@@ -294,8 +290,6 @@ def make_engine(
     adaptive: bool | None = None,
 ) -> Engine:
     """The rollout engine, by name, with a draft model that takes its weights from every update."""
-    if config.rollout.engine != "embedded":
-        raise ValueError(f'rollout.engine = "{config.rollout.engine}" is not known here; known is embedded')
     from miles_rollout.engines.embedded.engine import EmbeddedEngine
 
     settings = engine_settings(config, adaptive=adaptive)
@@ -314,14 +308,15 @@ def _report(lines: list[str], say: Say) -> None:
 def _resumable(config: RunConfig, run_dir: RunDir, say: Say) -> Checkpoint | None:
     """The verified checkpoint to go on from; None when the run never came that far."""
     run_dir.check_resumable()
-    lines = differences(read_config(run_dir.root), config)
-    changed = [line for line in lines if line.startswith(FIXED_ON_RESUME) or not line.startswith(FREE_ON_RESUME)]
-    if changed:
-        shown = "\n".join(f"  {line}" for line in changed)
+    changes = changes_on_resume(read_config(run_dir.root), config)
+    if changes.refused:
+        shown = "\n".join(f"  {line}" for line in changes.refused)
         raise ValueError(
             f"{run_dir.root}: resuming with other settings would be another run:\n{shown}\n"
             "Use the same settings, or another --name"
         )
+    for line in changes.noticed:
+        say(f"{line}: the run goes on, not with the bits it would have had")
     store = CheckpointStore(run_dir.root, config.checkpoint.keep_last)
     if store.latest() is None:
         say(f"{run_dir.root}: no complete checkpoint yet, starting again from step 0")

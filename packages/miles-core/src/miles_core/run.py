@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
 
@@ -68,6 +69,7 @@ class Run:
         self.store = CheckpointStore(self.dir.root, keep.keep_last, keep_every=keep.keep_every, keep_best=best)
         self.saver = BackgroundSaver(self.store) if keep.asynchronous else None
         self.last_metrics: dict[str, float] = {}
+        self._warned = False
 
     @property
     def num_steps(self) -> int:
@@ -172,6 +174,8 @@ class Run:
 
         parts = {"trainer": write_trainer, "state.json": write_state}
         score = self._score()
+        if score is None and not now:
+            self._warn_unscored()
         if self.saver is not None:
             self.saver.save(self.step, parts, score=score)
         else:
@@ -186,6 +190,19 @@ class Run:
         """The metric that `checkpoint.keep_best` names, as of this step; None where it was not measured."""
         name = self.config.checkpoint.keep_best
         return None if name is None else self.last_metrics.get(name)
+
+    def _warn_unscored(self) -> None:
+        """Say once that what `checkpoint.keep_best` names was not measured, or it would keep nothing without a word."""
+        name = self.config.checkpoint.keep_best
+        if name is None or self._warned:
+            return
+        self._warned = True
+        near = ", ".join(get_close_matches(name, self.last_metrics, n=3))
+        self.progress.say(
+            f'checkpoint.keep_best = "{name}": step {self.step} measured no such number'
+            + (f"; near it: {near}" if near else "")
+            + "; only checkpoints of steps that do can be the best (see eval.every and checkpoint.every)"
+        )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a verified checkpoint; what the run wrote after it is forgotten."""

@@ -8,6 +8,13 @@ from pydantic import Field, model_validator
 
 from miles_core.config.base import Section
 
+_UNREAD = {
+    "policy": ("loss_options",),
+    "cispo": ("loss_options", "dual_clip"),
+    "sft": ("loss_options", "dual_clip", "kl_coef", "entropy_coef", "mismatch_clip"),
+}
+"""What a built-in loss would leave unread; a loss of the user's is free to read anything."""
+
 
 class AlgorithmConfig(Section):
     """Composition of the policy objective. The defaults are GRPO with a token-mean loss.
@@ -23,8 +30,9 @@ class AlgorithmConfig(Section):
     advantage_eps: float = Field(default=1e-6, gt=0.0)
     """Added to the group's standard deviation before dividing by it."""
     loss: str = "policy"
-    """Name of the per-token loss: "policy" (clipped ratio), "cispo". Or your own: `module:function`, `path/to/file.py:function`,
-    or a name by entry point "miles.core.losses"; see `miles_core.algorithm.loss.LossFn`."""
+    """Name of the per-token loss: "policy" (clipped ratio), "cispo", or "sft" (cross entropy of the groups that filters leave,
+    whatever their reward). Or your own: `module:function`, `path/to/file.py:function`, or a name by entry point
+    "miles.core.losses"; see `miles_core.algorithm.loss.LossFn`."""
     loss_options: dict[str, Any] = {}
     """Free settings for a loss of your own, which finds them in `cfg.loss_options`; the built-in losses take none."""
     ratio_level: Literal["token", "sequence"] = "token"
@@ -54,4 +62,8 @@ class AlgorithmConfig(Section):
     def _check(self) -> AlgorithmConfig:
         if self.reduction == "constant" and self.constant_tokens is None:
             raise ValueError('reduction = "constant" needs constant_tokens, the divisor (usually sampling.max_new_tokens)')
+        unread = [name for name in _UNREAD.get(self.loss, ()) if getattr(self, name)]
+        if unread:
+            wrong = ", ".join(f"{name} = {getattr(self, name)}" for name in unread)
+            raise ValueError(f'loss = "{self.loss}" does not know {wrong}; leave it out, or use a loss that does')
         return self

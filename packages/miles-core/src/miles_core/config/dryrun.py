@@ -8,6 +8,7 @@ from typing import Literal
 
 from miles_core.algorithm.advantage import ADVANTAGES
 from miles_core.algorithm.loss import LOSSES
+from miles_core.config.idle import idle_settings
 from miles_core.config.schema import RunConfig
 from miles_core.data.load import load_prompts, load_sft
 from miles_core.eval.held_out import load_held_out
@@ -27,6 +28,7 @@ def explain(config: RunConfig, mode: Literal["train", "sft", "rollout"], say: Ca
     """Check model, data, reward and filters, then say what the steps would be. Raises ValueError like the run itself would."""
     shape, tokenizer = load_shape(config.model, say)
     lines = [f"run {config.run.name}: {config.run.num_steps} steps into {config.run.dir}/{config.run.name}"]
+    lines += idle_settings(config, mode)
     lines += _sft(config, tokenizer) if mode == "sft" else _policy(config, shape, tokenizer, trains=mode == "train")
     lines += _layout(config, shape, mode) + _evaluation(config, shape, tokenizer)
     lines += _memory(config, shape, mode)

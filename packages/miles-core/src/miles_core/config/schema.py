@@ -49,13 +49,50 @@ class RunConfig(Section):
             self._check_tensor_parallel()
         if self.trainer.backend == "fsdp":
             ProcessLayout.of(self.trainer, self.num_trainers)
+        else:
+            self._check_megatron()
         self._check_sync()
-        if self.run.profile_steps and self.clustered:
+        if self.clustered:
+            self._check_processes()
+        self._check_steps()
+        return self
+
+    def _check_steps(self) -> None:
+        updates, groups = self.trainer.updates_per_step, self.rollout.prompts_per_step
+        if updates > groups and self.rollout.producer == "single_turn":
+            raise ValueError(
+                f"trainer.updates_per_step = {updates}: a step is cut between groups, and rollout.prompts_per_step is {groups}"
+            )
+        best = self.checkpoint.keep_best
+        if best is not None and best.startswith("eval/") and self.eval.every is None:
+            raise ValueError(f'checkpoint.keep_best = "{best}", but nothing is evaluated: set eval.every')
+
+    def _check_megatron(self) -> None:
+        given = self.memory.model_dump(exclude_defaults=True)
+        if given:
+            names = ", ".join(f"memory.{name}" for name in given)
+            raise ValueError(f'{names}: the fsdp backend alone can do this; leave it out, or use trainer.backend = "fsdp"')
+        if self.model.precision != "full":
+            raise ValueError('the megatron backend computes in full precision only; use trainer.backend = "fsdp" for fp8')
+
+    def _check_processes(self) -> None:
+        """What works on this process alone, where [cluster] gives the work to others."""
+        if self.run.profile_steps:
             raise ValueError(
                 "run.profile_steps records this process, and with [cluster] the work is done by others: leave [cluster] out, or "
                 "profile a server by its /start_profile"
             )
-        return self
+        if self.memory.sleep:
+            raise ValueError(
+                "memory.sleep takes turns inside one process; with cluster.num_trainers or num_engines trainer and engine are "
+                "processes of their own: leave those out, or give each its own device"
+            )
+        given = [name for name in ("trace_step", "reserve_bytes") if name in self.memory.model_dump(exclude_defaults=True)]
+        if given:
+            names = ", ".join(f"memory.{name}" for name in given)
+            raise ValueError(
+                f"{names}: for a trainer in this process, and with [cluster] it is another; leave one of the two out"
+            )
 
     def _admit_draft(self) -> None:
         if self.engine.draft != "none":
@@ -99,7 +136,7 @@ class RunConfig(Section):
     @property
     def clustered(self) -> bool:
         """Whether the work is done by worker processes."""
-        return self.cluster.kind == "ray" or self.cluster.num_trainers is not None or self.cluster.num_engines is not None
+        return self.cluster.is_used
 
     @property
     def num_trainers(self) -> int:

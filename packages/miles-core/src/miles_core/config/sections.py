@@ -115,6 +115,10 @@ class SyncConfig(Section):
     def _place(self) -> SyncConfig:
         if self.kind == "disk" and self.directory is None:
             raise ValueError('kind = "disk" needs sync.directory, a folder that trainer and engines all see')
+        if self.kind != "disk" and self.directory is not None:
+            raise ValueError(
+                f'directory = {self.directory!r} is for kind = "disk", and kind is "{self.kind}"; change one of them'
+            )
         return self
 
 
@@ -134,3 +138,19 @@ class ClusterConfig(Section):
     """Ray: address of a running cluster, "auto" to find it; unset starts one on this machine for the run."""
     deadline_s: float = Field(default=600.0, gt=0.0)
     """Longest wait for one answer of a worker: loading, a step, a generation, a checkpoint."""
+
+    @model_validator(mode="after")
+    def _there_is_a_cluster(self) -> ClusterConfig:
+        if self.kind != "ray" and self.address is not None:
+            raise ValueError(f'address = {self.address!r} is that of a Ray cluster; set kind = "ray", or leave it out')
+        if not self.is_used and self.layout == "disaggregated":
+            raise ValueError(
+                'layout = "disaggregated", but nothing asks for processes: the run would be one. Set cluster.num_trainers or '
+                "cluster.num_engines"
+            )
+        return self
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the work is done by worker processes."""
+        return self.kind == "ray" or self.num_trainers is not None or self.num_engines is not None

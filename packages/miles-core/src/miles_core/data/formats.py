@@ -41,6 +41,7 @@ class Format:
     def describe(self, columns: Iterable[str]) -> str:
         """One line: the shape, the columns' roles, and what goes to metadata."""
         roles = {"prompt": self.prompt, "completion": self.completion, "label": self.label, "metadata": self.metadata}
+        roles["tools"] = self.tools
         if self.reward_spec is not None and self.label is None:
             roles["label"] = f"{self.reward_spec}.ground_truth"
         named = ", ".join(f"{role} = {column}" for role, column in roles.items() if column is not None)

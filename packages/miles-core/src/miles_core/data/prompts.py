@@ -49,8 +49,11 @@ class PromptBuilder:
         config = self.config
         if isinstance(row.prompt, str):
             if config.chat_template != "always":
-                if config.system_prompt is not None:
-                    raise DataError(f'{row.origin}: system_prompt needs a conversation; set data.chat_template = "always"')
+                chat = {"system_prompt": config.system_prompt, "chat_template_options": config.chat_template_options}
+                chat["tools"] = row.tools if config.chat_template == "auto" else None
+                for name, value in chat.items():
+                    if value:
+                        raise DataError(f'{row.origin}: {name} needs a conversation; set data.chat_template = "always"')
                 return None
             turns: list[Message] = [{"role": "user", "content": row.prompt}]
         elif config.chat_template == "never":

@@ -29,6 +29,13 @@ def split_slice(spec: str) -> tuple[str, slice]:
 
 def read_file(path: Path, part: slice, name: str) -> list[RawRow]:
     """The rows of one file, origins "name:line". Raises DataError for a missing file, an unknown kind, a malformed row."""
+    if path.is_dir():
+        inside = sorted(str(each) for each in path.rglob("*") if each.suffix.lower() in _READERS)
+        found = (
+            f"; name its files: {msgspec.json.encode(inside[:_MAX_SHOWN]).decode()}" if inside else ", and holds none of those"
+        )
+        more = f" and {len(inside) - _MAX_SHOWN} more" if len(inside) > _MAX_SHOWN else ""
+        raise DataError(f"{path}: is a folder, and rows come from files ({', '.join(sorted(_READERS))}){found}{more}")
     if not path.is_file():
         raise DataError(f"{path}: no such file" + (f" (current directory: {Path.cwd()})" if not path.is_absolute() else ""))
     reader = _READERS.get(path.suffix.lower())

@@ -119,7 +119,7 @@ def job_of_run(config: RunConfig, shape: DecoderConfig, mode: Mode, device: Devi
         shard=None if trainer.replicate == 1 else max(1, num_gpus // trainer.replicate),
         cp=trainer.cp,
         master=trainer.master,
-        reference=config.algorithm.kl_coef > 0,
+        reference=config.algorithm.kl_coef > 0 and mode == "train",
         recompute=trainer.recompute,
         microbatch_tokens=min(trainer.max_tokens_per_microbatch, tokens),
         num_microbatches=passes,

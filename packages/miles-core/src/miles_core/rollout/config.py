@@ -17,8 +17,8 @@ class RolloutConfig(Section):
     """Groups a step trains on."""
     group_size: int = Field(default=8, ge=1)
     """Completions per prompt."""
-    engine: str = "embedded"
-    """Rollout engine."""
+    engine: Literal["embedded"] = "embedded"
+    """Rollout engine: ours, which computes the trainer's numbers."""
     producer: str = "single_turn"
     """How a rollout goes: "single_turn" (one completion), or your own `module:function` or `path/to/file.py:function`, which
     lets policy and environment take turns; see `miles_core.rollout.Rollout`. Evaluation goes the same way."""

@@ -17,7 +17,7 @@ class TrainerConfig(Section):
     """Implementation of the trainer: "fsdp" is plain torch with FSDP2; one process runs the same code without cutting anything.
     "megatron" is megatron-core (extra `miles-core[megatron]`), with tensor and pipeline parallelism on top."""
     megatron: MegatronConfig = MegatronConfig()
-    """Settings of the megatron backend, ignored by the other."""
+    """Settings of the megatron backend; the other has no use for them, and a run says so."""
     shard: int | None = Field(default=None, ge=1)
     """Processes that weights, gradients and optimizer state are cut over, and sequences dealt to. None: all the others leave."""
     replicate: int = Field(default=1, ge=1)
@@ -47,6 +47,20 @@ class TrainerConfig(Section):
     on_nonfinite: Literal["error", "skip"] = "error"
     """What a NaN or infinite loss or gradient does: stop the run, or leave the weights as they are and count the update
     as skipped. The weights never take such an update."""
+
+    @model_validator(mode="after")
+    def _backend_knows_it(self) -> TrainerConfig:
+        if self.backend == "megatron":
+            self.require_megatron()
+        return self
+
+    def require_megatron(self) -> None:
+        """Raise ValueError naming what the megatron backend would ignore."""
+        plain = TrainerConfig.model_fields
+        names = ("shard", "replicate", "master", "gradients")
+        wrong = [f"trainer.{name} = {getattr(self, name)}" for name in names if getattr(self, name) != plain[name].default]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: only the fsdp backend knows this; megatron's sizes are in trainer.megatron")
 
 
 class OptimizerConfig(Section):

@@ -63,7 +63,7 @@ class MegatronTrainer:
         total_updates: int | None = None,
         reference: Decoder | None = None,
     ) -> None:
-        _refuse_foreign(config)
+        config.require_megatron()
         self.algorithm, self.config = algorithm, config
         self.cut = Cut.of(config.megatron, config.cp, config.ep)
         self.device = decoder.embed_tokens.device
@@ -311,12 +311,3 @@ class MegatronTrainer:
 
         self.onload()
         load(self, directory)
-
-
-def _refuse_foreign(config: TrainerConfig) -> None:
-    """Settings of the fsdp backend that would be ignored here."""
-    given = {"shard": config.shard, "replicate": config.replicate, "master": config.master, "gradients": config.gradients}
-    unset = {"shard": None, "replicate": 1, "master": "float32", "gradients": "summed"}
-    wrong = [f"trainer.{name} = {given[name]}" for name in given if given[name] != unset[name]]
-    if wrong:
-        raise ValueError(f"{', '.join(wrong)}: only the fsdp backend knows this; megatron's sizes are in trainer.megatron")
