@@ -86,6 +86,8 @@ def experts() -> Iterator[Case]:
         for tokens in (1, 3, 5, 40, 700, 3000):
             yield name, f"{tokens} tokens", partial(_experts, tokens, *size)
         yield name, "700 tokens with gradients", partial(_experts, 700, *size, learns=True)
+        for gated in (False, True):
+            yield name, f"half tiles at the ends{', gated' if gated else ''}", partial(_halves, *size[:3], gated)
 
 
 def _experts(tokens: int, experts: int, hidden: int, width: int, slots: int, learns: bool = False) -> None:
@@ -98,6 +100,14 @@ def _experts(tokens: int, experts: int, hidden: int, width: int, slots: int, lea
     out = moe.moe_mlp(x, up, down, ids(tokens, slots), weights)
     if learns:
         out.backward(torch.empty_like(out))
+
+
+def _halves(experts: int, hidden: int, width: int, gated: bool) -> None:
+    from miles_kernels.cuda.gemm_triton import Tile
+    from miles_kernels.cuda.grouped import HALVES, Groups, gemm
+
+    groups, tile = Groups(empty(experts + 1, dtype=torch.int32), 4096), Tile(128, 64 if gated else 128, 64, 4, 3, HALVES, 2)
+    gemm(empty(4096, hidden), empty(experts, 2 * width, hidden), groups, gated=gated, tile=tile)
 
 
 def router() -> Iterator[Case]:

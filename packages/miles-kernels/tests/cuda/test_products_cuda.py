@@ -106,7 +106,8 @@ def moe_oracle(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: T
 )
 @pytest.mark.parametrize("tokens", [1, 7, 33, 300])
 def test_moe(tokens: int, experts: int, slots: int, hidden: int, width: int) -> None:
-    from miles_kernels.cuda.grouped import gemm
+    from miles_kernels.cuda.gemm_triton import Tile
+    from miles_kernels.cuda.grouped import HALVES, gemm
     from miles_kernels.cuda.linear import linear
     from miles_kernels.cuda.moe import moe_mlp, permute, plan_dispatch
 
@@ -123,6 +124,10 @@ def test_moe(tokens: int, experts: int, slots: int, hidden: int, width: int) -> 
     offsets = dispatch.groups.offsets.tolist()
     for expert, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         assert_bitwise_equal(y[start:stop], linear(rows[start:stop], gate_up[expert]), f"expert {expert}")
+    halves = Tile(128, 64, 64, 4, 3, HALVES, 2)
+    assert_bitwise_equal(gemm(rows, gate_up, dispatch.groups, tile=halves), y, "half tiles at the ends")
+    inner = gemm(rows, gate_up, dispatch.groups, gated=True)
+    assert_bitwise_equal(gemm(rows, gate_up, dispatch.groups, gated=True, tile=halves), inner, "half tiles, gated")
     leaves = [t.clone().requires_grad_() for t in (x, gate_up, down, weights)]
     trained = moe_mlp(*leaves[:3], ids, leaves[3])
     assert_bitwise_equal(trained.detach(), out, "with gradients")

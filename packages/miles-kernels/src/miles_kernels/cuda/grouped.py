@@ -15,14 +15,24 @@ from miles_kernels.cuda.gemm_triton import Tile, descriptor, descriptor3, num_sm
 from miles_kernels.cuda.launch import aligned, at_home
 from miles_kernels.ops.chain import main_of
 
+HALVES = "halves"
+"""Kind of tile with the bits of "tma": an expert's last rows are half a tile where they fit into it, in programs of their own.
+
+Not timed on a GPU, so no default names it.
+"""
+HALF_COST = 9
+"""Half a tile takes this many 16ths of the time of a whole one, by estimate; it only sets how many programs have half tiles."""
+
 
 class TilePlan(NamedTuple):
-    """Which expert and which rows each row tile has, made on the device for one tile height."""
+    """Which expert and which rows each row tile has, made on the device for one tile height; half tiles follow whole ones."""
 
     expert: Tensor
     row: Tensor
     count: Tensor
+    """[1] whole tiles, [2] with the half ones where there may be any"""
     height: int
+    halves: bool = False
 
 
 class Groups:
@@ -31,14 +41,14 @@ class Groups:
     def __init__(self, offsets: Tensor, num_rows: int) -> None:
         self.offsets, self.num_rows = offsets, num_rows
         self.num_experts = offsets.shape[0] - 1
-        self._plans: dict[int, TilePlan] = {}
+        self._plans: dict[tuple[int, bool], TilePlan] = {}
 
-    def empty_plan(self, height: int) -> TilePlan:
+    def empty_plan(self, height: int, halves: bool = False) -> TilePlan:
         """Room for the tiles of `height` rows, to be filled by a kernel."""
         most = max(1, min(self.num_rows, -(-self.num_rows // height) + self.num_experts))
         expert, row = (torch.empty(most, dtype=torch.int32, device=self.offsets.device) for _ in range(2))
-        plan = TilePlan(expert, row, torch.empty(1, dtype=torch.int32, device=self.offsets.device), height)
-        self._plans[height] = plan
+        count = torch.empty(1 + halves, dtype=torch.int32, device=self.offsets.device)
+        plan = self._plans[height, halves] = TilePlan(expert, row, count, height, halves)
         return plan
 
     @classmethod
@@ -52,13 +62,13 @@ class Groups:
         torch.cumsum(counts, 0, out=offsets[1:])
         return cls(offsets, num_rows)
 
-    def plan(self, height: int) -> TilePlan:
+    def plan(self, height: int, halves: bool = False) -> TilePlan:
         """Row tiles of `height` rows."""
-        plan = self._plans.get(height)
+        plan = self._plans.get((height, halves))
         if plan is None:
             from miles_kernels.cuda import grouped_kernels
 
-            plan = self.empty_plan(height)
+            plan = self.empty_plan(height, halves)
             grouped_kernels.plan_tiles[(1,)](
                 self.offsets,
                 plan.expert,
@@ -67,6 +77,7 @@ class Groups:
                 self.num_experts,
                 BM=height,
                 EXPERTS=expert_width(self.num_experts),
+                HALVES=halves,
                 num_warps=4,
             )
         return plan
@@ -115,16 +126,18 @@ def gemm(
     from miles_kernels.cuda import grouped_kernels
 
     tile = tile or default_tile(groups.num_rows / groups.num_experts, gated)
-    plan = groups.plan(tile.rows)
+    halved = tile.kind == HALVES and not gather
+    plan = groups.plan(tile.rows, halved)
     if gated:
         w = descriptor3(weight.view(2 * experts, n, k), 2, tile.cols, tile.depth)
     else:
         flat = weight.view(experts * first, second)
         w = descriptor(flat, *((tile.depth, tile.cols) if transposed else (tile.cols, tile.depth)))
     most = plan.expert.shape[0] * -(-n // tile.cols)
-    programs = min(num_sms(x.device.index or 0) * tile.per_sm, most)
+    programs = max(min(num_sms(x.device.index or 0) * tile.per_sm, most), 1 + halved)
     grouped_kernels.grouped_gemm[(programs,)](
         x if gather else descriptor(x, tile.rows, tile.depth),
+        descriptor(x, tile.rows // 2, tile.depth) if halved else None,
         w,
         out,
         groups.offsets,
@@ -145,6 +158,7 @@ def gemm(
         GATED=gated,
         GATHER=gather is not None,
         EARLY=early,
+        HALF_COST=HALF_COST if halved else 0,
         launch_pdl=early,
         num_warps=tile.warps,
         num_stages=tile.stages,

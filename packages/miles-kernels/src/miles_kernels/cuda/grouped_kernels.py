@@ -18,9 +18,20 @@ def begin(EARLY: tl.constexpr):
 
 
 @triton.jit
-def write_tiles(start, counts, experts, tile_expert, tile_row, num_tiles, BM: tl.constexpr):
-    """Tiles of `BM` rows per expert: tile_expert[t], tile_row[t] (first row); num_tiles[0] = how many."""
+def write_tiles(start, counts, experts, tile_expert, tile_row, num_tiles, BM: tl.constexpr, HALVES: tl.constexpr = False):
+    """Tiles of `BM` rows per expert: tile_expert[t], tile_row[t] (first row); num_tiles[0] = how many.
+
+    `HALVES`: an expert's last rows where half a tile holds them are a half tile; those follow, num_tiles[1] of them.
+    """
     tiles = (counts + BM - 1) // BM
+    if HALVES:
+        rest = counts % BM
+        half = ((rest > 0) & (rest <= BM // 2)).to(tl.int32)
+        tiles -= half
+        place = tl.sum(tiles, 0) + tl.cumsum(half, 0) - half
+        tl.store(tile_expert + place, experts, mask=half > 0)
+        tl.store(tile_row + place, start + tiles * BM, mask=half > 0)
+        tl.store(num_tiles + 1, tl.sum(half, 0))
     first = tl.cumsum(tiles, 0) - tiles
     for i in range(tl.max(tiles, 0)):
         tl.store(tile_expert + first + i, experts, mask=i < tiles)
@@ -29,17 +40,28 @@ def write_tiles(start, counts, experts, tile_expert, tile_row, num_tiles, BM: tl
 
 
 @triton.jit
-def plan_tiles(offsets, tile_expert, tile_row, num_tiles, E, BM: tl.constexpr, EXPERTS: tl.constexpr):
+def plan_tiles(
+    offsets, tile_expert, tile_row, num_tiles, E, BM: tl.constexpr, EXPERTS: tl.constexpr, HALVES: tl.constexpr = False
+):
     """Row tiles from `offsets[E + 1]`, the first rows of the experts. One program."""
     experts = tl.arange(0, EXPERTS)
     start = tl.load(offsets + experts, mask=experts < E, other=0)
     stop = tl.load(offsets + experts + 1, mask=experts < E, other=0)
-    write_tiles(start, stop - start, experts, tile_expert, tile_row, num_tiles, BM)
+    write_tiles(start, stop - start, experts, tile_expert, tile_row, num_tiles, BM, HALVES)
 
 
 @triton.jit
 def plan_offsets(
-    totals, offsets, tile_expert, tile_row, num_tiles, E, BM: tl.constexpr, EXPERTS: tl.constexpr, EARLY: tl.constexpr = False
+    totals,
+    offsets,
+    tile_expert,
+    tile_row,
+    num_tiles,
+    E,
+    BM: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EARLY: tl.constexpr = False,
+    HALVES: tl.constexpr = False,
 ):
     """offsets[E + 1] and row tiles from rows per expert. One program."""
     begin(EARLY)
@@ -48,7 +70,7 @@ def plan_offsets(
     stop = tl.cumsum(counts, 0)
     tl.store(offsets + experts + 1, stop, mask=experts < E)
     tl.store(offsets, 0)
-    write_tiles(stop - counts, counts, experts, tile_expert, tile_row, num_tiles, BM)
+    write_tiles(stop - counts, counts, experts, tile_expert, tile_row, num_tiles, BM, HALVES)
 
 
 @triton.jit
@@ -98,20 +120,22 @@ def scan_counts(counts, before, totals, num_blocks, E, BLOCKS: tl.constexpr, WID
 
 
 @triton.jit
-def grouped_gemm(
+def multiply_tiles(
     x,
     w,
     out,
     offsets,
     tile_expert,
     tile_row,
-    num_tiles,
+    num_m,
     index,
     slots,
     stride_x,
     N,
     K,
     stride_out,
+    program,
+    programs,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -119,19 +143,11 @@ def grouped_gemm(
     B_T: tl.constexpr,
     GATED: tl.constexpr,
     GATHER: tl.constexpr,
-    EARLY: tl.constexpr = False,
 ):
-    """out[rows of e, N] = x[rows of e, K] w[e]^T, w described as [E * N, K] (or [E * K, N] when `B_T`, then x w[e]).
-
-    `GATED`: w is described as [2 E, N, K] with blocks [2, BN, BK] (gate over up), one product for both; out = silu(gate) * up,
-    each rounded to out's dtype first, as the unfused ops do. `GATHER` (with `GATED`): x is a pointer to the unsorted rows and
-    sorted row r is x[index[r] // slots]; BK must divide K.
-    """
-    begin(EARLY)
-    num_m = tl.load(num_tiles)
+    """Tiles `program`, `program + programs`, .. of the `num_m` row tiles of `grouped_gemm` by all columns."""
     num_n = tl.cdiv(N, BN)
     steps = tl.cdiv(K, BK)
-    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
+    for tile in tl.range(program, num_m * num_n, programs, flatten=True):
         pid_m, pid_n = tile_of(tile, num_m, num_n, GROUP_M)
         expert = tl.load(tile_expert + pid_m)
         row = tl.load(tile_row + pid_m)
@@ -170,6 +186,60 @@ def grouped_gemm(
             u = up.to(kind).to(tl.float32)
             acc = g / (1.0 + tl.exp(-g)) * u
         tl.store(out + where, acc.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def grouped_gemm(
+    x,
+    x_half,
+    w,
+    out,
+    offsets,
+    tile_expert,
+    tile_row,
+    num_tiles,
+    index,
+    slots,
+    stride_x,
+    N,
+    K,
+    stride_out,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    B_T: tl.constexpr,
+    GATED: tl.constexpr,
+    GATHER: tl.constexpr,
+    EARLY: tl.constexpr = False,
+    HALF_COST: tl.constexpr = 0,
+):
+    """out[rows of e, N] = x[rows of e, K] w[e]^T, w described as [E * N, K] (or [E * K, N] when `B_T`, then x w[e]).
+
+    `GATED`: w is described as [2 E, N, K] with blocks [2, BN, BK] (gate over up), one product for both; out = silu(gate) * up,
+    each rounded to out's dtype first, as the unfused ops do. `GATHER` (with `GATED`): x is a pointer to the unsorted rows and
+    sorted row r is x[index[r] // slots]; BK must divide K. `HALF_COST`: the plan has half tiles, read through `x_half`, which
+    cost this many 16ths of a whole one each: their share of the programs (there must be two) multiplies nothing else, so that no
+    loop has two kinds.
+    """
+    begin(EARLY)
+    num_m = tl.load(num_tiles)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    if HALF_COST:
+        halves = tl.load(num_tiles + 1)
+        own = tl.cdiv(programs * (halves * HALF_COST), num_m * 16 + halves * HALF_COST)
+        own = tl.where(num_m == 0, programs, tl.minimum(own, programs - 1))
+        multiply_tiles(
+            x_half, w, out, offsets, tile_expert + num_m, tile_row + num_m, tl.where(program < own, halves, 0), index, slots,
+            stride_x, N, K, stride_out, program, tl.maximum(own, 1), BM // 2, BN, BK, GROUP_M, B_T, GATED, GATHER,
+        )  # fmt: skip
+        num_m = tl.where(program < own, 0, num_m)
+        program = tl.maximum(program - own, 0)
+        programs = tl.maximum(programs - own, 1)
+    multiply_tiles(
+        x, w, out, offsets, tile_expert, tile_row, num_m, index, slots, stride_x, N, K, stride_out, program, programs,
+        BM, BN, BK, GROUP_M, B_T, GATED, GATHER,
+    )  # fmt: skip
 
 
 @triton.jit

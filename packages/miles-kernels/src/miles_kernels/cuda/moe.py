@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from miles_kernels.cuda.gemm_triton import descriptor3
-from miles_kernels.cuda.grouped import Groups, default_tile, expert_width, gemm, grouped_linear, weight_gradient
+from miles_kernels.cuda.grouped import HALVES, Groups, default_tile, expert_width, gemm, grouped_linear, weight_gradient
 from miles_kernels.cuda.launch import aligned, at_home, cdiv, early_for, starts_early
 
 logger = logging.getLogger("miles_kernels.moe")
@@ -50,7 +50,8 @@ def plan_dispatch(ids: Tensor, num_experts: int) -> Dispatch:
     width, early = expert_width(experts), early_for(1, ids)  # its kernels are short for any number of tokens
     offsets, order, place = (torch.empty(n, dtype=torch.int32, device=device) for n in (experts + 1, total, total))
     groups = Groups(offsets, total)
-    plan = groups.empty_plan(default_tile(total / experts, gated=True).rows)
+    tile = default_tile(total / experts, gated=True)
+    plan = groups.empty_plan(tile.rows, halves := tile.kind == HALVES and total > SMALL_SORT)
     tiles = (plan.expert, plan.row, plan.count)
     if total <= SMALL_SORT:
         block = max(16, 1 << (total - 1).bit_length()) if total else 16
@@ -68,7 +69,9 @@ def plan_dispatch(ids: Tensor, num_experts: int) -> Dispatch:
     grouped_kernels.scan_counts[(-(-experts // lanes),)](
         counts, before, totals, blocks, experts, BLOCKS=1 << (blocks - 1).bit_length(), WIDTH=lanes, **how
     )
-    grouped_kernels.plan_offsets[(1,)](totals, offsets, *tiles, experts, BM=plan.height, EXPERTS=width, **how)
+    grouped_kernels.plan_offsets[(1,)](
+        totals, offsets, *tiles, experts, BM=plan.height, EXPERTS=width, HALVES=halves, **how
+    )  # fmt: skip
     grouped_kernels.sort_slots[(blocks,)](flat, before, offsets, order, place, total, experts, BLOCK=SORT_BLOCK, **how)
     return Dispatch(order, place.view(tokens, slots), groups)
 
