@@ -89,3 +89,16 @@ def test_a_function_of_the_users_own_file_is_an_advantage(tmp_path: Path) -> Non
     assert group_advantages([0.3, None, 0.9, 0.1], f"{tmp_path}/mine.py:ranked").tolist() == [1.0, 0.0, 2.0, 0.0]
     with pytest.raises(ValueError, match=r"3 rewards gave advantages of shape \(\)"):  # it would have been spread over all
         group_advantages([0.3, 0.9, 0.1], f"{tmp_path}/mine.py:constant")
+
+
+def test_a_loss_cannot_take_the_name_of_what_every_step_reports() -> None:
+    from miles_core.algorithm.loss import RESERVED, objective
+    from miles_core.trainer.base import StepStats
+
+    stats = StepStats(loss=0.0, grad_norm=0.0, lr=0.0, num_tokens=1, num_sequences=1, num_updates=1)
+    assert {name.removeprefix("train/") for name in stats.metrics() if name.startswith("train/")} <= RESERVED
+    logprob = torch.zeros(3)
+    inputs = LossInputs(logprob=logprob, weight=torch.ones(3))
+    with pytest.raises(ValueError, match="stats of a loss: 'lr', 'num_tokens' is what every step reports"):
+        objective(-logprob, inputs, AlgorithmConfig(), {"lr": logprob.sum(), "num_tokens": logprob.sum(), "gate": logprob.sum()})
+    assert "gate" in objective(-logprob, inputs, AlgorithmConfig(), {"gate": logprob.sum()}).stats

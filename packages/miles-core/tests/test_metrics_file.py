@@ -57,6 +57,8 @@ def test_summary_shouts_about_a_mismatch() -> None:
     assert summary(fine) == "reward 0.500  tok/s 1,234  mismatch 0"
     assert "MISMATCH 3 tokens, up to 1.00e-06" in summary({"mismatch/tokens_unequal": 3, "mismatch/max_abs": 1e-6})
     assert summary({"train/loss": 0.25}) == "loss 0.2500"
+    trained = {"train/loss": 0.25, "mismatch/tokens_unequal": 0, "eval/accuracy": 1.0, "eval/tokens_unequal": 2}
+    assert summary(trained).endswith("mismatch 0  MISMATCH 2 held-out tokens")
 
 
 def test_plain_lines_are_thinned_but_never_hide_an_evaluation(capsys: pytest.CaptureFixture[str]) -> None:

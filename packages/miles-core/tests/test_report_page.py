@@ -10,7 +10,7 @@ import pytest
 
 from miles_core.config.dump import config_toml
 from miles_core.config.load import load_config
-from miles_core.debug.plots import running_mean
+from miles_core.debug.plots import Plot, _fill, running_mean
 from miles_core.debug.report import plots_of, render_report, write_report
 from miles_core.metrics import MetricsFile
 from miles_rollout.wire import Sample, write_samples
@@ -93,3 +93,29 @@ def test_no_run_no_report(tmp_path: Path) -> None:
 
 def test_running_mean_skips_gaps() -> None:
     assert running_mean([1.0, float("nan"), 3.0], 2)[:2] == [1.0, 1.0] and running_mean([1.0, 3.0, 5.0], 2) == [1.0, 2.0, 4.0]
+
+
+def test_a_legend_lies_on_no_line() -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4, 2.7), layout="constrained")
+    axes = figure.add_subplot()
+    steps = list(range(40))
+    lines = {f"line {i}": (steps, [float((step * (i + 3)) % 17) for step in steps]) for i in range(6)}  # all over the picture
+    _fill(axes, Plot(title="t", lines=lines, unit="tokens / s"))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+    assert figure.bbox.contains(*legend.get_window_extent().max) and [text.get_text() for text in legend.get_texts()] == list(
+        lines
+    )
+
+
+def test_what_moves_the_policy_is_shown_and_so_are_numbers_of_a_loss_of_ones_own() -> None:
+    rows = [
+        {"step": step, "train/ref_kl": 0.1 * step, "train/policy_kl": 0.0, "train/gate": 0.5, "train/lr": 1e-4, "train/loss": 0.0}
+        for step in range(3)
+    ]
+    titles = [plot.title for plot in plots_of(rows)]
+    assert "KL to the reference policy" in titles and "train/gate" in titles
+    assert not {"KL of the updates of a step", "Learning rate", "train/ref_kl", "train/lr"} & set(titles)

@@ -61,7 +61,13 @@ def test_the_configuration_is_checked_against_the_processes(monkeypatch: pytest.
     with pytest.raises(ValueError, match="does not divide the 1 process"):
         RunConfig(model=model, trainer={"cp": 2})
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert RunConfig(model=model, trainer={"cp": 2}).num_trainers == 2
+    launched = RunConfig(model=model, trainer={"cp": 2})
+    assert launched.num_trainers == 2
+    with pytest.raises(ValueError, match="WORLD_SIZE = 2 .* start it once, without a launcher, with --cluster.num_trainers 2"):
+        launched.require_one_driver()
+    apart = RunConfig(model=model, cluster={"num_engines": 1})
+    assert apart.num_trainers == 1
+    apart.require_one_driver()
     with pytest.raises(ValueError, match="WORLD_SIZE = 'two'"):
         world_size_of({"WORLD_SIZE": "two"})
 

@@ -28,10 +28,12 @@ from miles_core.eval.held_out import load_held_out
 from miles_core.feed import Feed, ReplayFeed, RolloutFeed, SftFeed
 from miles_core.interrupt import StopRequest
 from miles_core.memory import prepare_heap
+from miles_core.memory.ahead import prepare_host
 from miles_core.memory.check import require_room, while_building
 from miles_core.memory.jobs import device_of_run, job_of_run
 from miles_core.memory.plan import make_plan
 from miles_core.memory.run import RunMemory
+from miles_core.memory.slabs import HostSlabs
 from miles_core.memory.trainer import TrainerMemory
 from miles_core.models import LoadedModel, load_model, load_shape, prompt_room, use_threads
 from miles_core.progress import make_progress
@@ -77,6 +79,7 @@ def compose(config: RunConfig, request: Request, say: Say) -> Run:
 
     Raises ValueError, FileExistsError or ImportError with the remedy in the message; nothing is written then.
     """
+    config.require_one_driver()
     use_threads(config.run.threads)
     for line in idle_settings(config, request.mode):
         say(line)
@@ -117,6 +120,9 @@ def _parts(
     """Feed, trainer, engine, publisher and evaluator of a run, all in this process."""
     if config.model.device != "cpu":
         require_room(config, load_shape(config.model, say)[0], request.mode)
+    slabs = prepare_host(config, say) if request.mode != "rollout" else None
+    if slabs is not None:
+        stack.callback(slabs.forget)  # of a start that fails
     model = load_model(config, say, divided=request.mode == "rollout" and config.engine.tensor_parallel > 1)
     prepare_heap(sum(weight.nbytes for weight in model.decoder.parameters()))
     text = Text(model.tokenizer, model.decoder.config)
@@ -131,7 +137,7 @@ def _parts(
         stack.callback(lambda: runner.run(engine.close()))
     trainer, released = None, _make_room(config, request, engine, runner)
     if request.mode != "rollout":
-        trainer = make_trainer(config, request.mode, model.decoder)
+        trainer = make_trainer(config, request.mode, model.decoder, slabs)
         trainer = trainer if draft is None else with_draft(trainer, config, draft)
     publisher = None
     if trainer is not None and engine is not None:
@@ -227,8 +233,11 @@ def _keep_logs(logs: Path, root: Path) -> None:
     shutil.rmtree(logs, ignore_errors=True)
 
 
-def make_trainer(config: RunConfig, mode: Mode, decoder: Decoder) -> Trainer:
-    """The training backend by name, one process of it. Raises ImportError naming the extra when its library is missing."""
+def make_trainer(config: RunConfig, mode: Mode, decoder: Decoder, slabs: HostSlabs | None = None) -> Trainer:
+    """The training backend by name, one process of it, its state in `slabs` if they were prepared for that.
+
+    Raises ImportError naming the extra when its library is missing.
+    """
     updates = config.run.num_steps * (1 if mode == "sft" else config.trainer.updates_per_step)
     # no reference policy is held where nothing asks for one
     algorithm = config.algorithm.model_copy(update={"kl_coef": 0.0}) if mode == "sft" else config.algorithm
@@ -237,8 +246,9 @@ def make_trainer(config: RunConfig, mode: Mode, decoder: Decoder) -> Trainer:
 
         return MegatronTrainer(decoder, algorithm, config.trainer, config.optimizer, total_updates=updates)
     job = job_of_run(config, decoder.config, mode, device_of_run(config), config.num_trainers)
-    memory = config.memory
-    trainer = FsdpTrainer(decoder, algorithm, config.trainer, config.optimizer, total_updates=updates, memory=memory)
+    trainer = FsdpTrainer(
+        decoder, algorithm, config.trainer, config.optimizer, total_updates=updates, memory=config.memory, slabs=slabs
+    )  # fmt: skip
     trainer.memory.facts.plan = make_plan(job)
     return trainer
 

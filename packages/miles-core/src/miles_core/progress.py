@@ -46,6 +46,8 @@ def summary(metrics: Mapping[str, float]) -> str:
     if "mismatch/tokens_unequal" in metrics:
         unequal = int(metrics["mismatch/tokens_unequal"])
         parts.append("mismatch 0" if unequal == 0 else f"MISMATCH {unequal} tokens, up to {metrics['mismatch/max_abs']:.2e}")
+    if metrics.get("eval/tokens_unequal", 0) > 0 and "train/loss" in metrics:  # a step's own count is of what it trained on
+        parts.append(f"MISMATCH {int(metrics['eval/tokens_unequal'])} held-out tokens")
     return "  ".join(parts)
 
 

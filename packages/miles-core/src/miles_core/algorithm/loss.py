@@ -145,14 +145,27 @@ def _regularise(token_loss: Tensor, inputs: LossInputs, cfg: AlgorithmConfig, st
     return token_loss
 
 
+RESERVED = frozenset(
+    {"", "loss", "grad_norm", "lr", "logprob", "entropy", "ref_kl", "mismatch_weight", "weight_version", "epoch"}
+    | {f"num_{what}" for what in ("tokens", "sequences", "updates", "skipped_updates", "microbatches", "forward_tokens")}
+)
+"""Names `train/NAME` that a loss cannot give its own statistics."""
+
+
 def objective(
     token_loss: Tensor, inputs: LossInputs, cfg: AlgorithmConfig, stats: Mapping[str, Tensor] | None = None
 ) -> LossOutput:
     """The objective around the loss of every token, [N]: mismatch correction, KL penalty, entropy bonus, weighted sum.
 
     `stats` are 0-dim sums over the N tokens, without gradient; they become `train/NAME`, a mean over the trained tokens of
-    the step. Raises ValueError when `token_loss` is not [N], or the batch lacks what `cfg` asks for.
+    the step. Raises ValueError when `token_loss` is not [N], a name of `stats` is taken by a number that every step reports,
+    or the batch lacks what `cfg` asks for.
     """
+    taken = sorted(RESERVED & set(stats or {}))
+    if taken:
+        raise ValueError(
+            f"stats of a loss: {', '.join(map(repr, taken))} is what every step reports as train/NAME; choose another name"
+        )
     if token_loss.shape != inputs.logprob.shape:
         raise ValueError(f"a token loss has one value per trained token, {tuple(inputs.logprob.shape)}; got {_shape(token_loss)}")
     all_stats = dict(stats or {})

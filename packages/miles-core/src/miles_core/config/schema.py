@@ -140,8 +140,17 @@ class RunConfig(Section):
 
     @property
     def num_trainers(self) -> int:
-        """Processes of the trainer: those of `[cluster]`, or those a launcher such as torchrun announces, or one."""
-        return self.cluster.num_trainers or world_size_of()
+        """Processes of the trainer: those of `[cluster]`, or those a launcher announces to a script of one's own, or one."""
+        return self.cluster.num_trainers or (1 if self.clustered else world_size_of())
+
+    def require_one_driver(self) -> None:
+        """Raise ValueError where a launcher has started several of this process, each of which would be a whole run."""
+        count = 1 if self.clustered else world_size_of()
+        if count > 1:
+            raise ValueError(
+                f"WORLD_SIZE = {count} in the environment, as torchrun sets it, and a run starts its own processes: start it "
+                f"once, without a launcher, with --cluster.num_trainers {count} (--cluster.kind ray over several machines)"
+            )
 
     def with_name(self, name: str) -> RunConfig:
         """The same run under its final name."""

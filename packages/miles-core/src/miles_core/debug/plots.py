@@ -89,8 +89,15 @@ def _fill(axes: Any, plot: Plot) -> None:
     axes.grid(color=_GREY, alpha=0.2, linewidth=0.6)
     if plot.y_range is not None:
         axes.set_ylim(*plot.y_range)
-    if len(plot.lines) > 1:
-        axes.legend(frameon=False, fontsize=8, loc="best")
+    axes.ticklabel_format(axis="y", useOffset=False, style="plain" if _is_readable(plot) else "sci", scilimits=(0, 0))
+    if len(plot.lines) > 1:  # above the axes: inside, it would lie on lines
+        axes.figure.legend(frameon=False, fontsize=8, loc="outside upper left", ncols=min(len(plot.lines), 4))
+
+
+def _is_readable(plot: Plot) -> bool:
+    """Whether the largest value needs no power of ten."""
+    values = [abs(value) for _, line in plot.lines.values() for value in line if math.isfinite(value)]
+    return not values or max(values) == 0 or 1e-3 <= max(values) < 1e6
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:

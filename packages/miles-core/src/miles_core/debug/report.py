@@ -85,6 +85,7 @@ def plots_of(rows: Sequence[Row]) -> list[Plot]:
         Plot(
             title="Tokens per second",
             lines=lines(whole_step="perf/tokens_per_s", rollout="perf/rollout_tokens_per_s", train="perf/train_tokens_per_s"),
+            unit="tokens / s",
         ),
         Plot(
             title="Completion length",
@@ -95,6 +96,7 @@ def plots_of(rows: Sequence[Row]) -> list[Plot]:
         Plot(title="Entropy", lines=lines(entropy="train/entropy"), unit="nats"),
         Plot(title="Loss", lines=lines(loss="train/loss"), smooth=frozenset({"loss"})),
         Plot(title="Gradient norm", lines=lines(gradient_norm="train/grad_norm"), smooth=frozenset({"gradient norm"})),
+        *_objective_plots(rows),
         *_memory_plots(rows),
         *_draft_plots(rows),
     ]
@@ -105,6 +107,37 @@ def _by_set(rows: Sequence[Row]) -> dict[str, Series]:
     """Accuracy of every named evaluation set."""
     names = dict.fromkeys(name for row in rows for name in row if name.startswith("eval/") and name.endswith("/accuracy"))
     return {name.split("/")[1]: series(rows, name) for name in names if name.count("/") == 2}
+
+
+_SHOWN = (
+    "loss", "grad_norm", "lr", "num_tokens", "num_sequences", "num_updates", "num_skipped_updates", "num_microbatches",
+    "num_forward_tokens", "num_dropped", "weight_version", "epoch", "entropy", "logprob", "ratio", "policy_kl", "ref_kl",
+    "clip_low_fraction", "clip_high_fraction", "mismatch_weight",
+)  # fmt: skip
+"""Metrics `train/NAME` of ours; what is left is of a loss of the user's."""
+
+
+def _objective_plots(rows: Sequence[Row]) -> list[Plot]:
+    """What moves the policy, where it moves at all: all zeros and constants are no picture."""
+
+    def moving(**names: str) -> dict[str, Series]:
+        found = {label.replace("_", " "): series(rows, name) for label, name in names.items()}
+        return {label: line for label, line in found.items() if len(set(line[1])) > 1}
+
+    names = sorted({name for row in rows for name in row if name.startswith("train/") and name[6:] not in _SHOWN})
+    own = {name[6:]: series(rows, name) for name in names}
+    return [
+        Plot(title="KL to the reference policy", lines=moving(kl="train/ref_kl"), unit="nats"),
+        Plot(title="KL of the updates of a step", lines=moving(kl="train/policy_kl"), unit="nats"),
+        Plot(title="Weight that corrects the mismatch", lines=moving(weight="train/mismatch_weight")),
+        Plot(
+            title="Clipped tokens", lines=moving(below="train/clip_low_fraction", above="train/clip_high_fraction"), unit="share"
+        ),
+        Plot(title="Groups whose rewards are all equal", lines=moving(zero_variance="reward/zero_variance_share"), unit="share"),
+        Plot(title="Groups left out", lines=moving(left_out="rollout/num_dropped_groups"), unit="groups"),
+        Plot(title="Learning rate", lines=moving(learning_rate="train/lr")),
+        *(Plot(title=f"train/{name}", lines={name: line}) for name, line in own.items()),
+    ]
 
 
 def _memory_plots(rows: Sequence[Row]) -> list[Plot]:
