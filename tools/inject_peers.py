@@ -1,11 +1,12 @@
 """An allocation failure in one of several processes, in the middle of what they do together: all end in one report, soon.
 
-torchrun --nproc-per-node 2 tools/inject_peers.py SITE [--groups own|torch]     SITE: gather, forward, logits, backward, update
+torchrun --nproc-per-node 2 tools/inject_peers.py SITE [--groups own|torch]
 torchrun --nproc-per-node 2 tools/inject_peers.py SITE --device cpu             the same on a tiny model, over gloo
 
-On a GPU the first process caps its allocator at what it holds when it comes to the site, and fills the holes in that. Every
-process prints one line: how it ended, and after how many seconds; a step that goes through in spite of it must have the bits of
-one without. The group's own timeout is two minutes, so a process that says 120 s has been left waiting.
+SITE is gather, forward, logits, backward, update, offload (no room on the host for the moments) or wake (nor on the device, for
+their return). On a GPU the first process caps its allocator at what it holds when it comes to the site, and fills the holes in
+that. Every process prints one line: how it ended, and after how many seconds; a step that goes through in spite of it must have
+the bits of one without. The group's own timeout is two minutes, so a process that says 120 s has been left waiting.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from inject_oom import Cap
 from measure_memory import TINY, Bench
 
 from miles_core.algorithm.config import AlgorithmConfig
+from miles_core.memory import slabs
 from miles_core.memory.config import MemoryConfig
 from miles_core.memory.ladder import OutOfRoom
 from miles_core.trainer.batch import TrainBatch
@@ -32,7 +34,7 @@ from miles_core.trainer.fsdp import FsdpTrainer
 from miles_core.trainer.hashing import combined_hash
 from miles_core.trainer.testing import random_samples
 
-SITES = ("gather", "forward", "logits", "backward", "update")
+SITES = ("gather", "forward", "logits", "backward", "update", "offload", "wake")
 
 
 def build(bench: Bench, groups: str) -> tuple[FsdpTrainer, TrainBatch]:
@@ -64,10 +66,18 @@ class Strike:
 
 def arm(trainer: FsdpTrainer, site: str, strike: Strike) -> None:
     """Have `strike` called whenever the site is reached."""
+    if site == "offload":
+
+        def nothing() -> int:
+            strike.num += 1
+            return 0
+
+        slabs.available_host_bytes = nothing
+        return
     places: dict[str, tuple[Any, str]] = {
         "gather": (trainer.decoder.table, "rows"), "forward": (trainer.decoder.layers[1], "_feed_forward"),
         "backward": (trainer.decoder.layers[1], "_feed_forward"), "logits": (trainer.decoder, "logprob"),
-        "update": (trainer.optimizer, "_prepare"),
+        "update": (trainer.optimizer, "_prepare"), "wake": (trainer.memory.mover, "onload"),
     }  # fmt: skip
     owner, name = places[site]
     plain = getattr(owner, name)
@@ -108,6 +118,8 @@ def main() -> None:
         arm(trainer, options.site, strike)
     begun, told = time.monotonic(), ""
     try:
+        if options.site in ("offload", "wake"):
+            trainer.offload(["moments"])
         trainer.step(batch)
         if bench.cuda:
             torch.cuda.set_per_process_memory_fraction(1.0)

@@ -8,6 +8,7 @@ import io
 import os
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,40 @@ def test_a_sleeping_trainer_holds_nothing_but_crumbs() -> None:
     other = build()
     other.step(batch)
     assert torch.equal(found, other.forward_logprobs(batch))
+
+
+def test_whatever_moves_state_is_agreed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By all processes: each of these ends in one report for all when there is no room in one, told once.
+
+    With real processes: `test_memory_processes.py`.
+    """
+    trainer = build()
+    told: list[tuple[str, str]] = []
+
+    class Together:
+        @contextmanager
+        def alike(self, phase: str, report: Callable[..., str]) -> Iterator[None]:
+            try:
+                yield
+            except Exception as error:
+                told.append((phase, str(error).splitlines()[0]))
+                raise
+
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("no room here")
+
+    monkeypatch.setattr(trainer.memory, "_together", Together())
+    trainer.offload(["moments"])
+    for name, phase, call in (
+        ("onload", "wake", lambda: trainer.onload(["moments"])), ("onload", "step", lambda: trainer.step(batches(1, 5)[0])),
+        ("offload", "offload", lambda: trainer.offload(["masters"])), ("offload", "sleep", trainer.memory.sleep),
+    ):  # fmt: skip
+        told.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.memory.mover, name, full)
+            with pytest.raises((MemoryError, torch.OutOfMemoryError), match="no room here"):
+                call()
+        assert [where for where, _ in told] == [phase] and "no room here" in told[0][1]
 
 
 def test_a_subset_may_leave_and_export_brings_back_what_it_needs() -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from miles_core.cli.app import main
+from miles_core.config.load import load_config
 from miles_core.config.schema import RunConfig
 from miles_core.config.sections import ModelConfig
 from miles_core.memory import pages, slabs
@@ -21,9 +23,11 @@ from miles_core.memory.config import MemoryConfig
 from miles_core.memory.homes import column_bytes
 from miles_core.memory.pages import Pages
 from miles_core.memory.trainer import make_home
+from miles_core.models import load_shape
 from miles_core.trainer.config import TrainerConfig
 from miles_core.trainer.testing import TINY
 from miles_kernels.nn.checkpoint import random_decoder
+from miles_kernels.nn.decoder import Decoder
 
 CPU = torch.device("cpu")
 PART = 1 << 21
@@ -248,7 +252,8 @@ def test_a_run_prepares_what_its_trainer_takes(dtype: str, master: str, columns:
         trainer=TrainerConfig(master=master),
     )
     said: list[str] = []
-    held = prepare_host(config, TINY, said.append)
+    monkeypatch.setattr("miles_core.memory.ahead.load_shape", lambda config, say: (TINY, None))
+    held = prepare_host(config, said.append)
     assert held is not None and len(held._ahead) == columns and "made ready" in said[0]
     counts = [weight.numel() for weight in random_decoder(TINY, 3).parameters()]
     prepared = {each.tensor.data_ptr() for each in held._ahead}
@@ -256,5 +261,35 @@ def test_a_run_prepares_what_its_trainer_takes(dtype: str, master: str, columns:
     assert {each.data_ptr() for each in home.columns} == prepared and not held._ahead
     assert held.num_bytes == columns * column_bytes(counts) == home.num_bytes
     for change in ({"memory": MemoryConfig()}, {"model": config.model.model_copy(update={"device": "cpu"})}):
-        assert prepare_host(config.model_copy(update=change), TINY, said.append) is None
+        assert prepare_host(config.model_copy(update=change), said.append) is None
     held.close()
+
+
+def test_a_run_hands_on_what_it_has_prepared_or_gives_it_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Runtime(monkeypatch)
+    shape, _ = load_shape(load_config("quickstart").model, print)
+    counts = [weight.numel() for weight in Decoder(shape, device="meta").parameters()]
+    made: list[slabs.HostSlabs] = []
+
+    def prepared(config: RunConfig, say: object) -> slabs.HostSlabs:
+        made.append(slabs.HostSlabs(pinned=True))
+        made[-1].prepare([column_bytes(counts)] * 2)
+        return made[-1]
+
+    monkeypatch.setattr("miles_core.compose.prepare_host", prepared)
+    arguments = ["train", "quickstart", "--run.num_steps", "1", "--memory.optimizer", "host", "--run.dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0, capsys.readouterr().err
+    assert made[0].num_bytes == 2 * column_bytes(counts) and not made[0]._ahead
+
+    def no_room(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("miles_core.compose.make_engine", no_room)
+    with pytest.raises(SystemExit):
+        main([*arguments[:-1], str(tmp_path / "other")])
+    assert made[1].num_bytes == 0 and not made[1]._ahead
+    made[0].close()

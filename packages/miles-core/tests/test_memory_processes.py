@@ -59,11 +59,13 @@ WORKER = textwrap.dedent(
         trainer.optimizer._prepare = failing(trainer.optimizer._prepare)
     elif where == "gather":
         trainer.decoder.table.rows = failing(trainer.decoder.table.rows)
-    elif where == "sleep":
+    elif where == "offload":
         trainer.memory.mover.offload = failing(trainer.memory.mover.offload)
     try:
         trainer.step(batch)
-        if where in ("nowhere", "sleep"):
+        if where == "offload":
+            trainer.offload(["moments"])
+        if where == "nowhere":
             trainer.memory.sleep()
             assert all(each._backend is None for each in peers)
         if where != "gather":
@@ -146,12 +148,12 @@ def test_what_one_process_cannot_recover_alone_both_refuse_alike() -> None:
     assert seconds < 200, "somebody waited for the group's timeout"
 
 
-def test_one_process_that_cannot_sleep_ends_both() -> None:
-    """The other one may be asleep by then, and hears of it when it wakes."""
-    codes, found, seconds = both("sleep")
+def test_one_process_that_cannot_move_what_it_holds_ends_both() -> None:
+    """The other one has moved its part by then, and hears of it when it works on."""
+    codes, found, seconds = both("offload")
     assert codes == [3, 3], found
     for text in found:
-        assert "process 0 ran out of memory in sleep: no room here" in text, text
+        assert "process 0 ran out of memory in offload: no room here" in text, text
     assert seconds < 200, "somebody waited for the group's timeout"
 
 

@@ -179,12 +179,17 @@ class FsdpTrainer:
             yield from self.model.export()
 
     def offload(self, tags: Sequence[str] = TRAINER_TAGS) -> None:
-        """Move what `tags` name off the device; see `TrainerMemory`. Whatever needs it brings it back first. Idempotent."""
-        self.memory.offload(tags)
+        """Move what `tags` name off the device; see `TrainerMemory`. Whatever needs it brings it back first. Idempotent.
+
+        Raises OutOfRoom when what shall keep it has no room, among several processes in all of them.
+        """
+        with self.memory.alike("offload"):
+            self.memory.offload(tags)
 
     def onload(self, tags: Sequence[str] = TRAINER_TAGS) -> None:
-        """Bring it back."""
-        self.memory.onload(tags)
+        """Bring it back. Raises OutOfRoom when the device has no room, in all processes."""
+        with self.memory.alike("wake"):
+            self.memory.run("wake", lambda: self.memory.onload(tags), alone=True)
 
     def close(self) -> None:
         """Let go of the other processes; nothing else may be asked of this trainer then. See `processes.leave`. Idempotent."""
