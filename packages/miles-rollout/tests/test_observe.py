@@ -12,11 +12,11 @@ from typing import Any
 import httpx
 import pytest
 from replay import listening
-from test_conformance import TOKENIZER
+from test_conformance import TOKENIZER, load_weights
 
 from miles_rollout.router import RouterConfig, create_router
 from miles_rollout.server.figures import Histogram
-from miles_rollout.server.logs import setup_logging
+from miles_rollout.server.logs import announce, setup_logging
 from miles_rollout.server.tracing import Tracing, setup_tracing, use
 from miles_rollout.testing import ScriptedEngine, serving
 
@@ -71,6 +71,52 @@ def test_a_request_id_goes_all_the_way(json_log: None, capsys: pytest.CaptureFix
     assert len(mine) == 2, "the router's line and the server's"
     assert all(line["path"] == "/generate" and line["status"] == 200 and line["duration_ms"] > 0 for line in mine)
     assert not any(line["path"].startswith(("/health", "/get_model_info")) for line in lines), "polls are quiet"
+
+
+def test_the_log_says_why_and_what_the_operator_did(json_log: None, capsys: pytest.CaptureFixture[str]) -> None:
+    async def main() -> None:
+        async with (
+            serving(ScriptedEngine(TOKENIZER), TOKENIZER, load_weights=load_weights) as url,
+            httpx.AsyncClient(base_url=url) as http,
+        ):
+            await http.post("/generate", json=ASK | {"no\nsuch": 1})
+            for name in ("good", "bad"):
+                await http.post("/update_weights_from_disk", json={"model_path": name})
+            await http.post("/pause_generation", json={})
+            await http.post("/continue_generation", json={})
+
+    run(main)
+    written = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    refused = next(line for line in written if line.get("path") == "/generate")
+    assert refused["status"] == 400 and 'unknown parameter "no\nsuch"' in refused["error"]
+    said = [(line["level"], line["message"]) for line in written if line["logger"] == "miles_rollout.server"]
+    assert ("info", "weight version 1, from good, is served; before it 0") in said
+    assert any(level == "warning" and message.startswith("weight version 2 was refused, 1 stays: ") for level, message in said)
+    assert [message for _, message in said if "generation" in message] == [
+        "generation is paused with mode abort; new requests wait", "generation goes on",
+    ]  # fmt: skip
+
+
+def test_a_caller_cannot_write_lines_of_the_text_log(capsys: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    kept, level = root.handlers[:], root.level
+    root.handlers[:] = []
+    try:
+        setup_logging("info", "text")
+        fields = {"path": "/generate", "error": 'unknown "x\n2026-11-28 INFO a line of its own"'}
+        logging.getLogger("miles_rollout.access").info("request", extra={"fields": fields})
+    finally:
+        root.handlers[:] = kept
+        root.setLevel(level)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(r'request path=/generate error="unknown \"x\n2026-11-28 INFO a line of its own\""')
+
+
+def test_the_address_is_told_in_the_form_of_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    announce("serving on http://[::1]:9", "text")
+    announce("serving on http://[::1]:9", "json")
+    plain, line = capsys.readouterr().err.splitlines()
+    assert plain == json.loads(line)["message"] == "serving on http://[::1]:9"
 
 
 def test_spans_of_router_and_server_are_one_trace() -> None:

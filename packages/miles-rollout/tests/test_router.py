@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from replay import listening
 from test_conformance import TOKENIZER, load_weights
 
@@ -14,6 +16,7 @@ from miles_rollout.conformance import Options, run_suite
 from miles_rollout.router import RouterConfig, create_router
 from miles_rollout.server import ServerConfig
 from miles_rollout.testing import ScriptedEngine, serving
+from miles_rollout.upstream import Upstream
 from miles_rollout.wire import GenerateRequest, SamplingParams
 
 ASK = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 6, "ignore_eos": True, "sampling_seed": 3}}
@@ -250,3 +253,52 @@ def test_after_an_update_nothing_old_is_sampled_anywhere() -> None:
             assert seen[0] > 12
 
     run(main)
+
+
+def test_metrics_keep_the_lines_of_a_metric_together() -> None:
+    async def main() -> None:
+        async with fleet() as f, httpx.AsyncClient(base_url=f.url) as http:
+            lines = (await http.get("/metrics")).text.splitlines()
+        names = [line.split("{")[0].split()[2 if line.startswith("#") else 0] for line in lines]
+        assert names.count("miles_router_worker_active") == 3, "its type and two workers"
+        together = [name for i, name in enumerate(names) if not i or name != names[i - 1]]
+        assert len(together) == len(set(together))
+
+    run(main)
+
+
+def test_a_state_file_that_cannot_be_written_loses_no_update(tmp_path: Path) -> None:
+    state = tmp_path / "there" / "fleet.json"
+    state.parent.mkdir()
+
+    async def main() -> None:
+        async with fleet(state=state) as f, httpx.AsyncClient(base_url=f.url) as http:
+            reply = await http.post("/update_weights_from_disk", json={"model_path": "good", "weight_version": 3})
+            assert reply.json()["success"] and "could not" not in reply.json()["message"]
+            state.unlink()
+            state.parent.rmdir()  # the disk has gone
+            reply = await http.post("/update_weights_from_disk", json={"model_path": "good", "weight_version": 4})
+            assert reply.status_code == 200 and "fleet.json could not be written (No such file" in reply.json()["message"]
+            await f.states("ready", "ready")
+            assert (await http.get("/workers")).json()["weight_version"] == "4"
+            assert (await http.post("/generate", json=ASK)).json()["meta_info"]["weight_version"] == "4"
+            state.parent.mkdir()
+            async with asyncio.timeout(10):
+                while not state.exists():
+                    await asyncio.sleep(0.01)
+            assert json.loads(state.read_bytes())["version"] == "4" and f.router.fleet.unsaved == ""
+
+    run(main)
+
+
+def test_a_place_that_keeps_no_state_is_told_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text("{}")
+    for place, words in (("none/fleet.json", "is no directory"), (".", "Is a directory"), ("bad.json", "not a router's state")):
+        with pytest.raises(ValueError, match=words):
+            create_router([], RouterConfig(state=tmp_path / place))
+
+
+def test_a_worker_address_that_is_none_is_named() -> None:
+    for url in ("http://h:99999", "http://h:x", "h:1", "http://"):
+        with pytest.raises(ValueError, match="is no worker address.*give http://HOST:PORT"):
+            Upstream(url)

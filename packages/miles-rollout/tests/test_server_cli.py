@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,6 +160,16 @@ def test_the_fullest_gpu_of_all_ranks_counts(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(_Gpu.cuda, "device_count", lambda: 5)
     with pytest.raises(ValueError, match=r"5 GPUs do not tell .*: IndexError: .*--kv-memory-mib"):
         launch._free_on_gpus(_Gpu, "cuda", 8)
+
+
+def test_doctor_knows_what_every_extra_brings() -> None:
+    found = invoke("doctor", "--port", "0").stdout
+    extras = re.findall(r"^  \[(\w+)\] (.*)$", found, re.MULTILINE)
+    assert [name for name, _ in extras] == ["server", "text", "embedded", "sglang", "otel"]
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    for name, line in extras:
+        brings = [re.match(r"[\w-]+", each).group() for each in project["optional-dependencies"][name]]  # type: ignore[union-attr]
+        assert all(each in line for each in brings if each != "miles-rollout"), line
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from miles_rollout.client import RolloutClient
 from miles_rollout.server import ServerConfig, create_app
+from miles_rollout.server.sse import event_bytes
 from miles_rollout.testing import ScriptedEngine, serving
 from miles_rollout.text import CharTokenizer
 from miles_rollout.wire import GenerateRequest, SamplingParams
@@ -386,3 +387,10 @@ def test_a_server_without_tokenizer_takes_ids_only() -> None:
                 assert response.status_code == 400 and "no tokenizer" in response.text
 
     asyncio.run(main())
+
+
+def test_an_event_is_one_line_to_every_reader() -> None:
+    text = "a\x85b\u2028c\u2029d\x1ce\nf"
+    event = event_bytes({"text": text})
+    lines = event.decode().splitlines()
+    assert lines[1:] == [""] and json.loads(lines[0].removeprefix("data: ")) == {"text": text}

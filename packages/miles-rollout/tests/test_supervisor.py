@@ -162,7 +162,7 @@ def test_the_command_starts_routes_and_drains(tmp_path: Path) -> None:
         url = ""
         while not url:
             text = (await asyncio.wait_for(process.stderr.readline(), 60)).decode()
-            found = re.search(r"routing on (http://\S+)", text)
+            found = re.search(r"routing on (http://[\w.:]+)", text)
             url = found.group(1) if found else ""
         drainer = asyncio.ensure_future(process.stderr.read())
         async with httpx.AsyncClient(base_url=url, timeout=30) as http:
@@ -185,10 +185,26 @@ def test_the_command_starts_routes_and_drains(tmp_path: Path) -> None:
         await asyncio.wait_for(process.wait(), 30)
         err = (await drainer).decode()
         assert process.returncode == 0, err[-2000:]
-        lines = [json.loads(text) for text in err.splitlines() if text.startswith("{")]
-        assert any(entry["message"].startswith("draining") for entry in lines)
+        lines = [json.loads(text) for text in err.splitlines()]
+        draining = [entry for entry in lines if entry["message"].startswith("draining")]
+        assert len(draining) == 2, "the router's and its server's: what is asked of one holds for the other"
+        assert not any("request_id" in entry for entry in draining)
 
     asyncio.run(asyncio.wait_for(main(), 150))
+
+
+def test_a_command_that_cannot_start_is_not_started_for_ever() -> None:
+    async def main() -> None:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "miles_rollout.cli", "route", "--port", "0", "--spawn", "2", "--model", "/no/such/model",
+            stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        _, err = await asyncio.wait_for(process.communicate(), 120)
+        text = err.decode()
+        assert process.returncode == 2 and "error: /no/such/model: not a directory" in text
+        assert re.search(r"^error: the worker on port \d+ cannot start as it was asked to; its own message is above$", text, re.M)
+
+    asyncio.run(main())
 
 
 def test_mistakes_are_one_line() -> None:

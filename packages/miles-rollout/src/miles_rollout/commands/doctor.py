@@ -6,6 +6,7 @@ import asyncio
 import importlib.metadata
 import importlib.util
 import platform
+import re
 import socket
 from typing import Annotated
 
@@ -14,13 +15,7 @@ import typer
 from miles_rollout import __version__
 from miles_rollout.commands.common import user_errors
 
-LIBRARIES = (
-    ("server", ("starlette", "uvicorn")),
-    ("text", ("tokenizers", "transformers", "jinja2")),
-    ("embedded", ("torch", "numpy", "miles-kernels", "miles-spec", "xxhash")),
-    ("sglang", ("safetensors", "sglang")),
-    ("otel", ("opentelemetry-api", "opentelemetry-sdk")),
-)
+EXTRAS = ("server", "text", "embedded", "sglang", "otel")
 
 
 def doctor(
@@ -34,8 +29,8 @@ def doctor(
         if url and not url.startswith(("http://", "https://")):
             raise ValueError(f"{url} is no address; give http://HOST:PORT")
         typer.echo(f"miles-rollout {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
-        for extra, names in LIBRARIES:
-            found = {name: _version(name) for name in names}
+        for extra in EXTRAS:
+            found = {name: _version(name) for name in _needs(extra)}
             lacks = [name for name, version in found.items() if version is None]
             state = f"lacks {', '.join(lacks)}" if lacks else "ready"
             have = ", ".join(f"{name} {version}" for name, version in found.items() if version is not None)
@@ -45,6 +40,17 @@ def doctor(
         typer.echo(f"  port {port}: {'free' if _is_free(port) else 'in use'}")
         if url and not asyncio.run(_look(url)):
             raise typer.Exit(1)
+
+
+def _needs(extra: str) -> list[str]:
+    """Names of what an extra of this package brings, its own only: what it shares with another extra is told there."""
+    names = []
+    for line in importlib.metadata.requires("miles-rollout") or []:
+        requirement, _, marker = line.partition(";")
+        found = re.match(r"[\w.-]+", requirement.strip())
+        if found and found.group() != "miles-rollout" and re.search(rf"extra == ['\"]{extra}['\"]", marker):
+            names.append(found.group())
+    return [*names, "sglang"] if extra == "sglang" else names
 
 
 def _version(name: str) -> str | None:

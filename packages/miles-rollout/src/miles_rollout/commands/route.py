@@ -80,7 +80,10 @@ def route(
         sock = bind(host, port)
         with sock:
             own = [each.strip() for each in gpus.split(",")] if gpus else []
-            asyncio.run(_route(urls, config, sock, spawn, model or "", options, spawn_port, hung_s, log_level, own))
+            logs = ["--log-level", log_level, "--log-format", log_format, *(["--otel"] if otel else [])]
+            asyncio.run(
+                _route(urls, config, sock, spawn, model or "", [*logs, *options], spawn_port, hung_s, own, log_level, log_format)
+            )
 
 
 def _split(words: list[str], extra: list[str]) -> tuple[list[str], list[str]]:
@@ -99,18 +102,20 @@ async def _route(
     options: list[str],
     first: int,
     hung_s: float,
-    level: str,
     gpus: list[str],
+    level: str,
+    form: str,
 ) -> None:
     from miles_rollout.child import free_port
     from miles_rollout.router import create_router
     from miles_rollout.router.supervise import Supervisor
     from miles_rollout.server import serve
+    from miles_rollout.server.logs import announce
 
     app = create_router(urls, config)
 
     def command(port: int) -> list[str]:
-        line = [sys.executable, "-m", "miles_rollout.cli", "serve", model, "--port", str(port), "--log-level", level]
+        line = [sys.executable, "-m", "miles_rollout.cli", "serve", model, "--port", str(port)]
         return [*line, "--drain-s", str(config.drain_s), *options]
 
     ports = [first + i if first else free_port() for i in range(spawn)]
@@ -119,8 +124,10 @@ async def _route(
     supervisor = Supervisor(fleet, command, ports, env=env, gpus=gpus, hung_s=hung_s, grace_s=grace_s)
     supervisor.start()
     host, port = sock.getsockname()[:2]
-    typer.echo(f"miles-rollout {__version__}: routing on http://{shown(host)}:{port}", err=True)
+    announce(f"miles-rollout {__version__}: routing on http://{shown(host)}:{port}", form)
     try:
-        await serve(app, sock, log_level=level)
+        await serve(app, sock, stop=supervisor.mistaken, log_level=level)
     finally:
         await supervisor.stop()
+    if supervisor.mistake:
+        raise ValueError(supervisor.mistake)

@@ -136,7 +136,7 @@ def serve(
         sock = bind(host, port)  # before the model is loaded, so that a port in use is known at once
         with sock:
             options = {"device": device, "dtype": dtype, "threads": threads, "fill": kv_memory_mib is None and num_pages is None}
-            asyncio.run(_serve(model, settings, server, sock, engine, options, log_level))
+            asyncio.run(_serve(model, settings, server, sock, engine, options, log_level, log_format))
 
 
 def default_root(model: str) -> str:
@@ -145,11 +145,17 @@ def default_root(model: str) -> str:
     return str(path if path.parent == Path(path.anchor) else path.parent)
 
 
-async def _serve(model: str, settings: Any, server: Any, sock: Any, engine: str, options: dict[str, Any], log_level: str) -> None:
+async def _serve(
+    model: str, settings: Any, server: Any, sock: Any, engine: str, options: dict[str, Any], log_level: str, log_format: str
+) -> None:
     from miles_rollout.launch import load_embedded, load_sglang, warm_up
     from miles_rollout.server import create_app, listen
     from miles_rollout.server import serve as run
+    from miles_rollout.server.logs import announce
 
+    for root in server.weight_roots:
+        if not Path(root).is_dir():
+            LOG.warning("--weights-root %s is no directory yet; weight updates are refused until it is one", root)
     if engine == "embedded":
         serving, tokenizer, load_weights = load_embedded(model, settings, **options)
         if serving.device.type == "cuda":  # type: ignore[attr-defined]
@@ -159,7 +165,7 @@ async def _serve(model: str, settings: Any, server: Any, sock: Any, engine: str,
         load_weights = None
     listen(sock)
     host, port = sock.getsockname()[:2]
-    typer.echo(f"miles-rollout {__version__}: {model} on http://{shown(host)}:{port}", err=True)
+    announce(f"miles-rollout {__version__}: {model} on http://{shown(host)}:{port}", log_format)
     app = create_app(serving, tokenizer, server, load_weights=load_weights)
     if engine == "embedded":
         from miles_rollout.server.transfer import accept_weights

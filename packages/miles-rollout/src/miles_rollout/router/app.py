@@ -15,10 +15,10 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from miles_rollout.router.config import RouterConfig
-from miles_rollout.router.fleet import NoWorker
+from miles_rollout.router.fleet import NoWorker, Worker
 from miles_rollout.router.proxy import Router
 from miles_rollout.server.admin import guarded
-from miles_rollout.server.errors import Handler, JSONResponse, RequestError, answers_errors, http_error
+from miles_rollout.server.errors import Handler, JSONResponse, RequestError, answers_errors, counted, http_error
 from miles_rollout.server.observe import Observed
 from miles_rollout.server.openapi import document
 from miles_rollout.server.params import read_body, read_object
@@ -31,6 +31,14 @@ SUMMED = {
     "sglang:generation_tokens_total": "counter", "sglang:cached_tokens_total": "counter",
 }  # fmt: skip
 """Figures of the workers that the router adds up under the same name."""
+
+
+PER_WORKER: tuple[tuple[str, str, Callable[[Worker], int]], ...] = (
+    ("miles_router_worker_ready", "gauge", lambda worker: int(worker.serves)),
+    ("miles_router_worker_active", "gauge", lambda worker: worker.num_active),
+    ("miles_router_worker_served_total", "counter", lambda worker: worker.num_served),
+    ("miles_router_worker_failed_total", "counter", lambda worker: worker.num_failed),
+)
 
 
 async def forward(router: Router, request: Request) -> Response:
@@ -145,6 +153,8 @@ async def update_weights(router: Router, request: Request) -> Response:
     reply["message"] = f"Succeeded to update model weights. Weight version updated to {target.version}."
     if lacking:
         reply["message"] += f" {len(lacking)} workers lack it and serve nothing until they have it."
+    if router.fleet.unsaved:
+        reply["message"] += f" {router.fleet.unsaved}."
     return JSONResponse(reply)
 
 
@@ -165,15 +175,10 @@ async def everywhere(router: Router, request: Request) -> Response:
 async def metrics(router: Router, request: Request) -> Response:
     """GET /metrics: the router's own figures, each worker's state, and sums of the workers' token counts."""
     fleet = router.fleet
-    lines = ["# TYPE miles_router_worker_ready gauge", "# TYPE miles_router_worker_active gauge"]
-    for worker in fleet.workers.values():
-        label = f'{{worker="{worker.url}"}}'
-        lines += [
-            f"miles_router_worker_ready{label} {int(worker.serves)}",
-            f"miles_router_worker_active{label} {worker.num_active}",
-            f"miles_router_worker_served_total{label} {worker.num_served}",
-            f"miles_router_worker_failed_total{label} {worker.num_failed}",
-        ]
+    lines: list[str] = []
+    for name, kind, figure in PER_WORKER:  # the format wants all lines of a metric together
+        lines.append(f"# TYPE {name} {kind}")
+        lines += [f'{name}{{worker="{worker.url}"}} {figure(worker)}' for worker in fleet.workers.values()]
     gauges = {"waiting": fleet.num_waiting, "running": len(router.running)}
     lines += [
         line for name, value in gauges.items() for line in (f"# TYPE miles_router_{name} gauge", f"miles_router_{name} {value}")
@@ -252,7 +257,7 @@ def create_router(worker_urls: Iterable[str], config: RouterConfig | None = None
         handler: Handler = functools.partial(function, router)
         if closed:
             handler = guarded(router.config.admin_token, handler, browser=path == "/status")
-        route = Route(path, _counted(router, path, answers_errors(handler, openai=openai)), methods=methods)
+        route = Route(path, counted(router.num_replies, path, answers_errors(handler, openai=openai)), methods=methods)
         if route.methods is not None:
             route.methods.discard("HEAD")
         routes.append(route)
@@ -261,12 +266,3 @@ def create_router(worker_urls: Iterable[str], config: RouterConfig | None = None
     app = Starlette(routes=routes, exception_handlers={HTTPException: http_error}, middleware=[Middleware(Observed)])
     app.state.service = router
     return app
-
-
-def _counted(router: Router, path: str, handler: Handler) -> Handler:
-    async def endpoint(request: Request) -> Response:
-        response = await handler(request)
-        router.num_replies[path, response.status_code] += 1
-        return response
-
-    return endpoint

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -90,11 +92,10 @@ class Fleet:
         self._prefixes = PrefixMap()
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._leaving: set[asyncio.Task[None]] = set()
-        if config.state is not None and config.state.exists():
-            try:
-                self.target = msgspec.json.decode(config.state.read_bytes(), type=Target)
-            except msgspec.MsgspecError as error:
-                raise ValueError(f"{config.state}: not a router's state: {error}; delete it to start afresh") from None
+        self.unsaved = ""
+        """Why the state file does not hold the target; it is tried again at every health check."""
+        if config.state is not None:
+            self.target = _load(config.state)
 
     @property
     def num_waiting(self) -> int:
@@ -254,6 +255,8 @@ class Fleet:
     async def _watch(self, worker: Worker) -> None:
         while True:
             try:
+                if self.unsaved:
+                    self._save()
                 await self._check(worker)
             except Exception:  # a watcher that dies would leave its worker unwatched for ever
                 logger.exception("the check of worker %s failed", worker.url)
@@ -355,10 +358,16 @@ class Fleet:
             found |= {w.url: error for w, error in zip(up, errors, strict=True)}
             self._epoch += 1
             if all(error is not None for error in errors):
+                logger.warning(
+                    "no worker took weight version %s: %s", version, "; ".join(f"{u}: {why}" for u, why in found.items())
+                )
                 return None, found
-            self._save(target)
+            # Workers hold it, so it is the fleet's, kept in a file or not.
             self.target = target
+            self._save()
             self.counts["updates"] += 1
+            num_lacking = sum(error is not None for error in found.values())
+            logger.info("weight version %s is the fleet's; %d of %d workers lack it", version, num_lacking, len(found))
             for worker in self.workers.values():
                 if found.get(worker.url, "it joined during the update") is None:
                     self._turn(worker, "ready")
@@ -367,12 +376,22 @@ class Fleet:
                 worker.check_now.set()
             return target, found
 
-    def _save(self, target: Target) -> None:
-        path = self.config.state
-        if path is not None:
+    def _save(self) -> None:
+        """Keep the target in the state file; what hinders that is logged once and kept in `unsaved`."""
+        path, why = self.config.state, ""
+        if path is not None and self.target is not None:
             partial = path.with_name(path.name + ".partial")
-            partial.write_bytes(msgspec.json.encode(target))
-            partial.replace(path)
+            try:
+                with partial.open("wb") as file:
+                    file.write(msgspec.json.encode(self.target))
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(path)
+            except OSError as error:
+                why = f"{path} could not be written ({error.strerror}); a router started now would not know the fleet's weights"
+        if why and why != self.unsaved:
+            logger.error("%s", why)
+        self.unsaved = why
 
     async def everywhere(self, path: str, body: bytes, workers: Iterable[Worker] | None = None) -> dict[str, tuple[int, bytes]]:
         """POST to all workers that are up; 502 stands for one that could not be reached."""
@@ -385,6 +404,22 @@ class Fleet:
                 return 502, msgspec.json.encode({"error": {"message": str(error)}})
 
         return dict(zip((w.url for w in chosen), await asyncio.gather(*map(one, chosen)), strict=True))
+
+
+def _load(path: Path) -> Target | None:
+    """What the state file holds, None before there is one. Raises ValueError for a place where none can be kept."""
+    if not path.parent.is_dir():
+        raise ValueError(f"--state {path}: {path.parent} is no directory; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--state {path}: {path.parent} cannot be written to")
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Target)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"--state {path}: {error.strerror}; name a file") from None
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"{path}: not a router's state: {error}; delete it to start afresh") from None
 
 
 def _older(version: str | None, than: str | None) -> bool:

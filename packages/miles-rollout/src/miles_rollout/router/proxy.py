@@ -7,7 +7,6 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -15,10 +14,10 @@ from starlette.types import Receive, Scope, Send
 from miles_rollout.router.config import RouterConfig
 from miles_rollout.router.fleet import Fleet, NoWorker, Worker
 from miles_rollout.router.prefix import blocks, peek
-from miles_rollout.server.errors import RequestError, stream_error_body
+from miles_rollout.server.errors import RequestError, note, stream_error_body
 from miles_rollout.server.params import read_body
 from miles_rollout.server.service import cancel_all
-from miles_rollout.server.sse import DONE, unless_disconnected, until_disconnect
+from miles_rollout.server.sse import DONE, event_bytes, unless_disconnected, until_disconnect
 from miles_rollout.server.tracing import current
 from miles_rollout.upstream import UpstreamError, UpstreamResponse
 
@@ -204,11 +203,13 @@ class Passing(Response):
         """Send until the worker's reply ends or the caller hangs up; then the worker's connection is closed."""
         served = False
         watch = asyncio.ensure_future(until_disconnect(receive))
-        writer = asyncio.ensure_future(self._write(send))
+        writer = asyncio.ensure_future(self._write(scope, send))
         try:
             await asyncio.wait({watch, writer}, return_when=asyncio.FIRST_COMPLETED)
             if writer.done():
                 served = writer.result()
+            else:
+                note(scope, "the caller hung up")
         finally:
             await cancel_all([watch, writer])
             self._upstream.close()
@@ -220,7 +221,7 @@ class Passing(Response):
         self._upstream.close()
         self._fleet.release(self._worker, served=False)
 
-    async def _write(self, send: Send) -> bool:
+    async def _write(self, scope: Scope, send: Send) -> bool:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         error: RequestError | None = None
         whole = True
@@ -239,7 +240,8 @@ class Passing(Response):
             error = RequestError("the deadline of the request has passed", status=504)
         if error is not None:
             self._fleet.counts["broken_streams"] += 1
-            event = b"data: " + msgspec.json.encode(stream_error_body(error)) + b"\n\n" + DONE
+            note(scope, str(error))
+            event = event_bytes(stream_error_body(error)) + DONE
             await send({"type": "http.response.body", "body": (b"" if whole else b"\n\n") + event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return error is None

@@ -16,13 +16,16 @@ from miles_rollout.upstream import UpstreamError
 logger = logging.getLogger("miles_rollout.supervisor")
 LOOK_S = 0.1
 MAX_PAUSE_S = 5.0
+MISTAKE = 2
+"""Exit code of `serve` for a bad option, a bad model or a port in use."""
 
 
 class Supervisor:
     """Keeps one process per port running and its worker in the fleet. The fleet brings a fresh worker its weights.
 
     `command(port)` is the command line of the worker that listens on the port. A process that answers no health check for
-    `hung_s`, though it has served before, is killed; one that never served within `start_s` too. `gpus` are dealt to the ports in
+    `hung_s`, though it has served before, is killed; one that never served within `start_s` too. One that says its command is
+    wrong before any has served is not started again: `mistaken` is set. `gpus` are dealt to the ports in
     turn: what CUDA_VISIBLE_DEVICES says to each process.
     """
 
@@ -44,6 +47,10 @@ class Supervisor:
         self._gpus = {port: gpus[i % len(gpus)] for i, port in enumerate(ports)} if gpus else {}
         self.children: dict[int, Child] = {}
         """Port to the process that runs there now."""
+        self.mistaken = asyncio.Event()
+        """Set when a first worker ended for a mistake in its command, which starting it again does not mend: see `mistake`."""
+        self.mistake = ""
+        self._any_served = False
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -74,6 +81,10 @@ class Supervisor:
                 self.children[port] = child
                 worker = self._fleet.add(f"http://127.0.0.1:{port}")
                 await self._while_running(child, worker)
+                if child.exit_code == MISTAKE and not self._any_served:
+                    self.mistake = f"the worker on port {port} cannot start as it was asked to; its own message is above"
+                    self.mistaken.set()
+                    return
                 self._fleet.lost(worker, UpstreamError(f"{worker.url}: its process has ended with code {child.exit_code}"))
             lived_s = time.monotonic() - started
             pause_s = 0.0 if lived_s > 30 else min(MAX_PAUSE_S, pause_s * 2 or 0.1)
@@ -89,6 +100,7 @@ class Supervisor:
             now = time.monotonic()
             if worker.serves or self._fleet.paused:
                 well, served = now, True
+                self._any_served = True
             elif worker.state in ("joining", "down"):
                 worker.check_now.set()  # nothing to lose by asking often
             else:

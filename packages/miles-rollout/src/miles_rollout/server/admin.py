@@ -7,6 +7,7 @@ import base64
 import binascii
 import hmac
 import ipaddress
+import logging
 from pathlib import Path
 
 import msgspec
@@ -18,6 +19,7 @@ from miles_rollout.server.errors import Handler, JSONResponse, RequestError, scr
 from miles_rollout.server.params import Neutral, parse
 from miles_rollout.server.service import FlushableEngine, Service
 
+logger = logging.getLogger("miles_rollout.server")
 PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip", "via", "origin")
 """Signs that the caller on loopback speaks for somebody else: a reverse proxy, or a web page in a browser."""
 
@@ -152,7 +154,9 @@ async def update_weights_from_disk(service: Service, request: Request) -> Respon
                     await service.abort_all()
                 await engine.update_weights(manifest, tensors)
         except (ValueError, OSError) as error:
+            logger.warning("weight version %d was refused, %d stays: %s", version, info.weight_version, error)
             return JSONResponse({"success": False, "message": scrub(str(error)), "num_paused_requests": 0}, status_code=400)
+    logger.info("weight version %d, from %s, is served; before it %d", version, path, info.weight_version)
     message = f"Succeeded to update model weights. Weight version updated to {version}."
     return JSONResponse({"success": True, "message": message, "num_paused_requests": 0})
 
@@ -199,6 +203,7 @@ async def release_memory(service: Service, request: Request) -> Response:
     except BaseException:
         service.released -= set(tags)
         raise
+    logger.info("memory of %s is released", ", ".join(tags))
     return JSONResponse(None)
 
 
@@ -213,6 +218,7 @@ async def resume_memory(service: Service, request: Request) -> Response:
     except ValueError as error:
         raise RequestError(str(error), param="tags") from None
     service.released -= set(tags)
+    logger.info("memory of %s is taken again", ", ".join(tags))
     return JSONResponse(None)
 
 

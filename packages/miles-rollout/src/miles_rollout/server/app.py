@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from miles_rollout.engine import Engine
 from miles_rollout.server import admin, chat, completions, info, native, profile
-from miles_rollout.server.errors import Handler, JSONResponse, answers_errors, http_error
+from miles_rollout.server.errors import Handler, JSONResponse, answers_errors, counted, http_error
 from miles_rollout.server.observe import Observed
 from miles_rollout.server.openapi import document
 from miles_rollout.server.service import ServerConfig, Service, WeightLoader
@@ -25,6 +25,7 @@ async def openapi(service: Service, request: Request) -> Response:
     """GET /openapi.json: this document."""
     tables = {path: (methods, function.__doc__ or "", table is ADMIN) for table in (OPEN, V1, ADMIN)
               for path, (function, methods) in table.items()}  # fmt: skip
+    tables |= {path: (["POST"], text, True) for path, text in service.weight_routes.items()}
     return JSONResponse(document(tables, title="miles-rollout"))
 
 
@@ -77,7 +78,7 @@ def create_app(
             handler: Handler = functools.partial(function, service)
             if closed:
                 handler = admin.guarded(service.config.admin_token, handler, browser=path == "/status")
-            handler = _counted(service, path, answers_errors(handler, openai=openai))
+            handler = counted(service.num_replies, path, answers_errors(handler, openai=openai))
             route = Route(path, handler, methods=methods)
             if route.methods is not None and "HEAD" in route.methods:
                 route.methods.discard("HEAD")  # as SGLang: a HEAD is refused rather than run like a GET
@@ -85,12 +86,3 @@ def create_app(
     app = Starlette(routes=routes, exception_handlers={HTTPException: http_error}, middleware=[Middleware(Observed)])
     app.state.service = service
     return app
-
-
-def _counted(service: Service, path: str, handler: Handler) -> Handler:
-    async def endpoint(request: Request) -> Response:
-        response = await handler(request)
-        service.num_replies[path, response.status_code] += 1
-        return response
-
-    return endpoint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from miles_rollout.engine import EngineRefusal
 
@@ -32,6 +34,11 @@ class RequestError(ValueError):
 
 class ClientGone(Exception):
     """The caller hung up; nobody reads the reply."""
+
+
+def note(scope: Scope, why: str) -> None:
+    """Have the log line of this request say why it was refused or ended early."""
+    scope.setdefault("state", {})["error"] = why[:500]
 
 
 class JSONResponse(Response):
@@ -102,9 +109,23 @@ def answers_errors(handler: Handler, *, openai: bool) -> Handler:
         try:
             return await handler(request)
         except ClientGone:
+            note(request.scope, "the caller hung up")
             return Response(status_code=499)  # nobody reads it; the number is for /metrics
         except Exception as error:  # the last resort of a route: answered, and logged when unforeseen
-            return error_response(as_request_error(error), openai=openai)
+            refusal = as_request_error(error)
+            note(request.scope, str(refusal))
+            return error_response(refusal, openai=openai)
+
+    return endpoint
+
+
+def counted(counts: Counter[tuple[str, int]], path: str, handler: Handler) -> Handler:
+    """Wrap a route so that its replies are counted by status, for /metrics."""
+
+    async def endpoint(request: Request) -> Response:
+        response = await handler(request)
+        counts[path, response.status_code] += 1
+        return response
 
     return endpoint
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import errno
 import logging
 import socket
@@ -149,7 +150,8 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called for SIGINT and SIGTERM, in the main thread."""
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self.stop)
+        # A context of its own: the signal interrupts whatever runs, and lines about the end are not of that request.
+        self._loop.call_soon_threadsafe(self.stop, context=contextvars.Context())
 
     def stop(self) -> None:
         """Begin to drain; called again, abort what runs; called a third time, end at once."""
@@ -183,7 +185,9 @@ async def serve(app: Starlette, sock: socket.socket, *, stop: asyncio.Event | No
     watch: asyncio.Future[None] | None = None
     try:
         listen(sock)
-        config = uvicorn.Config(app, http=GuardedProtocol, log_level=log_level, lifespan="off", access_log=False, ws="none")
+        config = uvicorn.Config(
+            app, http=GuardedProtocol, log_level=log_level, log_config=None, lifespan="off", access_log=False, ws="none"
+        )  # its lines go where ours go, in the same form
         config.timeout_graceful_shutdown = CONNECTIONS_S
         server = DrainingServer(config, service)
         if stop is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import json
 import logging
 import sys
 import time
@@ -39,8 +40,14 @@ class _Text(logging.Formatter):
         found = getattr(record, "request_id", "")
         text = super().format(record)
         fields = getattr(record, "fields", None)
-        extra = "".join(f" {name}={value}" for name, value in fields.items()) if fields else ""
+        extra = "".join(f" {name}={_plain(value)}" for name, value in fields.items()) if fields else ""
         return f"{text}{extra}" + (f" [{found}]" if found else "")
+
+
+def _plain(value: Any) -> str:
+    """A value on one line, quoted where it holds more than one word: what callers send must not look like lines of ours."""
+    text = str(value)
+    return text if text.isprintable() and " " not in text and '"' not in text else json.dumps(text)
 
 
 class _Json(logging.Formatter):
@@ -54,6 +61,14 @@ class _Json(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return msgspec.json.encode(line, enc_hook=str).decode()
+
+
+def announce(message: str, form: str) -> None:
+    """One line on standard error whatever the log level, in the form of the log: it says the port, which may have been drawn."""
+    if form == "json":
+        message = _Json().format(logging.makeLogRecord({"name": "miles_rollout", "levelname": "INFO", "msg": message}))
+    sys.stderr.write(message + "\n")
+    sys.stderr.flush()
 
 
 def setup_logging(level: str, form: str = "text") -> None:

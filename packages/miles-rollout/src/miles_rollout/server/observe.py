@@ -80,5 +80,7 @@ class Observed:
             if logger.isEnabledFor(level):
                 ms = round((time.perf_counter() - started) * 1e3, 2)
                 fields = {"method": scope["method"], "path": scope["path"], "status": status, "duration_ms": ms}
+                if why := scope["state"].get("error"):
+                    fields["error"] = why
                 logger.log(level, "request", extra={"fields": fields})
         return status

@@ -95,6 +95,8 @@ class Service:
         self.draining = False
         self.updating = asyncio.Lock()
         self.num_replies: Counter[tuple[str, int]] = Counter()
+        self.weight_routes: dict[str, str] = {}
+        """Path to summary of the endpoints that `transfer.accept_weights` adds."""
         self.timings = Timings()
         self.paused: PauseMode | None = None
         self.profile_end: asyncio.TimerHandle | None = None
@@ -253,12 +255,15 @@ class Service:
         self._go.clear()
         if mode == "abort":
             await self.abort_all()
+        logger.info("generation is paused with mode %s; new requests wait", mode)
         return held
 
     async def resume(self) -> None:
         """Let requests go on. Harmless when not paused."""
         if isinstance(self.engine, PausableEngine):
             await self.engine.resume()
+        if self.paused is not None:
+            logger.info("generation goes on")
         self.paused = None
         self._go.set()
 

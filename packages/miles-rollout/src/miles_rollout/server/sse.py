@@ -11,12 +11,25 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from miles_rollout.server.errors import ClientGone, RequestError, as_request_error, stream_error_body
+from miles_rollout.server.errors import ClientGone, RequestError, as_request_error, note, stream_error_body
 from miles_rollout.server.service import cancel_all
 
 R = TypeVar("R")
 DONE = b"data: [DONE]\n\n"
 Events = AsyncIterator[Any]
+_SEPARATORS = tuple((char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\x85\u2028\u2029")
+
+
+def event_bytes(event: Any) -> bytes:
+    r"""`data: JSON`, with \u0085, \u2028 and \u2029 escaped.
+
+    They are no ends of lines in an event stream, but clients that read it with httpx's `iter_lines` or Python's
+    `splitlines` cut the JSON there; text that a model samples holds them now and then.
+    """
+    data = msgspec.json.encode(event)
+    for raw, escaped in _SEPARATORS:
+        data = data.replace(raw, escaped)
+    return b"data: " + data + b"\n\n"
 
 
 async def until_disconnect(receive: Receive) -> None:
@@ -56,11 +69,13 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the source ends or the caller hangs up."""
         watch = asyncio.ensure_future(until_disconnect(receive))
-        writer = asyncio.ensure_future(self._write(send))
+        writer = asyncio.ensure_future(self._write(scope, send))
         try:
             await asyncio.wait({watch, writer}, return_when=asyncio.FIRST_COMPLETED)
             if writer.done():
                 writer.result()
+            else:
+                note(scope, "the caller hung up")
         finally:
             await cancel_all([watch, writer])
             await self.aclose()
@@ -71,15 +86,17 @@ class EventStream(Response):
         if close is not None:
             await close()
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async for event in self._events:
-                await _send(send, b"data: " + msgspec.json.encode(event) + b"\n\n")
+                await _send(send, event_bytes(event))
         except OSError:
             raise
         except Exception as error:  # told to the caller; logged when unforeseen
-            await _send(send, b"data: " + msgspec.json.encode(self._error_body(as_request_error(error))) + b"\n\n")
+            refusal = as_request_error(error)
+            note(scope, str(refusal))
+            await _send(send, event_bytes(self._error_body(refusal)))
         await _send(send, DONE)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -7,6 +7,7 @@ refused. A refusal is a 400 that names the tensor; the old weights serve on.
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -16,11 +17,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from miles_rollout.server.admin import confined, guarded
-from miles_rollout.server.errors import JSONResponse, RequestError, answers_errors, scrub
+from miles_rollout.server.errors import JSONResponse, RequestError, answers_errors, counted, scrub
 from miles_rollout.server.service import Service
 from miles_rollout.weights.offer import BroadcastOffer, DiskOffer, GroupInvitation, WeightUpdate
 from miles_rollout.wire import EngineInfo, WireError, check_schema
 
+logger = logging.getLogger("miles_rollout.server")
 T = TypeVar("T")
 
 
@@ -56,7 +58,9 @@ def accept_weights(app: Starlette, sink: WeightSink) -> None:
         ("/destroy_weights_update_group", destroy_group),
     ):
         handler = guarded(service.config.admin_token, functools.partial(function, service, sink))
-        app.routes.append(Route(path, answers_errors(handler, openai=False), methods=["POST"]))
+        handler = counted(service.num_replies, path, answers_errors(handler, openai=False))
+        app.routes.append(Route(path, handler, methods=["POST"]))
+        service.weight_routes[path] = function.__doc__ or ""
 
 
 async def update_from_tensor(service: Service, sink: WeightSink, request: Request) -> Response:
@@ -101,10 +105,13 @@ async def destroy_group(service: Service, sink: WeightSink, request: Request) ->
 
 async def _update(service: Service, sink: WeightSink, update: WeightUpdate) -> Response:
     async with service.updating:
+        before = service.engine.info().weight_version
         try:
             info = await sink.update(update)
         except (ValueError, OSError, TimeoutError) as error:
+            logger.warning("weight version %d was refused, %d stays: %s", update.manifest.version, before, error)
             return _refused(error)
+    logger.info("weight version %d, by %s, is served; before it %d", info.weight_version, type(update.offer).__name__, before)
     message = f"Succeeded to update model weights. Weight version updated to {info.weight_version}."
     return JSONResponse({"success": True, "message": message, "engine": msgspec.to_builtins(info)})
 
