@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,9 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from miles_kernels import cli
-from miles_kernels.bench import model, report, stock
+from miles_kernels.bench import command, model, report, stock, timing
 from miles_kernels.bench.command import main as bench
-from miles_kernels.cuda import dispatch, dispatch_ops, grouped
+from miles_kernels.cuda import dispatch, dispatch_ops, grouped, ready
 from miles_kernels.cuda import fp8 as fp8_on_cuda
 from miles_kernels.cuda.gemm_table import TABLE
 from miles_kernels.cuda.gemm_triton import Tile, default_tile
@@ -161,6 +163,55 @@ def test_bench_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str], monkeyp
     assert "needs a CUDA device" in capsys.readouterr().err
     assert bench(["gem"]) == 2
     assert "no section gem" in capsys.readouterr().err
+
+
+def test_a_run_that_is_cut_keeps_the_rows_it_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut() -> Iterator[report.Row]:
+        yield rows()[0]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "load", lambda name: cut)
+    for what in ("copy_bandwidth", "gemm_rate"):
+        monkeypatch.setattr(timing, what, lambda: 1e12)
+    monkeypatch.setattr(ready, "problem", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "card")
+    with pytest.raises(KeyboardInterrupt):
+        bench(["gemm", "--out", str(tmp_path)])
+    assert capsys.readouterr().out == "GEMM: a: 1.0 us; 0.500 of default, unequal 0\n"
+    assert [row["name"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"]] == ["a"]
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0, [(False, 5), (True, 5)]), (2.0, [(False, 3)])])
+def test_slow_calls_are_timed_in_fewer_rounds_and_once(
+    seconds: float, expected: list[tuple[bool, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, seen, ran = [0.0], [], []
+
+    def call(label: str) -> None:
+        clock[0] += seconds
+        ran.append(label)
+
+    def compare(calls: dict[str, list[object]], *, graph: bool, rounds: int) -> dict[str, timing.Timing]:
+        seen.append((graph, rounds))
+        return {label: timing.Timing(1.0, 0.0) for label in calls}
+
+    monkeypatch.setattr(model, "compare", compare)
+    monkeypatch.setattr(model.time, "perf_counter", lambda: clock[0])
+    for what in ("empty_cache", "synchronize"):
+        monkeypatch.setattr(torch.cuda, what, lambda: None)
+    calls: dict[str, Callable[[], object]] = {label: partial(call, label) for label in ("aligned", "aligned fp8")}
+    found = list(model._measure("8B", model.Case("prefill", calls, 1.0, 1.0, False), (False, True)))
+    assert seen == expected and ran == [*calls, *calls]
+    assert found[0].notes["first calls, s"] == 2 * seconds and found[0].notes["aligned: host us"] == seconds * 1e6
+    seen.clear()
+    list(model._measure("8B", model.Case("decode", calls, 1.0, 1.0, True), (True,)))
+    assert [graph for graph, _ in seen] == [True]  # a decode step is measured under a graph, however long it is
+
+
+def test_half_tiles_are_no_default() -> None:
+    assert {grouped.default_tile(rows, gated).kind for rows in (1, 20, 64, 512) for gated in (False, True)} == {"tma"}
 
 
 def test_the_command_lists_sections_and_an_h100_takes_the_table_of_its_sister(capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,7 +42,7 @@ def add_to(commands: Any) -> None:
         "bench",
         help="ratios to cuBLAS, SDPA and the hardware floor on this GPU, and a roofline",
         description="Measures ops and whole models against stock torch and the measured ceilings, all in one run. "
-        "Writes bench.md, bench.json and roofline.svg after every section.",
+        "Writes bench.md, bench.json and roofline.svg after every row.",
     )
     add_arguments(parser)
     parser.set_defaults(command=run)
@@ -69,10 +69,10 @@ def load(name: str) -> Callable[[], Any] | None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure the sections and write the report after each, so that an interrupted run keeps what it has."""
+    """Measure the sections; print each row and write the report after it, so that an interrupted run keeps what it has."""
     import torch
 
-    from miles_kernels.bench.report import Machine, Row, markdown, write
+    from miles_kernels.bench.report import Machine, Row, line, markdown, write
     from miles_kernels.bench.timing import copy_bandwidth, gemm_rate
 
     unknown = sorted(set(options.what) - set(SECTIONS) - set(EXTRA))
@@ -98,8 +98,7 @@ def run(options: argparse.Namespace) -> int:
             continue
         for row in result:
             found.append(row)
-            ratio = "" if row.ratio is None else f" ratio {row.ratio:.3f}"
-            print(f"{row.section}: {row.name} {row.seconds[row.ours] * 1e6:.1f} us{ratio}", flush=True)
-        write(found, machine, options.out)
+            print(line(row), flush=True)
+            write(found, machine, options.out)
     print(markdown(found, machine))
     return 0

@@ -89,6 +89,14 @@ def markdown(rows: Sequence[Row], machine: Machine) -> str:
     return "\n".join(parts) + "\n"
 
 
+def line(row: Row) -> str:
+    """A row as one line: the time, its ratio to each competitor's, and the notes."""
+    own = row.seconds[row.ours]
+    ratios = [f"{own / seconds:.3f} of {name}" for name, seconds in row.seconds.items() if name != row.ours]
+    notes = [f"{name} {_show(value)}" for name, value in row.notes.items()]
+    return f"{row.section}: {row.name}: {own * 1e6:.1f} us; " + ", ".join([*ratios, *notes])
+
+
 def _show(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 

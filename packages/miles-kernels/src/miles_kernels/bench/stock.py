@@ -1,7 +1,8 @@
 """The default the whole-model bench compares with: the same decoder and weights on torch's own ops.
 
 Products are cuBLAS (`F.linear`), attention is `F.scaled_dot_product_attention` (flash, or cuDNN's), and what lies between is
-compiled by Inductor: residual with norm, head norms with rotation and the write to the cache, SwiGLU, log-softmax.
+compiled by Inductor: residual with norm, head norms with rotation and the write to the cache, SwiGLU, log-softmax. The first
+norm, which has no residual, is torch's fused one.
 
 Legend: B = sequences, L = new tokens of each, T = B * L, S = keys, H, Hkv = query and key/value heads, D = head size.
 """
@@ -97,7 +98,7 @@ class Stock:
         for index, layer in enumerate(self.decoder.layers):
             assert isinstance(layer, DecoderLayer)
             if delta is None:
-                h = self._call(_norm, x, layer.input_norm, eps)
+                h = _norm(x, layer.input_norm, eps)
             else:
                 h, x = self._call(_add_norm, delta, x, layer.input_norm, eps)
             qkv = F.linear(h, layer.qkv_proj).view(batch, length, -1)
