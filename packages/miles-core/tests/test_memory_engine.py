@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import random
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -27,7 +29,7 @@ from miles_core.loop import train
 from miles_core.memory.config import MemoryConfig
 from miles_core.memory.fake import FakeDevice
 from miles_core.memory.ladder import OutOfRoom
-from miles_core.memory.margin import Margin
+from miles_core.memory.margin import GROWTH_BYTES, Margin, Taken
 from miles_core.memory.run import RunMemory
 from miles_core.memory.trainer import TRAINER_TAGS
 from miles_core.metrics import read_metrics
@@ -432,11 +434,47 @@ def test_a_publication_that_never_fits_is_refused_and_the_engine_keeps_its_weigh
 
 
 def test_the_margin_counts_breaches_and_warns_once() -> None:
-    margin = Margin(torch.device("cuda"), 1 << 30, 80 << 30)
-    margin.note(900 << 20)
+    margin = Margin(torch.device("cuda"), 1 << 30)
+    margin.note(Taken(900 << 20, None))
     assert margin.num_breaches == 0
-    with pytest.warns(UserWarning, match=r"1\.50 GiB of the device .* raise memory.reserve_bytes"):
-        margin.note(1536 << 20)
-    margin.note(1536 << 20)
+    with pytest.warns(UserWarning, match=r"or others on the device.* take 1\.50 GiB of .* set memory.reserve_bytes = 2147483648"):
+        margin.note(Taken(1536 << 20, None))
+    margin.note(Taken(1536 << 20, None))
     assert margin.metrics()["perf/num_reserve_breaches"] == 2
     assert Margin.of(torch.device("cpu"), "measured").metrics() == {}
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told apart", "not told"])
+def test_the_margin_of_a_shared_card(told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of other processes is no breach of ours, where the driver tells them apart; it is left to them by the cap."""
+    device, uuid, caps = torch.device("cuda", 0), "a1b2", []
+    card = SimpleNamespace(free=60 << 30, total=80 << 30, own=3 << 30)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (card.free, card.total))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 2 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(uuid=uuid))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: caps.append(share * card.total))
+    pids = (os.getpid() + 1, os.getpid()) if told else (os.getpid() + 1,)
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda name: name,
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: [
+            SimpleNamespace(pid=pid, usedGpuMemory=card.own if pid == os.getpid() else 17 << 30)
+            for pid in pids
+            if handle == "GPU-a1b2"
+        ],
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    margin = Margin.of(device, "measured")
+    assert caps == [card.free + (2 << 30) - GROWTH_BYTES]  # what is free now and what the allocator has, less the growth
+    assert margin.outside_bytes == ((1 << 30) if told else (18 << 30))
+    card.free -= 10 << 30  # of others
+    with nullcontext() if told else pytest.warns(UserWarning, match="or others on the device"):
+        margin.look()
+    assert margin.num_breaches == (not told)
+    if told:
+        card.own += 1 << 30
+        with pytest.warns(UserWarning, match=r"this process takes 2\.00 GiB of the device outside"):
+            margin.look()
+    with pytest.raises(ValueError, match="keeps 80.00 GiB of the device from torch, which has 80.00 GiB in all"):
+        Margin.of(device, card.total)

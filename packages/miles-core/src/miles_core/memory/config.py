@@ -31,7 +31,8 @@ class MemoryConfig(Section):
     """After an allocation failure make room, step by step, and do the work again with the same result; false: fail at once."""
     reserve_bytes: int | Literal["measured"] = 0
     """Device memory that torch's allocator may not touch, for the CUDA context, communication and graphs. "measured": what
-    is taken outside the allocator at start-up, by whomever, and 512 MiB. 0: no cap; it is still measured and reported."""
+    is taken outside the allocator at start-up, by whomever, and 512 MiB. 0: no cap; it is still measured and reported.
+    Other processes' memory is told from this one's where nvidia-ml-py is installed and the driver lists processes."""
 
     trace_step: int | None = Field(default=None, ge=1)
     """Record every allocation of this training step of the process, counted from its start, into the run directory: the

@@ -7,11 +7,32 @@ outside it is watched.
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import torch
 
+from miles_core.memory.card import own_device_bytes
+
 GROWTH_BYTES = 512 << 20
 """Kept for what comes later than the measurement: communicators made at the first collective, code of kernels, graphs."""
+
+
+class Taken(NamedTuple):
+    """Device memory outside torch's allocator of this process, in bytes."""
+
+    outside_bytes: int
+    """This process' own where the driver tells, or else everybody's."""
+    others_bytes: int | None
+    """What other processes take; None where the driver does not tell them apart."""
+
+    @classmethod
+    def of(cls, device: torch.device) -> Taken:
+        """As it is now."""
+        free, total = torch.cuda.mem_get_info(device)
+        reserved, own = torch.cuda.memory_reserved(device), own_device_bytes(device)
+        if own is None:
+            return cls(total - free - reserved, None)
+        return cls(own - reserved, total - free - own)
 
 
 class Margin:
@@ -20,8 +41,8 @@ class Margin:
     Example: Margin.of(torch.device("cuda"), "measured").look()
     """
 
-    def __init__(self, device: torch.device | None, reserve_bytes: int, total_bytes: int = 0) -> None:
-        self.device, self.reserve_bytes, self.total_bytes = device, reserve_bytes, total_bytes
+    def __init__(self, device: torch.device | None, reserve_bytes: int) -> None:
+        self.device, self.reserve_bytes = device, reserve_bytes
         self.outside_bytes = self.most_outside_bytes = 0
         self.num_breaches = 0
 
@@ -29,44 +50,50 @@ class Margin:
     def of(cls, device: torch.device, reserve_bytes: int | str) -> Margin:
         """Measure what is taken outside the allocator now, and cap the allocator so that `reserve_bytes` stay free of it.
 
-        "measured" is what is taken now and GROWTH_BYTES; 0 is no cap, and then only the growth beyond that is reported. Raises
-        ValueError when the reserve leaves the allocator nothing.
+        "measured" is what is taken now and GROWTH_BYTES, and what other processes take stays free, too; 0 is no cap, and then
+        only growth beyond that is reported. Raises ValueError when the reserve leaves the allocator nothing.
         """
         if device.type != "cuda":
             return cls(None, 0)
         torch.cuda.synchronize(device)
-        free, total = torch.cuda.mem_get_info(device)
-        outside = total - free - torch.cuda.memory_reserved(device)
-        reserve = int(reserve_bytes) if reserve_bytes not in ("measured", 0) else outside + GROWTH_BYTES
-        if reserve >= total:
-            raise ValueError(f"memory.reserve_bytes = {reserve} leaves nothing of the device's {total} bytes")
+        total, taken = torch.cuda.mem_get_info(device)[1], Taken.of(device)
+        measured = reserve_bytes in ("measured", 0)
+        reserve = taken.outside_bytes + GROWTH_BYTES if measured else int(reserve_bytes)
+        kept = reserve + (taken.others_bytes or 0) * measured
+        if kept >= total:
+            raise ValueError(
+                f"memory.reserve_bytes = {reserve_bytes} keeps {kept / 2**30:.2f} GiB of the device from torch, which has "
+                f"{total / 2**30:.2f} GiB in all; give a smaller number, or 0 for no cap"
+            )
         if reserve_bytes != 0:
-            torch.cuda.set_per_process_memory_fraction((total - reserve) / total, device)
-        margin = cls(device, reserve, total)
-        margin.look()
+            torch.cuda.set_per_process_memory_fraction((total - kept) / total, device)
+        margin = cls(device, reserve)
+        margin.note(taken)
         return margin
 
     def look(self) -> None:
         """Measure again; warns, once, when what lies outside has outgrown the reserve."""
-        if self.device is None:
-            return
-        free, total = torch.cuda.mem_get_info(self.device)
-        self.note(total - free - torch.cuda.memory_reserved(self.device))
+        if self.device is not None:
+            self.note(Taken.of(self.device))
 
-    def note(self, outside_bytes: int) -> None:
+    def note(self, taken: Taken) -> None:
         """Take in one measurement."""
-        self.outside_bytes = outside_bytes
-        self.most_outside_bytes = max(self.most_outside_bytes, outside_bytes)
-        if outside_bytes <= self.reserve_bytes:
+        self.outside_bytes = taken.outside_bytes
+        self.most_outside_bytes = max(self.most_outside_bytes, taken.outside_bytes)
+        if taken.outside_bytes <= self.reserve_bytes:
             return
         self.num_breaches += 1
-        if self.num_breaches == 1:
-            warnings.warn(
-                f"{outside_bytes / 2**30:.2f} GiB of the device are taken outside torch's allocator, more than the "
-                f"{self.reserve_bytes / 2**30:.2f} GiB kept for that; "
-                f"raise memory.reserve_bytes to {outside_bytes + GROWTH_BYTES}",
-                stacklevel=2,
-            )
+        if self.num_breaches > 1:
+            return
+        outside, more = f"{taken.outside_bytes / 2**30:.2f} GiB", taken.outside_bytes + GROWTH_BYTES
+        whose = "this process takes"
+        if taken.others_bytes is None:
+            whose = "this process, or others on the device, which the driver does not tell apart here, take"
+        warnings.warn(
+            f"{whose} {outside} of the device outside torch's allocator, more than the {self.reserve_bytes / 2**30:.2f} GiB kept "
+            f"for that (NCCL, graphs, the driver), which may now run out; set memory.reserve_bytes = {more}",
+            stacklevel=2,
+        )
 
     def metrics(self) -> dict[str, float]:
         """Bytes outside the allocator, the reserve for them, and how often it did not suffice."""
