@@ -255,3 +255,17 @@ def test_attention_errors() -> None:
         attention(q[:, :3], k.transpose(0, 1), v.transpose(0, 1), plan, scale=1.0)
     with pytest.raises(ValueError, match="window"):
         attention(q, k.transpose(0, 1), v.transpose(0, 1), plan, scale=1.0, window=0)
+    with pytest.raises(ValueError, match="a sequence has -2 tokens"):
+        packed_plan([3, -2])
+
+
+def test_slots_and_lengths_that_no_pool_has_are_refused() -> None:
+    q, k, v = draw(5, 4, 2, 32)
+    pools = k.transpose(0, 1), v.transpose(0, 1)
+    for slot in (5, 99, -1):
+        plan = decode_plan(torch.tensor([[0, slot]]), torch.tensor([2]))
+        with pytest.raises(ValueError, match=f"names slot {slot} of a pool of 5 slots"):
+            attention(q[:1], *pools, plan, scale=1.0)
+    for length in (0, 4):
+        with pytest.raises(ValueError, match=f"kv_len holds {length}; lengths lie in 1 .. 3"):
+            decode_plan(torch.zeros(2, 3, dtype=torch.long), torch.tensor([2, length]))

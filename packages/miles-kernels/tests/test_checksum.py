@@ -19,7 +19,6 @@ from miles_kernels.checksum import (
     dtype_name,
     finals,
     forget_tables,
-    mix,
     sums_for,
     tensor_hash,
     tensor_hashes,
@@ -27,6 +26,13 @@ from miles_kernels.checksum import (
 from miles_kernels.mover import Mover, copy_hashed, idle_movers
 
 MASK = (1 << 64) - 1
+
+
+def mix(x: int) -> int:
+    """The finalizer of splitmix64, written from its definition."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = ((x ^ x >> shift) * factor) & MASK
+    return x ^ x >> 31
 
 
 def naive(data: bytes) -> str:

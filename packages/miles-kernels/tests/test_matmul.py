@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from miles_kernels.ops.linear import linear
 from miles_kernels.ops.matmul import KV_BLOCK, bmm_nt, bmm_pv, mm, softmax_rows
 from miles_kernels.testing import assert_bitwise_equal, sweep_rows
 
@@ -60,6 +63,17 @@ def test_strided_and_empty_operands() -> None:
     assert_bitwise_equal(mm(wide[:, 5:69], weight), mm(x, weight), "row stride")
     assert_bitwise_equal(mm(x.t().contiguous().t(), weight.t().contiguous().t()), mm(x, weight), "transposed storage")
     assert mm(x[:0], weight).shape == (0, 48)
+
+
+def test_operands_that_do_not_fit_are_named_as_they_were_given() -> None:
+    for a, b in (((4, 8), (5, 9)), ((8,), (5, 8)), ((2, 4, 8), (5, 8))):
+        with pytest.raises(ValueError, match=re.escape(f"a product of {a} and {b}: need [M, K] and [N, K]")):
+            mm(torch.zeros(a), torch.zeros(b))
+    with pytest.raises(ValueError, match="on cpu and meta"):
+        mm(torch.zeros(4, 8), torch.zeros(5, 8, device="meta"))
+    for shape in ((1,), (4, 5), (6,)):
+        with pytest.raises(ValueError, match=re.escape(f"linear: bias {shape} for weight (5, 8)")):
+            linear(torch.zeros(4, 8), torch.zeros(5, 8), torch.zeros(shape))
 
 
 def test_exact_mode_does_not_depend_on_the_order_of_summation() -> None:

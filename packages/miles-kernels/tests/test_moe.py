@@ -67,6 +67,8 @@ def test_grouped_rows_equal_each_experts_linear() -> None:
         start += count
     with pytest.raises(ValueError, match="5 counts summing to 61"):
         grouped_linear(x, weight, [4, 0, 40, 16, 1])
+    with pytest.raises(ValueError, match="one of them -1"):
+        grouped_linear(x, weight, [4, -1, 40, 16, 1])
 
 
 def test_ties_go_to_the_lower_expert() -> None:

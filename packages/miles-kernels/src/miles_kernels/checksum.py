@@ -82,13 +82,6 @@ def aligned(tensor: Tensor) -> Tensor:
     return flat.clone() if flat.data_ptr() % 8 else flat
 
 
-def mix(x: int) -> int:
-    """The finalizer of splitmix64, a bijection of 64-bit numbers."""
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
-
-
 def finals(sums: Tensor, sizes: Tensor) -> Tensor:
     """The checksums as int64 tensors (to be read modulo 2^64) of sums over blocks and bytes, both int64, on any device."""
     return _mix(sums + sizes * _signed(GOLDEN))

@@ -65,7 +65,7 @@ def attention(
 
     A query at position p sees keys 0 .. p of its segment, with `window` only the last `window` of them. Backward
     recomputes the probabilities; gradients of q and both pools are deterministic, summed in bucket order.
-    Raises ValueError when T, H or D do not fit the plan and the pools.
+    Raises ValueError when T, H or D do not fit the plan and the pools, or the plan names a slot that no pool has.
     """
     if q.is_cuda:
         return _on_cuda(q, k_pool, v_pool, plan, scale, window)
@@ -147,6 +147,8 @@ def _bucket_forward(q: Tensor, k: Tensor, v: Tensor, bucket: AttentionBucket, sh
 
 
 def _forward(q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: AttentionPlan, scale: float, shape: _Shape) -> Tensor:
+    for bucket in plan.buckets:
+        bucket.check(k_pool.shape[1])
     kernels = kernels_for(q, k_pool, v_pool)
     if kernels is not None and shape.dim <= NATIVE_DIM:
         return _native(kernels, q, k_pool, v_pool, plan, scale, shape)

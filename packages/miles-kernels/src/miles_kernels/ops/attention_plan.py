@@ -70,6 +70,12 @@ class AttentionBucket:
         """`kv_index` as one vector [S * Lk]."""
         return self._cached("slots", lambda: self.kv_index.reshape(-1))
 
+    def check(self, num_slots: int) -> None:
+        """Raise ValueError when a slot lies outside a pool of `num_slots`, which a C kernel would read all the same."""
+        least, most = self._cached("reach", lambda: tuple(int(each) for each in self.kv_index.aminmax()))
+        if least < 0 or most >= num_slots:
+            raise ValueError(f"attention: the plan names slot {least if least < 0 else most} of a pool of {num_slots} slots")
+
     def layout(self, group: int) -> Layout:
         """The padded queries for `group` query heads per key/value head."""
         return self._cached(("layout", group), lambda: self._make_layout(group))
@@ -190,8 +196,12 @@ def decode_plan(slot_table: Tensor, kv_len: Tensor) -> AttentionPlan:
 
     Fast path: columns from `kv_len[s]` up to the next multiple of 16 of the longest sequence are read and masked, so
     they must name slots with finite values. Sequences of very different lengths are split into buckets.
+    Raises ValueError when a length does not lie in 1 .. L.
     """
     lens = kv_len.tolist()
+    if lens and not 1 <= min(lens) <= max(lens) <= slot_table.shape[1]:
+        wrong = min(lens) if min(lens) < 1 else max(lens)
+        raise ValueError(f"decode_plan: kv_len holds {wrong}; lengths lie in 1 .. {slot_table.shape[1]}, the width of slot_table")
     width = _round_up(max(lens, default=1), KEY_MULTIPLE)
     waste = width * len(lens) - sum(lens)
     uneven = waste * attention_rows() > BUCKET_OVERHEAD and waste > 0.25 * sum(lens)
@@ -213,8 +223,10 @@ def packed_plan(
 
     `parents[i]` is the earlier sequence whose tokens (and whose own parents') are the prefix of sequence i, or -1. So a
     prompt shared by a group is computed once. With `alone` every sequence is a bucket of its own, so that the gradients of its
-    rows, too, do not depend on the others. Raises ValueError for a parent that does not come earlier.
+    rows, too, do not depend on the others. Raises ValueError for a parent that does not come earlier and a negative length.
     """
+    if min(lengths, default=0) < 0:
+        raise ValueError(f"packed_plan: a sequence has {min(lengths)} tokens")
     parents = [-1] * len(lengths) if parents is None else list(parents)
     prefix, depth = [0] * len(lengths), [0] * len(lengths)
     for i, parent in enumerate(parents):

@@ -17,9 +17,10 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Sequence[int], *, mode: Mo
 
     A row's bits are those of `linear(row, weight[expert])`. Raises ValueError when counts do not match T and E.
     """
-    if len(counts) != weight.shape[0] or sum(counts) != x.shape[0]:
+    if len(counts) != weight.shape[0] or sum(counts) != x.shape[0] or min(counts, default=0) < 0:
         raise ValueError(
             f"grouped_linear: {len(counts)} counts summing to {sum(counts)} for {x.shape[0]} rows and {weight.shape[0]} experts"
+            + (f", one of them {min(counts)}" if min(counts, default=0) < 0 else "")
         )
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _GroupedLinear.apply(x, weight, counts, mode)

@@ -17,7 +17,7 @@ def linear(
     """`x[T, K] @ weight[N, K]^T + bias[N]` as [T, N] in `out_dtype` (default: the dtype of x).
 
     The product and the bias are summed in float32 and rounded once. Backward: dgrad, wgrad and the bias gradient in
-    float32, each rounded once to its input's dtype.
+    float32, each rounded once to its input's dtype. Raises ValueError for shapes that do not fit.
     """
     if x.is_cuda:
         from miles_kernels.cuda.linear import linear as on_cuda
@@ -31,6 +31,8 @@ def linear(
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, mode: Mode | None, out_dtype: torch.dtype | None) -> Tensor:
     out = mm(x, weight, mode)
     if bias is not None:
+        if bias.shape != out.shape[1:]:
+            raise ValueError(f"linear: bias {tuple(bias.shape)} for weight {tuple(weight.shape)}; need [N] and [N, K]")
         out += bias
     dtype = out_dtype or x.dtype
     return out if dtype is torch.float32 else out.to(dtype)

@@ -80,7 +80,10 @@ def _pad_rows(x: Tensor, rows: int) -> Tensor:
 
 
 def mm(a: Tensor, b: Tensor, mode: Mode | None = None) -> Tensor:
-    """`a[M, K] @ b[N, K]^T` as float32 [M, N]; each row's bits depend on that row and on `b` only."""
+    """`a[M, K] @ b[N, K]^T` as float32 [M, N]; each row's bits depend on that row and on `b` only.
+
+    Raises ValueError for other shapes and for operands on two devices.
+    """
     if (
         mode == "native"
         and a.dtype is b.dtype is torch.float32
@@ -91,6 +94,9 @@ def mm(a: Tensor, b: Tensor, mode: Mode | None = None) -> Tensor:
         and not _too_many_threads(b.shape[0])
     ):
         return torch.mm(a, b.t())  # the common case, without further questions
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or a.device != b.device:
+        places = "" if a.device == b.device else f", on {a.device} and {b.device}"
+        raise ValueError(f"a product of {tuple(a.shape)} and {tuple(b.shape)}{places}: need [M, K] and [N, K] on one device")
     if a.dtype is not torch.float32:
         a = a.float()
     if b.dtype is not torch.float32:
