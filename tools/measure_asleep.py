@@ -6,7 +6,7 @@ torchrun --nproc-per-node 2 tools/measure_asleep.py communicators    what one ta
 
 "Holds" is what the driver counts for this process, context included, or, where it does not tell, what is taken on the card less
 what others held before; which of them is printed. A trainer prints a table, a line a moment, as it goes: what each measure
-gives back, and what keeps the rest. --device cpu checks the code.
+gives back, and what keeps the rest; with --name also who asked for it. --device cpu checks the code.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from measure_memory import GIB, Bench, roll_out
 
 from miles_core.algorithm.config import AlgorithmConfig
 from miles_core.memory.config import MemoryConfig
+from miles_core.memory.fake import FakeDevice
 from miles_core.memory.peers import Peers
 from miles_core.memory.stack import KernelStack
 from miles_core.memory.trainer import TRAINER_TAGS, empty_device
@@ -94,20 +95,38 @@ class Account:
         return taken
 
     def what_is_left(self) -> None:
-        """Every stretch of the device that torch still holds, and what keeps it."""
-        if not self.bench.cuda:
+        """Every stretch of the device that torch still holds, and what keeps it.
+
+        With --name also who asked for what no tensor holds; a block that is planted for that has to be among it.
+        """
+        if self.bench.cuda:
+            segments = torch.cuda.memory._snapshot()["segments"]
+        elif self.bench.pretended is not None:
+            segments = self.bench.pretended.snapshot()["segments"]
+        else:
             return
         owners: dict[int, str] = {}
         for found in gc.get_objects():
-            if type(found) not in (torch.Tensor, torch.nn.Parameter) or not found.is_cuda or found.layout is not torch.strided:
+            if type(found) not in (torch.Tensor, torch.nn.Parameter) or found.layout is not torch.strided:
+                continue
+            if found.device.type != self.bench.device.type:
                 continue
             with contextlib.suppress(RuntimeError):  # a tensor without memory, as compilers make them
                 owners[found.untyped_storage().data_ptr()] = f"{str(found.dtype).removeprefix('torch.')} {list(found.shape)}"
-        for segment in sorted(torch.cuda.memory._snapshot()["segments"], key=lambda each: -each["total_size"])[:16]:
+        told = ""
+        for segment in sorted(segments, key=lambda each: -each["total_size"])[:16]:
             alive = [block for block in segment["blocks"] if block["state"] == "active_allocated"]
             largest = sorted(alive, key=lambda block: -block["size"])[:3]
             said = [f"{block['size'] / 2**20:.3f} {owners.get(block['address'], 'no tensor of Python')}" for block in largest]
             self.print(f"segment of {segment['total_size'] / 2**20:.1f} MiB, {len(alive)} blocks alive: {said}")
+            for block in largest if self.bench.options.name else ():
+                if block["address"] not in owners:
+                    told += (line := f"  {block['size'] / 2**20:.3f} MiB were asked for by: {asked_by(block)}")
+                    self.print(line)
+        if self.bench.options.name:
+            self.print(
+                f"control, a planted block: {'named' if 'plant' in told else 'NOT NAMED, so what is above proves nothing'}"
+            )
 
     def without_stack(self, moment: str) -> None:
         """A line about what would be left without the stack of kernels' threads, which comes back then."""
@@ -115,6 +134,37 @@ class Account:
         stack.shrink()
         self.note(f"{moment}, without the stack of kernels ({stack._before} bytes a thread)")
         stack.restore()
+
+
+def plant(bench: Bench) -> torch.UntypedStorage:
+    """Device memory that no tensor of Python's holds."""
+    return torch.empty(4 << 20, dtype=torch.uint8, device=bench.device).untyped_storage()
+
+
+def asked_by(block: dict[str, Any]) -> str:
+    """The frames that asked for a block, the innermost first: C++ by name, Python by file and line."""
+    named = []
+    for frame in block.get("frames", ()):
+        file = frame["filename"].rsplit("/", 1)[-1]
+        if file.endswith(".py"):
+            named.append(f"{file}:{frame['line']} {frame['name']}")
+        elif not any(words in frame["name"] for words in DULL):
+            named.append(frame["name"].split("(")[0][-90:])
+    return " < ".join(named[:24]) or "nobody who was recorded"
+
+
+DULL = (
+    "CUDACachingAllocator",
+    "c10::Dispatch",
+    "_PyEval",
+    "_PyObject",
+    "PyObject_",
+    "_PyFunction",
+    "cfunction_",
+    "wrap_kernel",
+    "??",
+)
+"""Of frames: what is between those who ask and the allocator in any case."""
 
 
 def one_batch(bench: Bench, vocab: int) -> TrainBatch:
@@ -205,7 +255,10 @@ def _go_to_sleep(bench: Bench, account: Account) -> None:
     before = combined_hash(trainer.export_weights())
     trainer.memory.sleep()  # the first time makes room on the host
     trainer.memory.wake()
+    planted = plant(bench) if bench.options.name else None
     step_by_step(trainer, account)
+    if planted is not None:
+        return
     trainer.memory.wake()
     if bench.cuda:
         seconds, _ = bench.timed(lambda: trainer.step(batch))
@@ -245,6 +298,9 @@ def step_by_step(trainer: FsdpTrainer, account: Account) -> None:
         bench.note(f"{account.who} GiB are", bench.card.source)
 
 
+MODES = {"engine": engine_asleep, "trainer": trainer_asleep, "communicators": communicators}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=("engine", "trainer", "communicators"))
@@ -254,8 +310,19 @@ def main() -> None:
     parser.add_argument("--groups", choices=("own", "torch"), default="own", help="whose communicators the trainer talks over")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out")
+    parser.add_argument(
+        "--name", action="store_true", help="trainer: say who asked for blocks that no tensor holds, and end there"
+    )
     options = parser.parse_args()
-    {"engine": engine_asleep, "trainer": trainer_asleep, "communicators": communicators}[options.mode](Bench(options))
+    bench = Bench(options)
+    bench.pretended = None
+    with contextlib.ExitStack() as stack:
+        if options.name and bench.cuda:
+            # not context="all": the stack of a free loses the error under way that ends a recomputed layer early
+            torch.cuda.memory._record_memory_history(max_entries=1000, stacks="all", context="alloc")
+        elif options.name:
+            bench.pretended = stack.enter_context(FakeDevice(stacks=True))
+        MODES[options.mode](bench)
 
 
 if __name__ == "__main__":

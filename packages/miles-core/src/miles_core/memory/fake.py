@@ -6,6 +6,7 @@ inside, and none that is not made by torch.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,15 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class FakeDevice(TorchDispatchMode):
     """While entered, allocations above `budget` bytes raise torch.OutOfMemoryError, and those for which `fails(number, size)`.
 
-    Allocations are numbered from 0. What lived before is not counted.
+    Allocations are numbered from 0. What lived before is not counted. With `stacks` it is remembered who asked, see `snapshot`.
 
     Example:
         with FakeDevice(budget=1 << 20) as device:
             torch.empty(1 << 19)          # float32: 2 MiB, refused
     """
 
-    def __init__(self, budget: int | None = None, fails: Callable[[int, int], bool] | None = None) -> None:
+    def __init__(
+        self, budget: int | None = None, fails: Callable[[int, int], bool] | None = None, *, stacks: bool = False
+    ) -> None:
         super().__init__()
+        self.stacks = stacks
+        self._frames: dict[int, list[dict[str, Any]]] = {}
         self.budget, self.fails = budget, fails
         self.num_allocations = 0
         self.peak_bytes = 0
@@ -72,6 +77,21 @@ class FakeDevice(TorchDispatchMode):
             self._forget(key)
         return self._bytes
 
+    def snapshot(self) -> dict[str, Any]:
+        """What is alive, a segment for each block, in the form of torch.cuda.memory._snapshot()."""
+        _ = self.live_bytes
+        found = []
+        for key, (_, size) in self._live.items():
+            frames = self._frames.get(key, [])
+            block = {
+                "size": size,
+                "address": frames[0]["address"] if frames else 0,
+                "state": "active_allocated",
+                "frames": frames,
+            }
+            found.append({"total_size": size, "blocks": [block]})
+        return {"segments": found}
+
     def _charge(self, storage: torch.UntypedStorage, size: int) -> None:
         number, self.num_allocations = self.num_allocations, self.num_allocations + 1
         over = self.budget is not None and self._bytes + size > self.budget and self.live_bytes + size > self.budget
@@ -81,10 +101,23 @@ class FakeDevice(TorchDispatchMode):
             )
         self._forget(storage._cdata)
         self._live[storage._cdata] = (StorageWeakRef(storage), size)
+        if self.stacks:
+            self._frames[storage._cdata] = [frame | {"address": storage.data_ptr()} for frame in _callers()]
         self._bytes += size
         if self._bytes > self.peak_bytes:
             self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def _forget(self, key: int) -> None:
         _, size = self._live.pop(key, (None, 0))
+        self._frames.pop(key, None)
         self._bytes -= size
+
+
+def _callers() -> list[dict[str, Any]]:
+    """Who is asking, the innermost first, without what lies in this file."""
+    frame, found = sys._getframe(1), []
+    while frame is not None:
+        if frame.f_code.co_filename != __file__:
+            found.append({"filename": frame.f_code.co_filename, "line": frame.f_lineno, "name": frame.f_code.co_name})
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
