@@ -24,15 +24,20 @@ from miles_kernels.cuda import sample as sample_kernels
 from miles_kernels.cuda.draft import DraftInputs
 from miles_kernels.ops.attention import decode_plan
 from miles_kernels.ops.sample import sample
+from miles_rollout.engines.embedded import core as core_module
 from miles_rollout.engines.embedded import flight, replay
 from miles_rollout.engines.embedded.config import EmbeddedConfig
 from miles_rollout.engines.embedded.core import EngineCore
+from miles_rollout.engines.embedded.replay_spec import EntryKeeper
 from miles_rollout.engines.embedded.speculate_ahead import AheadSteps
 from miles_rollout.engines.embedded.speculate_check import World, digest, random_requests, serve
 from miles_rollout.engines.embedded.speculate_model import ModelProposer
 from miles_rollout.wire import GenerateRequest, SamplingParams
+from miles_spec.control import Controller
 
 WORLD = World()
+MADE: list[Any] = []
+"""Speculators of the engines that were served with."""
 REFERENCE = EmbeddedConfig(num_pages=200, max_running=16, max_batched_tokens=256)
 
 
@@ -259,7 +264,10 @@ def make_late(core: EngineCore, device: Device, monkeypatch: pytest.MonkeyPatch,
     proposer._graphs = graphs
     proposer._drafter = DirectDrafter(proposer.model, proposer.kv, store, weight, head, tables.page_size, 1)
     proposer.ahead = LateSteps(graphs, proposer.model, proposer.kv, store, core._decoder, entries=proposer.entries, number=1)
-    for name in ("_recycled", "_advance"):
+    captured = core._config.draft_catch_up == "captured"
+    if captured:
+        proposer._keeper = EntryKeeper(proposer.model, proposer.kv, store, weight, 1)
+    for name in ("_recycled", *(() if captured else ("_advance",))):
         monkeypatch.setattr(proposer, name, in_order(device, getattr(proposer, name)))
 
 
@@ -271,6 +279,7 @@ def served(
     *,
     shaken: bool = False,
     waits: bool = True,
+    start: Callable[..., None] | None = None,
 ) -> tuple[str, LateGraphs, Device]:
     """Digest of what comes out, with the graphs and the device."""
     device = Device()
@@ -278,7 +287,8 @@ def served(
 
     def between(core: EngineCore, step: int) -> list[Any]:
         if not made:
-            make_late(core, device, monkeypatch, waits=waits)
+            MADE.append(core.speculator)
+            (start or make_late)(core, device, monkeypatch, waits=waits)
             made.append(core._runner.graphs)
         return core.retract_all() if shaken and step in (5, 12, 40) else []
 
@@ -303,6 +313,19 @@ def comes_out_right(
         return False
 
 
+class Restless(Controller):
+    """Drafts in six steps of sixteen."""
+
+    def choose(self, num_rows: int) -> int:
+        self._steps += 1
+        return self.most if self._steps % 16 < 6 else 0
+
+
+def lasting(request: GenerateRequest) -> SamplingParams:
+    """Thirty-six tokens."""
+    return msgspec.structs.replace(request.sampling, max_new_tokens=36, ignore_eos=True, n=1, stop=(), stop_token_ids=())
+
+
 def requests_of(seed: int, filters: bool = False) -> list[GenerateRequest]:
     requests = []
     for request in random_requests(random.Random(seed), 6, WORLD.shape):
@@ -314,6 +337,28 @@ def requests_of(seed: int, filters: bool = False) -> list[GenerateRequest]:
     room = WORLD.shape.max_position_embeddings - len(last.input_ids)
     sampling = msgspec.structs.replace(last.sampling, n=1, max_new_tokens=room, ignore_eos=True, stop=(), stop_token_ids=())
     return [*requests[:-1], msgspec.structs.replace(last, sampling=sampling, sample_ids=last.sample_ids[:1])]
+
+
+def test_catching_up_by_keys_alone_drafts_the_same(monkeypatch: pytest.MonkeyPatch):
+    """Drafts that are silent for ten steps in sixteen: what they propose then shows every entry."""
+    requests = [msgspec.structs.replace(request, sampling=lasting(request)) for request in requests_of(5)[:3]]
+    reference, _ = serve(requests, REFERENCE, world=WORLD)
+    figures = {}
+    for catch_up in ("whole", "keys", "captured", "wrong"):
+        own = EmbeddedConfig(
+            num_pages=60, max_running=8, max_batched_tokens=60, prefill_chunk=24, overlap=True, draft_tokens=3,
+            draft_catch_up="captured" if catch_up == "wrong" else catch_up,
+        )  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(core_module, "make_controller", lambda config: Restless(config.draft_tokens))
+            if catch_up == "wrong":
+                patch.setattr(EntryKeeper, "run", lambda self, entries: entries[0])
+            found, graphs, _ = served(patch, own, requests, "mtp")
+        assert found == digest(reference)
+        figures[catch_up] = MADE[-1].metrics()["spec_num_accepted"], MADE[-1].metrics()["spec_num_drafted"]
+        kept = sum(count for key, count in graphs.calls.items() if len(key) == 7)
+        assert (kept > 0) == (catch_up in ("captured", "wrong"))
+    assert figures["whole"] == figures["keys"] == figures["captured"] != figures["wrong"]
 
 
 @pytest.mark.parametrize(("draft", "num_draft", "pages", "filters"), [("mtp", 6, 24, False), ("eagle3", 2, 60, True)])
@@ -384,3 +429,20 @@ def test_a_prompt_in_many_chunks_on_a_late_device(monkeypatch: pytest.MonkeyPatc
     found, graphs, device = served(monkeypatch, config, requests, None)
     assert found == digest(reference)
     assert device.longest > 4 and any(len(key) == 4 for key in graphs.calls)
+
+
+def test_steps_captured_at_the_start_are_all_that_come_up(monkeypatch: pytest.MonkeyPatch):
+    requests = [request for request in requests_of(8) if len(request.input_ids) > 5][:4]
+    reference, _ = serve(requests, REFERENCE, world=WORLD)
+    config = EmbeddedConfig(num_pages=60, max_running=4, max_batched_tokens=120, overlap=True, draft_tokens=3)
+    ahead: list[set[Any]] = []
+
+    def late(core: EngineCore, device: Device, patch: pytest.MonkeyPatch, *, waits: bool = True) -> None:
+        make_late(core, device, patch, waits=waits)
+        core._capture_lengths()
+        ahead.append({key for key in core._runner.graphs._captured if len(key) in (2, 8)})  # type: ignore[union-attr]
+
+    found, graphs, _ = served(monkeypatch, config, requests, "mtp", start=late)
+    used = {key for key in graphs._captured if len(key) in (2, 8)}
+    assert found == digest(reference) and used == ahead[0]
+    assert len({key[2] for key in used if len(key) == 8}) == 3

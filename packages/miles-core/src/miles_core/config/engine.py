@@ -42,6 +42,9 @@ class EngineConfig(Section):
     """Choose the draft length while running, by expected tokens per second, and 0 where drafts do not pay."""
     draft_tree: tuple[int, ...] = ()
     """Draft trees instead of chains: children of every node at depth 1, 2 ..."""
+    draft_catch_up: str = "whole"
+    """How a draft of one recycled layer makes entries that it lacks: "whole", a pass of its layer; "keys", their keys and values
+    alone, all that is ever read of them; "captured", the same in CUDA graphs. The last two have not run on a GPU yet."""
     verification: str = "gumbel"
     """"gumbel": tokens are those of plain decoding. "rejection": they have its distribution. "greedy": for temperature 0 only."""
     accept_single: float = 1.0
@@ -56,6 +59,9 @@ class EngineConfig(Section):
     """Capture plain decode steps and launch each as a whole; without effect on the CPU."""
     cuda_graph_drafts: bool = True
     """Capture drafting and verification of chains, too; without effect on the CPU."""
+    cuda_graph_lengths: bool = False
+    """Capture decode steps without drafts and with every draft length when the engine starts, not when one first comes up; for
+    rows of up to 2,048 keys. Takes a while. It has not run on a GPU yet."""
     cuda_graph_prefill: bool = True
     """Capture small steps that prefill, too."""
     record_routed_experts: bool = False

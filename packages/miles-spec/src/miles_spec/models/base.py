@@ -62,6 +62,19 @@ class DraftBlock(DecoderLayer):
         """Attention over a cache, projected [T, H]."""
         return self._attend(x, cos, sin, kv)
 
+    def keep(self, x: Tensor, cos: Tensor, sin: Tensor, kv: KVStore) -> None:
+        """Write the keys and values that `attend` would, and compute nothing else."""
+        config, target = self.config, kv.target(self.index)
+        if not x.is_cuda or target is None:
+            _, k, v = self.heads(x, cos, sin)
+            kv.update(self.index, k, v)
+            return
+        from miles_kernels.cuda.launch import at_home
+        from miles_kernels.cuda.qkv import Heads, turn
+
+        sizes = Heads(config.num_attention_heads, config.num_key_value_heads, self.scale, self.window, config.rms_norm_eps)
+        at_home(turn)(self._project(x), self.head_norm(), cos, sin, sizes, target)
+
     def feed_forward(self, x: Tensor) -> Tensor:
         """MLP or mixture of experts [T, H]."""
         return self._feed_forward(x, None)
@@ -202,6 +215,13 @@ class DraftModel(nn.Module, ABC):
         cos, sin = self._rope.rows(positions) if rope is None else rope
         x, residual = self._enter(index, self._join(index, token_ids, embed, state), state)
         return self._finish(index, block.attend(x, cos, sin, kv), residual)
+
+    def enter(self, state: Tensor, token_ids: Tensor, positions: Tensor, kv: KVStore, *, embed: Tensor) -> None:
+        """What `step` of depth 1 writes to the cache of a recycled draft, and nothing else; `kv` needs no plan."""
+        block = self.block(0)
+        cos, sin = self._rope.rows(positions)
+        x, _ = self._enter(0, self._join(0, token_ids, embed, state), state)
+        block.keep(x, cos, sin, kv)
 
     def rope_rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """What rotates keys at `positions` int64 [T]."""

@@ -6,6 +6,7 @@ import msgspec
 
 DRAFTS = ("none", "ngram", "suffix", "mtp", "eagle3")
 VERIFICATIONS = ("gumbel", "rejection", "greedy")
+CATCH_UP = ("whole", "keys", "captured")
 DRAFT_PREFIX = "draft."
 """Before the names of a draft model's tensors in a weight update, which may bring all of them or none."""
 MAX_DRAFT = 15
@@ -46,6 +47,9 @@ class EmbeddedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Choose the draft length while running, by expected tokens per second, and 0 where drafts do not pay."""
     draft_tree: tuple[int, ...] = ()
     """Draft trees instead of chains: children of every node at depth 1, 2 ...; at most `draft_tokens` nodes are used."""
+    draft_catch_up: str = "whole"
+    """How a draft of one recycled layer makes entries that it lacks: "whole", a pass of its layer; "keys", their keys and values
+    alone, all that is ever read of them; "captured", the same in CUDA graphs. The last two have not run on a GPU yet."""
     verification: str = "gumbel"
     """"gumbel": tokens are those of plain decoding, whatever is drafted. "rejection": they have its distribution, and depend on
     the draft. "greedy": for requests at temperature 0 only."""
@@ -61,6 +65,9 @@ class EmbeddedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Capture plain decode steps and launch each as a whole; without effect on the CPU."""
     cuda_graph_drafts: bool = True
     """Capture drafting and verification of chains, too; without effect on the CPU."""
+    cuda_graph_lengths: bool = False
+    """Capture decode steps without drafts and with every draft length when the engine starts, not when one first comes up; for
+    rows of up to 2,048 keys. Takes a while. It has not run on a GPU yet."""
     cuda_graph_prefill: bool = True
     """Capture small steps that prefill, too."""
     record_routed_experts: bool = False
@@ -110,6 +117,8 @@ class EmbeddedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             wrong.append("draft 'eagle3' needs draft_path, the directory of its weights")
         if any(width < 1 for width in self.draft_tree) or len(self.draft_tree) > MAX_DRAFT:
             wrong.append(f"draft_tree={self.draft_tree} must be up to {MAX_DRAFT} numbers of at least 1")
+        if self.draft_catch_up not in CATCH_UP:
+            wrong.append(f"draft_catch_up={self.draft_catch_up!r} must be one of {', '.join(CATCH_UP)}")
         if self.verification not in VERIFICATIONS:
             wrong.append(f"verification={self.verification!r} must be one of {', '.join(VERIFICATIONS)}")
         lossy = self.accept_single != 1.0 or self.accept_total != 1.0

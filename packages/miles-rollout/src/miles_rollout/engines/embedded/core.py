@@ -128,6 +128,19 @@ class EngineCore:
         self._num_steps = self._num_prompt = 0
         self._busy_s = 0.0
         self.num_oom = self._oom_in_a_row = 0
+        if config.cuda_graph_lengths:
+            self._capture_lengths()
+
+    def _capture_lengths(self) -> None:
+        """Capture decode steps, without drafts and with every number of them that may be chosen."""
+        graphs, speculator = self._runner.graphs, self.speculator
+        if graphs is None:
+            return
+        with torch.inference_mode():
+            graphs.capture_decode()
+            if speculator is not None and speculator.proposer.ahead is not None:
+                most = self._config.draft_tokens
+                speculator.proposer.ahead.capture(range(1 if self._config.draft_adaptive else most, most + 1))
 
     @property
     def weight_version(self) -> int:
@@ -386,6 +399,7 @@ class EngineCore:
             number=self._num_drafts,
             graphs=self._runner.graphs if self._config.cuda_graph_drafts else None,
             num_draft=self._config.draft_tokens,
+            catch_up=self._config.draft_catch_up,
         )
 
     # ------------------------------------------------------------------ one step

@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,8 @@ from miles_rollout.engines.embedded.tables import Tables
 
 KEYS = (512, 2048, 8192, 32768)
 """Captured bounds on the keys of a row; the last one is what the model supports."""
+WARM_KEYS = 2048
+"""Bounds on keys up to this are captured ahead, where that is asked for."""
 MIXED_TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 MIXED_SEQUENCES = (4, 16, 64)
 MIXED_QUERIES = (128, 512, 2048)
@@ -43,7 +46,7 @@ in many chunks is as many of them."""
 Key = tuple[int, ...]
 
 
-class _Captured(NamedTuple):
+class Captured(NamedTuple):
     graph: Any
     logits: Tensor
     """float32 [B, V] or [S, V] of the last replay"""
@@ -98,7 +101,7 @@ class StepGraphs:
         self._sent: object = None
         """Whose inputs the device has; None: those of some step."""
         self._idle_row = rows
-        self._captured: dict[Key, _Captured] = {}
+        self._captured: dict[Key, Captured] = {}
         self._seen: set[Key] = set()
         self._pool: Any = None
         self._stream: Any = None
@@ -136,6 +139,17 @@ class StepGraphs:
         self._stage_decode(rows, position, tokens, size)
         self._decoded = rows
         return self._launch(captured, len(rows))
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(rows, keys) that decode steps are captured for, up to `WARM_KEYS` keys."""
+        return [(size, keys) for size in self._sizes for keys in self._keys if keys <= max(WARM_KEYS, self._keys[0])]
+
+    def capture_decode(self) -> None:
+        """Capture the decode steps of all `shapes` that there are no graphs of yet."""
+        for size, keys in self.shapes:
+            lanes = self._inputs[: 7 * size].view(7, size)
+            self._get((size, keys), partial(self._idle, lanes), partial(self._decode, lanes, keys))
 
     def mixed(self, batch: Batch, tokens: np.ndarray | None = None) -> tuple[Tensor, Readback] | None:
         """The same for a batch with chunks: logits of the decode rows, then of the chunks that reach their last token.
@@ -176,11 +190,11 @@ class StepGraphs:
 
     # ------------------------------------------------------------------ staging
 
-    def _launch(self, captured: _Captured, count: int) -> tuple[Tensor, Readback]:
+    def _launch(self, captured: Captured, count: int) -> tuple[Tensor, Readback]:
         logits, packed = self._replay(captured)
         return logits[:count], Readback(packed, count)
 
-    def _replay(self, captured: _Captured) -> tuple[Tensor, Tensor]:
+    def _replay(self, captured: Captured) -> tuple[Tensor, Tensor]:
         """Start the graph; (logits, packed draws), which its next replay overwrites."""
         captured.graph.replay()
         return captured.logits, captured.packed
@@ -275,7 +289,7 @@ class StepGraphs:
 
     # ------------------------------------------------------------------ capture
 
-    def _get(self, key: Key, clear: Callable[[], None], run: Callable[[], tuple[Tensor, Tensor]]) -> _Captured:
+    def _get(self, key: Key, clear: Callable[[], None], run: Callable[[], tuple[Tensor, Tensor]]) -> Captured:
         """The graph of `run`, captured over cleared inputs if there is none yet."""
         captured = self._captured.pop(key, None)
         if captured is None:
@@ -286,7 +300,7 @@ class StepGraphs:
         self._captured[key] = captured
         return captured
 
-    def _capture(self, run: Callable[[], tuple[Tensor, Tensor]]) -> _Captured:
+    def _capture(self, run: Callable[[], tuple[Tensor, Tensor]]) -> Captured:
         current = torch.cuda.current_stream()
         if self._stream is None:
             self._stream = torch.cuda.Stream()
@@ -306,7 +320,7 @@ class StepGraphs:
                 raise
             graph.capture_end()
         current.wait_stream(self._stream)
-        return _Captured(graph, logits, packed)
+        return Captured(graph, logits, packed)
 
     def _decode(self, lanes: Tensor, keys: int) -> tuple[Tensor, Tensor]:
         from miles_kernels.cuda.decode import begin_step

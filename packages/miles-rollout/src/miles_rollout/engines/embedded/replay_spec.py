@@ -10,6 +10,7 @@ that write to the null page and are read by nobody. Behind the drafts there is n
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,11 @@ from miles_rollout.engines.embedded.drafts import Drafts
 from miles_rollout.engines.embedded.features import FeatureStore
 from miles_rollout.engines.embedded.flight import Readback, Start
 from miles_rollout.engines.embedded.kv import PagedKV
-from miles_rollout.engines.embedded.replay import Key, StepGraphs, first_at_least
+from miles_rollout.engines.embedded.replay import Captured, Key, StepGraphs, first_at_least
 from miles_spec.models.base import DraftModel
 
+KEEP_TOKENS = (64, 256, 1024, 2048)
+"""Sizes of captured passes over entries of a draft; more at a time are made in several."""
 _FIELDS = 9
 """Fields of a sequence in `miles_kernels.cuda.decode.SEQUENCES`."""
 
@@ -122,10 +125,8 @@ class SpecGraphs(StepGraphs):
         size, keys = first_at_least(self._sizes, len(rows)), first_at_least(self._keys, reach)
         if size is None or keys is None or 7 * size > len(self._inputs):
             return None
-        key = (size, keys, *kind)
-        is_there = self._sent is start and key in self._captured
-        lanes = self._inputs[: 7 * size].view(7, size)
-        captured = self._get(key, lambda: self._idle(lanes), lambda: run(lanes, keys))
+        is_there = self._sent is start and (size, keys, *kind) in self._captured
+        captured = self.capture_rows(kind, size, keys, run)
         self._refresh_owned(rows)
         if not is_there:
             count = len(rows)
@@ -138,6 +139,11 @@ class SpecGraphs(StepGraphs):
             self._sent = start
         return self._replay(captured)[1]
 
+    def capture_rows(self, kind: Key, size: int, keys: int, run: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> Captured:
+        """The graph that `launch_rows` replays for so many rows and keys."""
+        lanes = self._inputs[: 7 * size].view(7, size)
+        return self._get((size, keys, *kind), lambda: self._idle(lanes), lambda: run(lanes, keys))
+
     def _refresh_owned(self, rows: np.ndarray) -> None:
         """Bring all pages that rows have into the device's tables; nothing when neither rows nor pages have changed since."""
         tables = self._tables
@@ -149,6 +155,19 @@ class SpecGraphs(StepGraphs):
     def run(self, step: Any) -> tuple[Tensor, Tensor]:
         """(logits, packed draws) of `miles_kernels.cuda.decode.StepInputs`, whose drawn tokens nobody goes on with."""
         return self._run(step)
+
+    def keep(self, keeper: EntryKeeper, entries: np.ndarray) -> None:
+        """Make entries [3, T], as `EntryKeeper.run` takes them."""
+        most = KEEP_TOKENS[-1]
+        for part in (entries[:, start : start + most] for start in range(0, entries.shape[1], most)):
+            size, count = first_at_least(KEEP_TOKENS, part.shape[1]), part.shape[1]
+            assert size is not None
+            lanes = self._inputs[: 3 * size].view(3, size)
+            captured = self._get(keeper.kind(size), lanes.zero_, partial(keeper.run, lanes))
+            staged = self._buffer()[: 3 * size].reshape(3, size)
+            staged[:, :count], staged[:, count:] = part, 0
+            self._upload(3 * size)
+            self._replay(captured)
 
     def draft(self, drafter: GraphDrafter, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
         """Draft tokens [R, K] of rows, K the largest of `lengths` [R]; waits for them. None when no graph serves it."""
@@ -177,6 +196,25 @@ class SpecGraphs(StepGraphs):
         self._upload(7 * size)
         drafted: np.ndarray = self._replay(captured)[0].cpu().numpy()
         return drafted[:count]
+
+
+class EntryKeeper:
+    """Keys and values of entries of a recycled draft, which is all that later tokens read of them: no attention, no MLP."""
+
+    def __init__(self, model: DraftModel, kv: PagedKV, store: FeatureStore, embed: Tensor, number: int) -> None:
+        self._model, self._kv, self._store, self._embed, self._number = model, kv, store, embed, number
+
+    def kind(self, size: int) -> Key:
+        """Of the graph over so many entries."""
+        return (size, self._number, 0, 0, 0, 0, 0)
+
+    def run(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """Make entries int64 [3, T]: the slot of each, that of the token after it, its position. The null page's pad them."""
+        slots, after, index = entries.unbind(0)
+        state = self._model.project(self._store.values.index_select(0, slots))
+        self._kv.begin(None, slots)
+        self._model.enter(state, self._store.tokens.index_select(0, after), index, self._kv, embed=self._embed)
+        return slots, slots  # a graph hands out two
 
 
 class GraphDrafter:

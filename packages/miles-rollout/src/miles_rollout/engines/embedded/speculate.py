@@ -9,7 +9,7 @@ Keys and values of refused draft tokens are overwritten when their positions are
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
 from typing import Any, NamedTuple, Protocol
 
@@ -59,6 +59,10 @@ class Proposer(Protocol):
 
 class Launcher(Protocol):
     """Makes speculative steps without the host."""
+
+    def capture(self, lengths: Iterable[int]) -> None:
+        """Capture steps of so many draft tokens before they are needed, where steps are captured."""
+        ...
 
     def launch(self, start: Start, length: int, reach: int) -> BlockReadback:
         """Start a step that drafts `length` tokens a row and touches positions below `reach`; all rows have pages for theirs.

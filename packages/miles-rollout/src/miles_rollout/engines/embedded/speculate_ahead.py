@@ -10,7 +10,8 @@ step starts from. The host, one step behind, learns from each step where its row
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from miles_kernels.nn.decoder import Decoder
 from miles_rollout.engines.embedded.features import FeatureStore
 from miles_rollout.engines.embedded.flight import BlockReadback, Start
 from miles_rollout.engines.embedded.kv import PagedKV
+from miles_rollout.engines.embedded.replay import Key
 from miles_rollout.engines.embedded.replay_spec import SpecGraphs
 from miles_spec.models.base import DraftModel
 
@@ -49,10 +51,21 @@ class AheadSteps:
     def launch(self, start: Start, length: int, reach: int) -> BlockReadback:
         """Start a step that drafts `length` tokens a row; see `Launcher`."""
         reach = max(reach, self.entries + length + 1)  # what a row without tokens left touches of the null page
-        kind = (length, self._number, self.entries, 0, 0, 0)
-        packed = self._graphs.launch_rows(kind, start, reach, lambda lanes, keys: self._run(lanes, length, keys))
+        packed = self._graphs.launch_rows(self._kind(length), start, reach, self._steps_of(length))
         assert packed is not None, "every number of rows and keys that an engine may have is captured"
         return BlockReadback(packed, len(start.rows))
+
+    def capture(self, lengths: Iterable[int]) -> None:
+        """Capture steps of so many draft tokens for all numbers of rows, which otherwise happens when one comes up first."""
+        for (size, keys), length in product(self._graphs.shapes, lengths):
+            if keys > self.entries + length:
+                self._graphs.capture_rows(self._kind(length), size, keys, self._steps_of(length))
+
+    def _kind(self, length: int) -> Key:
+        return (length, self._number, self.entries, 0, 0, 0)
+
+    def _steps_of(self, length: int) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+        return lambda lanes, keys: self._run(lanes, length, keys)
 
     def _run(self, lanes: Tensor, length: int, keys: int) -> tuple[Tensor, Tensor]:
         """Packed blocks, twice; nobody wants the logits of the verification, which would be kept with the graph."""

@@ -27,7 +27,7 @@ from miles_rollout.engines.embedded.features import FeatureStore
 from miles_rollout.engines.embedded.flight import Blocks
 from miles_rollout.engines.embedded.kv import PagedKV
 from miles_rollout.engines.embedded.paging import paged_batch, slot_batch
-from miles_rollout.engines.embedded.replay_spec import GraphDrafter, SpecGraphs
+from miles_rollout.engines.embedded.replay_spec import EntryKeeper, GraphDrafter, SpecGraphs
 from miles_rollout.engines.embedded.sampling import upload
 from miles_rollout.engines.embedded.speculate import Launcher
 from miles_rollout.engines.embedded.speculate_ahead import AheadSteps
@@ -71,7 +71,8 @@ class ModelProposer:
     """Proposes with a draft model: chains, or, with `widths`, trees of so many children at each depth.
 
     A draft token is drawn with the very noise its position has in the policy's draw, so the two agree as often as they can.
-    `max_tokens` bounds the tokens of one catching-up pass; a row with more missing entries drafts once it has caught up.
+    `max_tokens` bounds the tokens of one catching-up pass, which `catch_up` says how to make (see `EmbeddedConfig`); a row with
+    more missing entries drafts once it has caught up.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class ModelProposer:
         number: int = 1,
         graphs: SpecGraphs | None = None,
         num_draft: int = 1,
+        catch_up: str = "whole",
     ) -> None:
         block, weight = model.config.block, decoder.embed_tokens
         parameter = next(model.parameters())
@@ -124,6 +126,10 @@ class ModelProposer:
         """Entries that such a step makes again: what a row that drafts `num_draft` tokens can lack after the step before."""
         if self._graphs is not None:
             self.ahead = AheadSteps(self._graphs, model, self.kv, store, decoder, entries=self.entries, number=number)
+        self._catch_up_by = catch_up if model.config.recycled else "whole"
+        self._keeper: EntryKeeper | None = None
+        if self._graphs is not None and self._catch_up_by == "captured":
+            self._keeper = EntryKeeper(model, self.kv, store, weight, number)
         self._entries = Entries(tables, store, number, self.entries)
         narrow = self.entries * (block.num_attention_heads // block.num_key_value_heads) < _WIDE_QUERIES
         self._least = 1 if narrow and not block.num_experts else self.entries
@@ -219,11 +225,26 @@ class ModelProposer:
     def _advance(self, rows: np.ndarray, first: np.ndarray, stop: np.ndarray) -> None:
         """Make entries of [first, stop) of rows whose later tokens are known, drafting nothing."""
         of, index = spans(first, stop)
+        if self._catch_up_by != "whole":
+            self._keep_keys(rows[of], index)
+            self._entries.note(rows, first, stop)
+            return
         state = self._project(rows[of], index)
         for depth in range(1, self._num_layers + 1):
             tokens = self._tokens_after(rows[of], np.minimum(index + depth, self._tables.position[rows[of]]))
             state = self._pass(rows, first, stop, state, tokens, depth).carried
         self._entries.note(rows, first, stop)
+
+    def _keep_keys(self, rows: np.ndarray, index: np.ndarray) -> None:
+        """Keys and values [T] of entries before the last one of their rows, whose next tokens the store has."""
+        assert (index + 1 < self._tables.position[rows]).all(), "the last token's features are not here yet"
+        slots, after = self._tables.slots_at(rows, index), self._tables.slots_at(rows, index + 1)
+        self.num_computed += len(index)
+        if self._keeper is not None and self._graphs is not None:
+            self._graphs.keep(self._keeper, np.stack((slots, after, index)))
+            return
+        keeper = EntryKeeper(self.model, self.kv, self._store, self._decoder.embed_tokens, 0)
+        keeper.run(upload(np.stack((slots, after, index)), self._device))
 
     # ------------------------------------------------------------------ drafting
 
