@@ -168,6 +168,24 @@ def test_ctrl_c_stops_cleanly_and_resumes(micro: Any, result: Any) -> None:
     assert result(micro.run("stopped"))["weights"] == result(micro.run("whole"))["weights"]
 
 
+def test_a_run_that_is_ended_at_once_says_what_is_there_and_how_to_go_on(micro: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from miles_core import compose, feed
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compose, "load_model", interrupt)
+        code, said = micro.miles("train", "micro.toml")
+        assert code == 130 and "stopped before the first step, nothing was written" in said and not micro.run("micro").exists()
+    monkeypatch.setattr(feed.RolloutFeed, "next", interrupt)
+    monkeypatch.setattr("sys.argv", ["miles", "train", "micro.toml", "--sampling.stop", "a b"])
+    code, said = micro.miles("train", "micro.toml", "--sampling.stop", "a b")
+    assert code == 130 and "go on with: miles train micro.toml --sampling.stop 'a b' --resume" in said, said
+    code, said = micro.miles("rollout", "micro.toml")
+    assert code == 130 and "start it again under another --name" in said and "--resume" not in said
+
+
 def test_two_processes_cannot_share_a_run(micro: Any) -> None:
     import fcntl
 

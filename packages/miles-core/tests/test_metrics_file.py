@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +58,8 @@ def test_summary_shouts_about_a_mismatch() -> None:
     assert summary(fine) == "reward 0.500  tok/s 1,234  mismatch 0"
     assert "MISMATCH 3 tokens, up to 1.00e-06" in summary({"mismatch/tokens_unequal": 3, "mismatch/max_abs": 1e-6})
     assert summary({"train/loss": 0.25}) == "loss 0.2500"
+    nothing = {"reward/mean": 0.0, "rollout/num_trained_groups": 0.0, "rollout/num_dropped_groups": 8.0}
+    assert summary(nothing) == "reward 0.000  NOTHING TRAINED, all groups left out"
     trained = {"train/loss": 0.25, "mismatch/tokens_unequal": 0, "eval/accuracy": 1.0, "eval/tokens_unequal": 2}
     assert summary(trained).endswith("mismatch 0  MISMATCH 2 held-out tokens")
 
@@ -79,3 +82,14 @@ def test_the_bar_draws_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None
         progress.step(3, {"reward/mean": 0.9})
     said = capsys.readouterr().err
     assert "[not markup]" in said and "held-out 0.250" in said and "3/3" in said
+
+
+@pytest.mark.parametrize(("width", "bar"), [(80, False), (120, True)])
+def test_the_bar_cuts_off_no_number(width: int, bar: bool, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    row = {"reward/mean": 0.836, "eval/accuracy": 0.98, "perf/tokens_per_s": 12345.0}
+    with BarProgress(1000) as progress:
+        progress.step(1000, row | {"mismatch/tokens_unequal": 0, "mismatch/max_abs": 0.0})
+    said = capsys.readouterr().err
+    assert "1000/1000 reward 0.836  held-out 0.980  tok/s 12,345  mismatch 0" in said and "\u2026" not in said, said
+    assert ("\u2501" in said) is bar

@@ -43,6 +43,8 @@ def summary(metrics: Mapping[str, float]) -> str:
     ):
         if name in metrics and not (name == "train/loss" and "reward/mean" in metrics):
             parts.append(f"{label} {metrics[name]:{form}}")
+    if metrics.get("rollout/num_trained_groups") == 0:
+        parts.append("NOTHING TRAINED, all groups left out")
     if "mismatch/tokens_unequal" in metrics:
         unequal = int(metrics["mismatch/tokens_unequal"])
         parts.append("mismatch 0" if unequal == 0 else f"MISMATCH {unequal} tokens, up to {metrics['mismatch/max_abs']:.2e}")
@@ -89,15 +91,11 @@ class BarProgress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
-        self._bar: Any = RichProgress(
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
+        console = Console(stderr=True)
+        roomy = console.width >= 110  # below, the bar and the time gone by would cut off the numbers
+        columns = [MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"), TextColumn("ETA"), TimeRemainingColumn()]
+        columns = [BarColumn(bar_width=24), *columns[:2], TimeElapsedColumn(), *columns[2:]] if roomy else columns
+        self._bar: Any = RichProgress(*columns, console=console)
         self._task = self._bar.add_task("train", total=num_steps, completed=first_step, numbers="")
         self._held_out: float | None = None
 

@@ -12,7 +12,6 @@ from typing import Annotated
 import typer
 
 EXIT_USER = 2
-EXIT_INTERRUPTED = 130
 EXIT_MEMORY = 3
 
 _SETTING = re.compile(r"--[A-Za-z][\w-]*\.[\w.-]+(=.*)?", re.DOTALL)
@@ -230,9 +229,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MemoryError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(EXIT_MEMORY)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; go on with --resume", err=True)
-        sys.exit(EXIT_INTERRUPTED)
 
 
 def _no_settings(ctx: typer.Context) -> None:

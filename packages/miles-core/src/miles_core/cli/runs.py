@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 if TYPE_CHECKING:
+    from miles_core.compose import Request
     from miles_core.config.load import Override
     from miles_core.config.schema import RunConfig
     from miles_core.run import Outcome, Run
@@ -77,16 +79,40 @@ def compare_two(first: str, second: str, html: Path | None, say: Callable[[str],
 
 def _go(config: RunConfig, mode: Mode, *, resume: bool, replay: Path | None) -> None:
     from miles_core.compose import Request, compose
+    from miles_core.interrupt import EXIT_INTERRUPTED
     from miles_core.loop import train
 
-    with compose(config, Request(mode=mode, resume=resume, replay=replay), _say) as run:
-        _say(f"{run.dir.root}: step {run.step} of {run.num_steps}")
-        outcome = train(run)
-        _finish(run, outcome)
+    request = Request(mode=mode, resume=resume, replay=replay)
+    try:
+        with compose(config, request, _say) as run:
+            _say(f"{run.dir.root}: step {run.step} of {run.num_steps}")
+            outcome = train(run)
+            _finish(run, outcome)
+    except KeyboardInterrupt:  # here, because the command line's library would end the process without a word
+        _say(_stopped(config, request))
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     if outcome.interrupted:
-        again = " ".join(["miles", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
-        _say(f"stopped after step {outcome.step}, nothing is lost; go on with: {again}")
-        raise typer.Exit(130)
+        kept = f"nothing is lost; go on with: {_again()}" if request.is_resumable else _AGAIN
+        _say(f"stopped after step {outcome.step}, {kept}")
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+_AGAIN = "and this kind of run is short: start it again under another --name"
+
+
+def _again() -> str:
+    return shlex.join(["miles", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
+
+
+def _stopped(config: RunConfig, request: Request) -> str:
+    """What a run that was ended at once has left behind, and the way on."""
+    from miles_core.rundir import RunDir
+
+    if not RunDir.of(config).config.is_file():
+        return "stopped before the first step, nothing was written"
+    if not request.is_resumable:
+        return f"stopped at once, {_AGAIN}"
+    return f"stopped at once, the work since the last checkpoint is lost; go on with: {_again()}"
 
 
 def _finish(run: Run, outcome: Outcome) -> None:
