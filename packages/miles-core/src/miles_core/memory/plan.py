@@ -239,9 +239,7 @@ def _train_moments(job: Job, parameters: Parameters) -> list[tuple[str, list[Ite
     fresh = Item("new gradient", 0 if in_place else head * size // cut, "one at a time, until it is added to its sum")
     widened = Item("gradient sums", 4 * count, "N x 4" + _over(cut))
     layer_gradient = Item("layer gradient", unit * (4 + size), "whole, before it is summed over processes")
-    # a tied table's gradient is whole, and becomes a sum, at the end; where there is a sum already, it is added in place
-    wide = 4 if parameters.head and not in_place and job.num_microbatches == 1 else 0
-    table = Item("gradient of the output projection", head * (size + wide) // cut, "first of the backward pass")
+    busy = _first_of_backward(job, parameters, working, _logprob(job, tokens))
     late = 0 if in_place else 4 * parameters.embedding // cut  # the sum of the embedding comes when no layer is at work any more
     behind = working._replace(
         num_bytes=max(0, working.num_bytes - late), why="one layer at work, before the embedding's sum exists"
@@ -251,10 +249,28 @@ def _train_moments(job: Job, parameters: Parameters) -> list[tuple[str, list[Ite
     columns = 3 if not in_place and job.master == "float32" else 2
     staged = Item("stages of the update", STREAM_BYTES // 3 * columns, "masters and moments passing through")
     return [
-        ("forward", [gather, kept, max(working, _logprob(job, tokens), key=lambda item: item.num_bytes), summed, table]),
+        ("forward", [gather, kept, summed, *busy]),
         ("backward", [gather, behind, widened, fresh, layer_gradient]),
         ("optimizer", [widened, rounding, *_when(job.optimizer != "device", staged)]),
     ]
+
+
+def _first_of_backward(job: Job, parameters: Parameters, working: Item, logprob: Item) -> list[Item]:
+    """What is at work beside all that the forward pass has kept, at the larger of two moments.
+
+    At the output projection its gradient is made, whole. In the last layer that is still there where the projection is the
+    embedding, as autograd waits for the embedding's part; else it has been added to the sum, which is new in an only pass.
+    """
+    size, cut = job.dtype_bytes, job.cut
+    name, only = "gradient of the output projection", 4 * (job.num_microbatches == 1)
+    if parameters.head and cut == 1:
+        new = Item(name, parameters.head * max(size, (size < 4) * size + only), "first of the backward pass")
+        added = Item(name, parameters.head * only, "its sum")
+        return max([logprob, new], [working, added], key=lambda items: sum(item.num_bytes for item in items))
+    in_place = size == 4 or job.master == "float32"
+    wide = only if parameters.head and not in_place else 0
+    table = Item(name, (parameters.head or parameters.embedding) * (size + wide) // cut, "first of the backward pass")
+    return [max(working, logprob, key=lambda item: item.num_bytes), table]
 
 
 def _when(condition: bool, item: Item) -> list[Item]:
