@@ -122,6 +122,7 @@ class FullDisk(io.FileIO):
         return super().write(bytes(data)[: self.room]) or 0
 
 
+@pytest.mark.filterwarnings("ignore:.* are no verdicts of this version")
 def test_the_cache_file_survives_damage_and_forgets_the_oldest(tmp_path: Path) -> None:
     path = tmp_path / "verdicts.jsonl"
     cache = VerdictCache(path=path)
@@ -129,7 +130,8 @@ def test_the_cache_file_survives_damage_and_forgets_the_oldest(tmp_path: Path) -
     cache.put("k2", Outcome(category="timeout"))
     cache.close()
     path.write_text(path.read_text() + "no json\n" + json.dumps({"schema": 99}) + "\n")
-    again = VerdictCache(path=path)
+    with pytest.warns(UserWarning, match="verdicts.jsonl: 2 lines are no verdicts of this version"):
+        again = VerdictCache(path=path)
     found = again.get("k1")
     assert found is not None and found.cached and found.axioms == ("propext",) and again.get("k2") is None
     assert again.num_skipped == 2 and again.num_hits == 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from miles_core.algorithm.advantage import ADVANTAGES
 from miles_core.algorithm.config import AlgorithmConfig
@@ -30,10 +30,6 @@ from miles_core.rollout import (
 from miles_core.trainer.batch import SftExample, TrainBatch
 from miles_rollout.engine import Engine
 from miles_rollout.wire import Sample, SamplingParams, read_samples
-
-T = TypeVar("T")
-Await = Callable[[Coroutine[Any, Any, T]], T]
-"""Runs a coroutine to its end; the loop itself is not asynchronous."""
 
 
 def _nothing() -> None:

@@ -21,7 +21,7 @@ from miles_rollout.wire import EngineInfo
 
 __all__ = ["Build", "EngineWorker", "Peers", "PublishTo", "TrainerWorker", "make_worker", "pack_batch"]
 
-ANY_HOST, OWN_HOST = "0.0.0.0", "127.0.0.1"
+OWN_HOST = "127.0.0.1"
 
 
 class Build(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +51,8 @@ class Peers(msgspec.Struct, frozen=True, kw_only=True):
     shared_host: bool
     """Whether all engines run on the trainer's machine."""
     shared_gpu: bool = False
+    service_offset: int | None = None
+    """The engine is the configuration's service; this is added to the run's versions there."""
 
 
 class PublishTo(msgspec.Struct, frozen=True, kw_only=True):
@@ -176,6 +178,12 @@ def exports_own(config: RunConfig) -> bool:
 
 
 def _publisher(trainer: Any, peers: Peers, config: RunConfig, single: bool) -> Any:
+    if peers.service_offset is not None:
+        from miles_core.models import load_shape
+        from miles_core.sync.service import service_publisher
+
+        shape, _ = load_shape(config.model, lambda line: None)
+        return service_publisher(trainer, shape, config.service, peers.service_offset)
     from miles_core.sync.links import HttpLink
     from miles_core.sync.publisher import Publisher
     from miles_core.sync.transports import make_transport

@@ -21,7 +21,7 @@ def key_lines(text: str) -> dict[KeyPath, int]:
     table: KeyPath = ()
     sizes: dict[KeyPath, int] = {}
     fence: str | None = None
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if fence is not None:
             fence = None if fence in line else fence
             continue

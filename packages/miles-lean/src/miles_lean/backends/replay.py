@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from miles_lean.backends.base import Backend, Capabilities, CompileResult, Message
+from miles_lean.reading import lines_of, read_text
 
 
 class RecordingBackend:
@@ -50,7 +51,7 @@ class ReplayBackend:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._results: dict[str, CompileResult] = {}
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = [line for _, line in lines_of(read_text(path))]
         try:
             first = json.loads(lines[0])["capabilities"]
             recorded = {**first, "name": "replay", "can_olean": False, "can_lsp": False, "can_replay": False}

@@ -10,6 +10,7 @@ from typing import Any
 from miles_lean.data.header import split_header, split_proof
 from miles_lean.data.record import DataError, Problem, checked, opened
 from miles_lean.data.shapes import declared, putnam_problem, read_rows
+from miles_lean.reading import lines_of
 
 
 def read_problems(path: str | Path, *, shape: str = "auto", split: str = "") -> list[Problem]:
@@ -46,15 +47,14 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             found = json.loads(text)
             yield from found if isinstance(found, list) else [found]
             return
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{path}:{number}: not JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}:{number}: a {type(row).__name__}; every line must be an object")
-                yield row
+        for number, line in lines_of(text):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number}: a {type(row).__name__}; every line must be an object")
+            yield row
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text: {error}") from error
 

@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from miles_lean.data.record import Problem
+from miles_lean.reading import lines_of, read_text
 
 
 def win_rates(samples: Iterable[Path]) -> dict[str, tuple[int, int]]:
     """Label to (solved, tried) from recorded samples (runs/NAME/samples/*.jsonl). Samples without a reward do not count."""
     found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for path in samples:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in lines_of(read_text(path)):
             try:
                 row = json.loads(line)
                 label, reward, status = row.get("label"), row.get("reward"), row.get("reward_status", "ok")

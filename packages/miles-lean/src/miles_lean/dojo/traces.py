@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from miles_lean.reading import lines_of, read_text
+
 _MARK = re.compile(r"</?a>")
 
 
@@ -75,9 +77,7 @@ def read_benchmark(path: Path) -> list[TracedTheorem]:
 def read_corpus(path: Path) -> dict[str, Premise]:
     """All premises of a corpus.jsonl, by full name; of several the first. Raises ValueError naming the line at fault."""
     found: dict[str, Premise] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in lines_of(read_text(path)):
         try:
             file = json.loads(line)
             for entry in file["premises"]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from miles_lean.data.prompts import FORMATS, render, repair
 from miles_lean.data.record import Problem
+from miles_lean.reading import lines_of, read_text
 from miles_lean.recipes.repair import shown
 from miles_lean.recipes.toy import ASK, statement_of
 from miles_lean.reward.connect import connect
@@ -85,8 +86,11 @@ def _samples(run: str) -> Iterator[dict[str, Any]]:
     if not files:
         raise ValueError(f"{run}: no recorded samples (samples/step_*.jsonl); make some with miles rollout or miles train")
     for file in files:
-        for line in file.read_text(encoding="utf-8").splitlines():
-            yield json.loads(line)
+        for number, line in lines_of(read_text(file)):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{file}:{number}: no recorded sample: {error}") from error
 
 
 def _row(metadata: dict[str, Any], prompt: str, label: Any) -> dict[str, Any]:

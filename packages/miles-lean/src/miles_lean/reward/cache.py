@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import warnings
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -27,16 +28,16 @@ def verdict_key(identity: str, header: str, statement: str, proof: str) -> str:
 class VerdictCache:
     """The last `size` lasting verdicts by key; least recently used ones are forgotten.
 
-    With `path`, verdicts are read from that file at the start and appended to it; a damaged or foreign line is skipped and
-    counted in `num_skipped`, a line that cannot be written (a full disk) in
-    `num_unwritten`. Not thread-safe: use it from one event loop.
+    With `path`, verdicts are read from that file at the start and appended to it; a damaged or foreign line is skipped, counted
+    in `num_skipped` and warned of, a line that cannot be written (a full disk) is counted in `num_unwritten`. Not thread-safe:
+    use it from one event loop.
     """
 
     def __init__(self, size: int = 100_000, path: Path | None = None) -> None:
         self._size, self._kept = size, OrderedDict[str, Outcome]()
         self._file: IO[bytes] | None = None
         self._torn = False
-        self.num_hits = self.num_misses = self.num_skipped = self.num_unwritten = 0
+        self.num_hits = self.num_skipped = self.num_unwritten = 0
         if path is not None:
             self._file = self._open(path)
 
@@ -44,7 +45,6 @@ class VerdictCache:
         """The verdict, marked as cached; None when it is not known."""
         found = self._kept.get(key)
         if found is None:
-            self.num_misses += 1
             return None
         self._kept.move_to_end(key)
         self.num_hits += 1
@@ -106,4 +106,6 @@ class VerdictCache:
             except (ValueError, KeyError, TypeError):
                 self.num_skipped += 1
         fcntl.flock(file, fcntl.LOCK_UN)
+        if self.num_skipped:
+            warnings.warn(f"{path}: {self.num_skipped} lines are no verdicts of this version and are not used", stacklevel=3)
         return file

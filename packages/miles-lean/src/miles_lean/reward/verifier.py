@@ -72,7 +72,7 @@ class Verifier:
         self._threads = ThreadPoolExecutor(workers + 1, thread_name_prefix="miles-lean")
         self._slots = asyncio.Semaphore(workers)
         self._running: dict[str, asyncio.Task[Outcome]] = {}
-        self.num_elaborated = self.num_judged = self.num_retries = 0
+        self.num_retries = 0
 
     @property
     def judge_function(self) -> JudgeFunction | None:
@@ -105,7 +105,6 @@ class Verifier:
 
     async def check(self, source: str, *, deadline: float) -> CompileResult:
         """Elaborate a whole file: Lean's messages, nothing about whether anything is proved."""
-        self.num_elaborated += 1
         pool = await self._elaborators()
         if pool is not None:
             return await pool.elaborate(source, deadline=deadline)
@@ -125,7 +124,6 @@ class Verifier:
         """The judge alone, for a source that elaborates."""
         judge = self._judge
         assert judge is not None
-        self.num_judged += 1
         return await self._blocking(lambda: judge(challenge, source, name, deadline))
 
     async def _verify(self, key: str, identity: str, challenge: str, source: str, header: str, name: str) -> Outcome:

@@ -32,7 +32,7 @@ class Admission:
     def __init__(self, slots: int, queue_size: int, *, first_guess_s: float = 0.1) -> None:
         self.slots, self.queue_size = slots, queue_size
         self.num_running = self.num_inside = 0
-        self.num_refused = self.num_expired = 0
+        self.num_refused = 0
         self.draining = False
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._mean_s = first_guess_s
@@ -96,7 +96,6 @@ class Admission:
             elif turn.done() and not turn.cancelled():  # the slot came at the same moment: pass it on
                 self._release()
             if isinstance(error, TimeoutError):
-                self.num_expired += 1
                 raise Waited(f"waited {max_wait_s:g} s for a free worker") from None
             raise
 

@@ -66,6 +66,8 @@ class Service:
         self.metrics.gauge("verdicts_cached", lambda: len(verifier.cache))
         self.metrics.gauge("verdicts_unwritten", lambda: verifier.cache.num_unwritten)
         self.metrics.gauge("verdict_cache_hits", lambda: verifier.cache.num_hits)
+        self.metrics.gauge("verdicts_skipped", lambda: verifier.cache.num_skipped)
+        self.metrics.gauge("refused", lambda: self.admission.num_refused)
         self.metrics.gauge("retries", lambda: verifier.num_retries)
         self.metrics.gauge("uptime_seconds", lambda: time.monotonic() - self.started)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from miles_lean.backends.base import Backend, CompileResult
 from miles_lean.backends.discover import KNOWN, find_backend
+from miles_lean.reading import read_text
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +68,4 @@ def _report(name: str, result: CompileResult, identity: str, as_json: bool) -> N
 
 
 def _read(name: str) -> str:
-    try:
-        return Path(name).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not UTF-8 text: {error}") from error
+    return read_text(Path(name))

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from miles_lean.judge.compare import STANDARD_AXIOMS, Rules
+from miles_lean.reading import read_text
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
         axioms=(*STANDARD_AXIOMS, *options.axiom),
         allow_native=options.allow_native,
     )
-    challenge, solution = (path.read_text(encoding="utf-8") for path in (options.challenge, options.solution))
+    challenge, solution = (read_text(path) for path in (options.challenge, options.solution))
     try:
         with judge_for(
             options.backend, deadline_s=options.deadline, sandbox=not options.no_sandbox, fail_closed=options.fail_closed

@@ -34,7 +34,7 @@ _MACHINE = (
 def parse_messages(text: str) -> tuple[Message, ...]:
     """Lean's --json output, one object a line; lines that are no message (a program may print anything) are left out."""
     found = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # not splitlines, which cuts at U+2028 in a string, too
         if line.startswith("{"):
             try:
                 found.append(message_from(json.loads(line)))

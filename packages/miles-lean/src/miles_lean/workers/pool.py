@@ -65,7 +65,6 @@ class PoolStats:
 
     num_checks: int = 0
     num_retries: int = 0
-    num_restarts: int = 0
     outcomes: dict[str, int] = field(default_factory=dict)
     wait_s: float = 0.0
     """Seconds that checks waited for a worker, all together."""
@@ -217,7 +216,6 @@ class Pool:
     async def _renew(self, fast: bool, worker: Any) -> None:
         """Replace a worn worker while nobody waits for it in particular, then offer it again."""
         if worker.worn and not self._closed:
-            self.stats.num_restarts += 1
             await asyncio.gather(self._thread(worker.start), return_exceptions=True)
         async with self._free:
             self._idle[fast].append(worker)
