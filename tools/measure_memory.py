@@ -26,6 +26,7 @@ from miles_core.algorithm.config import AlgorithmConfig
 from miles_core.memory.colocate import Colocation
 from miles_core.memory.config import MemoryConfig
 from miles_core.memory.heap import peak_rss_bytes
+from miles_core.memory.homes import column_bytes
 from miles_core.memory.plan import Job, make_plan
 from miles_core.memory.shapes import find_device, find_shape
 from miles_core.memory.slabs import HostSlabs
@@ -208,16 +209,10 @@ def colocated(bench: Bench) -> None:
     bench.note("copy GB/s", {name: round(speed / 1e9, 1) for name, speed in limits.items()})
     memory = MemoryConfig(optimizer=options.optimizer, sleep=options.sleep, directory=options.directory)
     config = TrainerConfig(max_tokens_per_microbatch=options.context, recompute=options.recompute)
-    seconds, trainer = bench.timed(
-        lambda: FsdpTrainer(bench.decoder(shape), AlgorithmConfig(), config, OptimizerConfig(lr=1e-6), memory=memory)
-    )
-    bench.note("trainer built in s", round(seconds, 1))
     engine_config = EmbeddedConfig(
         page_size=64, kv_memory_bytes=kv, max_context=options.context, max_running=max(8, sequences),
         max_batched_tokens=options.batched, prefill_chunk=options.batched,
     )  # fmt: skip
-    tokenizer = CharTokenizer("0123456789")
-    engine = EmbeddedEngine(bench.decoder(shape), tokenizer, engine_config, weight_version=-1, eos_token_ids=())
     job = Job(
         shape=shape, device=find_device("h100"), recompute=options.recompute, microbatch_tokens=options.context,
         num_microbatches=sequences, kv_bytes=kv, batched_tokens=options.batched, max_running=sequences,
@@ -225,8 +220,21 @@ def colocated(bench: Bench) -> None:
     )  # fmt: skip
     said = {phase.name: sum(i.num_bytes for i in phase.items if i.name not in OUTSIDE) for phase in make_plan(job).phases}
     said["train"] = max(said.pop(name) for name in ("forward", "backward"))
+    slabs = host_ahead(shape) if bench.cuda and options.optimizer == "host" else None
     with asyncio.Runner() as runner:
-        turns = Colocation(trainer.memory, engine, runner.run) if options.sleep else None
+        tokenizer = CharTokenizer("0123456789")
+        engine = EmbeddedEngine(bench.decoder(shape), tokenizer, engine_config, weight_version=-1, eos_token_ids=())
+        seconds, _ = bench.timed(lambda: roll_out(bench, engine, runner, 0))  # compiles, while the host's pages are made
+        bench.note("first rollout in s, compiling", round(seconds, 1))
+        if options.sleep:
+            runner.run(engine.release_memory(("kv_cache",)))
+        seconds, trainer = bench.timed(
+            lambda: FsdpTrainer(
+                bench.decoder(shape), AlgorithmConfig(), config, OptimizerConfig(lr=1e-6), memory=memory, slabs=slabs
+            )
+        )  # fmt: skip
+        bench.note("trainer built in s", round(seconds, 1))
+        turns = Colocation(trainer.memory, engine, runner.run, ("kv_cache",)) if options.sleep else None
         if turns is not None:
             turns.before_publishing()
         runner.run(publish(trainer, engine, 0))
@@ -238,6 +246,14 @@ def colocated(bench: Bench) -> None:
     held, host = peak_rss_bytes(), sum(item.num_bytes for item in make_plan(job).host)
     print(f"| {options_words(options)} | host | {host / GIB:.3f} | {held / GIB:.3f} | {host / held:.3f} |", flush=True)
     bench.note("host bytes: planned, measured", (host, held))
+
+
+def host_ahead(shape: DecoderConfig) -> HostSlabs:
+    """Memory for the optimizer's state, whose pages are made from now on, as a run does (`memory.ahead`)."""
+    size = column_bytes([weight.numel() for weight in Decoder(shape, device="meta").parameters()])
+    slabs = HostSlabs(pinned=True)
+    slabs.prepare([size] * 3)
+    return slabs
 
 
 OUTSIDE = ("CUDA context", "NCCL", "fragmentation")
@@ -262,9 +278,17 @@ def one_step(
     """One iteration, every phase with its peak."""
     found: dict[str, Any] = {}
     peaks: dict[str, int] = {}
+
+    def peak(name: str) -> None:
+        """The row of a phase, as soon as it is known."""
+        peaks[name] = size = bench.peak()
+        ratio = said[name] / size if size else float("nan")
+        what = f"{options_words(bench.options)} step {step}"
+        print(f"| {what} | {name} | {said[name] / GIB:.3f} | {size / GIB:.3f} | {ratio:.3f} |", flush=True)
+
     bench.peak()
     found["rollout s"], samples = bench.timed(lambda: roll_out(bench, engine, runner, step))
-    peaks["rollout"] = bench.peak()
+    peak("rollout")
     batch = TrainBatch.from_groups(samples, AlgorithmConfig())
     if turns is not None:
         found["engine sleeps, trainer wakes s"], moved = bench.timed(turns.before_training)
@@ -273,9 +297,9 @@ def one_step(
     update = trainer.optimizer.step
 
     def noted(gradients: Any) -> float:
-        peaks["train"] = bench.peak()
+        peak("train")
         found["update s"], rate = bench.timed(lambda: update(gradients))
-        peaks["optimizer"] = bench.peak()
+        peak("optimizer")
         return rate
 
     trainer.optimizer.step = noted  # type: ignore[method-assign]
@@ -292,17 +316,13 @@ def one_step(
     if turns is not None:
         turns.before_publishing()
     found["publish s"], _ = bench.timed(lambda: runner.run(publish(trainer, engine, step)))
-    peaks["publish"] = bench.peak()
+    peak("publish")
     if turns is not None:
         found["trainer sleeps, engine wakes s"], moved = bench.timed(turns.after_publishing)
         found["sleep GB/s"] = [(m.tag, m.target, round(m.num_bytes / m.seconds / 1e9, 1)) for m in moved if m.seconds]
     found["tokens unequal"] = stats.tokens_unequal
     found["loss, norm"] = (stats.loss, stats.grad_norm)
     bench.note(f"step {step}", {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()})
-    what = f"{options_words(bench.options)} step {step}"
-    for name, size in peaks.items():
-        ratio = said[name] / size if size else float("nan")
-        print(f"| {what} | {name} | {said[name] / GIB:.3f} | {size / GIB:.3f} | {ratio:.3f} |", flush=True)
     bench.note(f"step {step} peaks, bytes: planned, measured", {k: (said[k], v) for k, v in peaks.items()})
     if bench.cuda:
         bench.note(f"step {step} reserved GiB", round(torch.cuda.max_memory_reserved() / GIB, 2))

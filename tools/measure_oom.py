@@ -8,7 +8,6 @@ tools/measure_oom.py plot --out FILE --svg FILE     bars of what `peak` wrote
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,24 +19,21 @@ from measure_memory import Bench
 from miles_core.algorithm.config import AlgorithmConfig
 from miles_core.memory.config import MemoryConfig
 from miles_core.memory.fake import FakeDevice
+from miles_core.memory.trainer import empty_device
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
 from miles_core.trainer.fsdp import FsdpTrainer
 
 GIB = 1 << 30
 
 
-def empty() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-
-
 def require_nothing_left(bench: Bench, name: str) -> None:
-    """Stop before a step whose peak would count what the steps before have left."""
+    """Stop before a step whose peak would count a trainer of the steps before; workspaces and tables of libraries may stay."""
+    empty_device(bench.device, collect=True)
     left = torch.cuda.memory_allocated() if bench.cuda else 0
-    if left > GIB // 64:
+    if left > GIB // 8:
         raise SystemExit(f"{left / GIB:.2f} GiB of the steps before are still held, and would be counted again in: {name}")
+    if left > GIB // 64:
+        print(f"{left >> 20} MiB of the steps before are in the next peak", flush=True)
 
 
 def peak(bench: Bench) -> None:
@@ -71,7 +67,7 @@ def peak(bench: Bench) -> None:
         try:
             step = make()
             step()
-            empty()
+            empty_device(bench.device, collect=True)
             found[name] = measured(step)
         except torch.OutOfMemoryError:
             print(f"{name}: out of memory", flush=True)
@@ -80,7 +76,6 @@ def peak(bench: Bench) -> None:
             bench.write()
             print(table(found)[-1], flush=True)
         step = None  # type: ignore[assignment]
-        empty()
 
     class Block(torch.nn.Module):
         def __init__(self, weights: Any, run: Callable[..., torch.Tensor]) -> None:
