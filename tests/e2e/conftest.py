@@ -142,6 +142,12 @@ def micro(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 
 @pytest.fixture(scope="session")
+def micro_text() -> str:
+    """What micro.toml holds."""
+    return MICRO
+
+
+@pytest.fixture(scope="session")
 def result() -> Any:
     """The function `result_of`."""
     return result_of

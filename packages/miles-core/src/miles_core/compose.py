@@ -38,8 +38,10 @@ from miles_core.memory.trainer import TrainerMemory
 from miles_core.models import LoadedModel, load_model, load_shape, prompt_room, use_threads
 from miles_core.progress import make_progress
 from miles_core.rollout import Scorer, load_producer
+from miles_core.rollout.service import ServiceEngine
 from miles_core.run import Run
 from miles_core.rundir import RunDir, RunLock
+from miles_core.serviced import open_service, publish_from_here, publish_from_workers
 from miles_core.sync.inprocess import publish
 from miles_core.trainer.base import Trainer
 from miles_core.trainer.fsdp import FsdpTrainer
@@ -117,7 +119,9 @@ def _needs_engine(config: RunConfig, request: Request) -> bool:
 def _parts(
     config: RunConfig, request: Request, run_dir: RunDir, runner: asyncio.Runner, stack: ExitStack, say: Say
 ) -> dict[str, Any]:
-    """Feed, trainer, engine, publisher and evaluator of a run, all in this process."""
+    """Feed, trainer, engine, publisher and evaluator of a run, all in this process, or with a service for an engine."""
+    if config.service.url is not None and request.mode == "rollout":
+        return _served_rollout(config, request, runner, stack, say)
     if config.model.device != "cpu":
         require_room(config, load_shape(config.model, say)[0], request.mode)
     slabs = prepare_host(config, say) if request.mode != "rollout" else None
@@ -129,8 +133,11 @@ def _parts(
     scorer = stack.enter_context(Scorer(config.reward)) if _needs_engine(config, request) else None
     evaluator = None if scorer is None else _evaluator(config, text, scorer, stack, say)
     engine: Engine | None = None
+    service: ServiceEngine | None = None
     draft = load_draft(config, model.decoder)
-    if scorer is not None:
+    if scorer is not None and config.service.url is not None:
+        engine = service = open_service(config, runner, stack)
+    elif scorer is not None:
         own = model.decoder if request.mode == "rollout" else deepcopy(model.decoder)
         version = 0 if request.mode == "rollout" else -1
         engine = make_engine(config, model, own, weight_version=version, draft=deepcopy(draft))
@@ -140,7 +147,9 @@ def _parts(
         trainer = make_trainer(config, request.mode, model.decoder, slabs)
         trainer = trainer if draft is None else with_draft(trainer, config, draft)
     publisher = None
-    if trainer is not None and engine is not None:
+    if trainer is not None and service is not None:
+        publisher = publish_from_here(config, model.decoder.config, trainer, service, runner, stack)
+    elif trainer is not None and engine is not None:
         publisher = partial(_publish, runner, trainer, engine)
     feed = _feed(config, request, text, engine, scorer, runner, say)
     memory = _memory(config, trainer, engine, runner, run_dir, released)
@@ -150,6 +159,19 @@ def _parts(
     return {
         "feed": feed, "trainer": trainer, "engine": engine, "publisher": publisher, "evaluator": evaluator,
         "tokenizer": model.tokenizer, "memory": memory,
+    }  # fmt: skip
+
+
+def _served_rollout(config: RunConfig, request: Request, runner: asyncio.Runner, stack: ExitStack, say: Say) -> dict[str, Any]:
+    """Rollouts of a service with the weights it has. This process holds none."""
+    shape, tokenizer = load_shape(config.model, say)
+    text = Text(tokenizer, shape)
+    scorer = stack.enter_context(Scorer(config.reward))
+    engine = open_service(config, runner, stack, published=False)
+    evaluator = _evaluator(config, text, scorer, stack, say)
+    feed = _feed(config, request, text, engine, scorer, runner, say)
+    return {
+        "feed": feed, "trainer": None, "engine": engine, "publisher": None, "evaluator": evaluator, "tokenizer": text.tokenizer
     }  # fmt: skip
 
 
@@ -215,11 +237,15 @@ def _cluster_parts(
     evaluator = None if scorer is None else _evaluator(config, text, scorer, stack, say)
     logs = run_dir.root.with_name(f".{run_dir.root.name}.logs-{os.getpid()}")
     stack.callback(_keep_logs, logs, run_dir.root)
-    cluster = stack.enter_context(start(config, request.mode, logs, say, needs_engine=scorer is not None))
-    engine, trainer = cluster.engine, cluster.trainer
-    if engine is not None:
-        stack.callback(lambda: runner.run(engine.close()))
-    publisher = cluster.publish if trainer is not None and engine is not None else None
+    service = open_service(config, runner, stack) if scorer is not None and config.service.url is not None else None
+    cluster = stack.enter_context(start(config, request.mode, logs, say, needs_engine=scorer is not None and service is None))
+    trainer = cluster.trainer
+    engine: Engine | None = service or cluster.engine
+    if cluster.engine is not None:
+        stack.callback(partial(_close, runner, cluster.engine))
+    publisher: Callable[[int], Any] | None = cluster.publish if trainer is not None and engine is not None else None
+    if trainer is not None and service is not None:
+        publisher = partial(publish_from_workers, trainer, service)
     feed = _feed(config, request, text, engine, scorer, runner, say)
     return {
         "feed": feed, "trainer": trainer, "engine": engine, "publisher": publisher, "evaluator": evaluator, "tokenizer": tokenizer

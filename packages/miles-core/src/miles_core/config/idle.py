@@ -75,6 +75,12 @@ def _reasons(config: RunConfig, mode: Mode) -> Iterator[tuple[tuple[str, ...], s
     if config.rollout.producer == "single_turn":
         yield ("rollout.deadline_s",), "for a rollout.producer of your own"
     yield ("engine.record_routed_experts",), "no run asks for them"
+    if config.service.url is None:
+        yield ("service.",), "service.url is unset: the run has an engine of its own"
+    else:
+        kept = ("tensor_parallel", "max_context")  # of the numeric contract, and of the prompts' length
+        own = tuple(f"engine.{name}" for name in type(config.engine).model_fields if name not in kept)
+        yield own, "service.url is set: the service has its own settings"
     yield from _places(config)
     if not memory.sleep:
         yield ("memory.sleep_to",), "memory.sleep is false"

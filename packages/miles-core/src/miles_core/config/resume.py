@@ -10,12 +10,12 @@ from miles_core.config.schema import RunConfig
 
 FREE = (
     "run.num_steps", "run.threads", "run.dir", "run.profile_steps", "eval.", "checkpoint.", "engine.", "memory.", "sync.",
-    "cluster.", "trainer.recompute", "rollout.max_concurrency", "reward.workers",
+    "cluster.", "service.", "trainer.recompute", "rollout.max_concurrency", "reward.workers",
 )  # fmt: skip
 """None of it alters a step that is already done, or the bits of the next."""
 FIXED = (
     "engine.tensor_parallel", "engine.max_context", "engine.verification", "engine.accept_single", "engine.accept_total",
-    "engine.allow_lossy",
+    "engine.allow_lossy", "service.numbers",
 )  # fmt: skip
 """The exceptions: a numeric contract, or other samples."""
 NOTICED = (

@@ -8,7 +8,7 @@ from miles_core.algorithm.config import AlgorithmConfig
 from miles_core.checkpoint import CheckpointConfig
 from miles_core.config.base import Section
 from miles_core.config.engine import EngineConfig
-from miles_core.config.sections import ClusterConfig, ModelConfig, RunSection, SftConfig, SyncConfig
+from miles_core.config.sections import ClusterConfig, ModelConfig, RunSection, ServiceConfig, SftConfig, SyncConfig
 from miles_core.data.config import DataConfig
 from miles_core.draft.config import DraftConfig
 from miles_core.eval.config import EvalConfig
@@ -37,6 +37,7 @@ class RunConfig(Section):
     sync: SyncConfig = SyncConfig()
     memory: MemoryConfig = MemoryConfig()
     cluster: ClusterConfig = ClusterConfig()
+    service: ServiceConfig = ServiceConfig()
     sft: SftConfig = SftConfig()
 
     @model_validator(mode="after")
@@ -52,6 +53,8 @@ class RunConfig(Section):
         else:
             self._check_megatron()
         self._check_sync()
+        if self.service.url is not None:
+            self._check_service()
         if self.clustered:
             self._check_processes()
         self._check_steps()
@@ -74,6 +77,16 @@ class RunConfig(Section):
             raise ValueError(f'{names}: the fsdp backend alone can do this; leave it out, or use trainer.backend = "fsdp"')
         if self.model.precision != "full":
             raise ValueError('the megatron backend computes in full precision only; use trainer.backend = "fsdp" for fp8')
+
+    def _check_service(self) -> None:
+        if self.cluster.num_engines is not None:
+            raise ValueError("service.url and cluster.num_engines: the rollouts come from one or the other; leave one out")
+        if self.draft.model != "none":
+            raise ValueError("draft.model trains a draft for engines of the run's own; with service.url the service has its own")
+        if self.memory.sleep:
+            raise ValueError("memory.sleep takes turns with an engine in this process, and service.url is another; leave one out")
+        if self.sync.model_dump(exclude_defaults=True):
+            raise ValueError("[sync] is for engines of the run's own; with service.url weights go by way of service.directory")
 
     def _check_processes(self) -> None:
         """What works on this process alone, where [cluster] gives the work to others."""

@@ -122,6 +122,29 @@ class SyncConfig(Section):
         return self
 
 
+class ServiceConfig(Section):
+    """A rollout service that runs already, in the place of an engine of this run: `miles-rollout serve`, or `route` over many."""
+
+    url: str | None = None
+    """Its address, such as "http://10.0.0.7:30000". The token of its admin endpoints is read from the environment variable
+    MILES_ROLLOUT_ADMIN_TOKEN. Unset: the run has engines of its own."""
+    directory: str | None = None
+    """Folder that both see: the trainer writes every version of the weights there, the last two are kept, and the service reads
+    them (its `--weights-root`)."""
+    numbers: Literal["equal", "measured"] = "equal"
+    """"equal": the service must state the trainer's numeric contract, and log-probabilities agree bit for bit. "measured": it
+    may compute in another way, as SGLang does; the difference is counted on every step, and algorithm.mismatch_clip corrects
+    for it."""
+    deadline_s: float = Field(default=600.0, gt=0.0)
+    """Longest wait for one answer: a generation, an update of the weights, a service that is being started anew."""
+
+    @model_validator(mode="after")
+    def _is_an_address(self) -> ServiceConfig:
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise ValueError(f'url = {self.url!r} must begin with http:// or https://, as "http://10.0.0.7:30000" does')
+        return self
+
+
 class ClusterConfig(Section):
     """Where the parts run."""
 

@@ -94,7 +94,7 @@ def with_settings(job: Job, settings: Sequence[str]) -> Job:
 def job_of_run(config: RunConfig, shape: DecoderConfig, mode: Mode, device: Device, num_gpus: int) -> Job:
     """The run that `config` describes, on `num_gpus` devices."""
     size = _BYTES[config.model.dtype]
-    rolls_out = mode != "sft" or config.eval.every is not None
+    rolls_out = (mode != "sft" or config.eval.every is not None) and config.service.url is None
     sequences = config.sft.sequences_per_step if mode == "sft" else config.rollout.prompts_per_step * config.rollout.group_size
     tokens = most_tokens(config, shape, mode)
     passes = math.ceil(tokens / config.trainer.updates_per_step / config.trainer.max_tokens_per_microbatch)

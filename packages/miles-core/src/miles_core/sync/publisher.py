@@ -24,8 +24,10 @@ class Publisher:
         await publisher.publish(7)
     """
 
-    def __init__(self, trainer: Trainer, links: Sequence[Link], transport: Transport) -> None:
+    def __init__(self, trainer: Trainer, links: Sequence[Link], transport: Transport, *, any_contract: bool = False) -> None:
+        """`any_contract`: engines may compute under another contract than the trainer, all of them under one."""
         self._trainer = trainer
+        self._digest: str | None = None if any_contract else trainer.contract.digest
         self._links = list(links)
         self._transport = transport
         self._connected = False
@@ -44,8 +46,8 @@ class Publisher:
         if self._specs is None:
             first = await asyncio.to_thread(outline, self._trainer.export_weights(), version=0, contract_digest="")
             self._specs = first.tensors
-        digest = self._trainer.contract.digest
-        planned = WeightManifest(version=version, tensors=self._specs, contract_digest=digest)
+        assert self._digest is not None
+        planned = WeightManifest(version=version, tensors=self._specs, contract_digest=self._digest)
         told, offers = await asyncio.to_thread(self._transport.prepare, planned, self._trainer.export_weights)
         return await self._transfer(told, offers)
 
@@ -107,11 +109,13 @@ class Publisher:
                 )
 
     def _check(self, infos: Sequence[EngineInfo], version: int) -> None:
+        if self._digest is None:
+            self._digest = infos[0].contract_digest
         for link, info in zip(self._links, infos, strict=True):
-            if info.contract_digest != self._trainer.contract.digest:
+            if info.contract_digest != self._digest:
                 raise ValueError(
                     f"{link.name} and trainer disagree on the numeric contract ({info.contract_digest} and "
-                    f"{self._trainer.contract.digest}): their log-probabilities would differ. Run both with the same device, "
+                    f"{self._digest}): their log-probabilities would differ. Run both with the same device, "
                     "dtype and kernels"
                 )
             if version <= info.weight_version:
