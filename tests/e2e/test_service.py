@@ -172,7 +172,7 @@ def test_an_engine_that_computes_otherwise_is_measured_if_asked(
     code, said = micro.miles("train", "micro.toml", *FLAGS, *flags)
     assert code == 2 and "disagree on the numeric contract" in said and "mk1-otherwise" in said, said
     code, said = micro.miles("train", "micro.toml", "--name", "measured", *FLAGS, *flags, "--service.numbers", "measured")
-    assert code == 0, said
+    assert code == 0 and "algorithm.mismatch_clip = 2.0 would" in said, said
 
 
 def test_weights_that_are_not_the_runs_are_noticed(service: Service):

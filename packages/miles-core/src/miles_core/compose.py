@@ -136,7 +136,7 @@ def _parts(
     service: ServiceEngine | None = None
     draft = load_draft(config, model.decoder)
     if scorer is not None and config.service.url is not None:
-        engine = service = open_service(config, runner, stack)
+        engine = service = open_service(config, runner, stack, say)
     elif scorer is not None:
         own = model.decoder if request.mode == "rollout" else deepcopy(model.decoder)
         version = 0 if request.mode == "rollout" else -1
@@ -167,7 +167,7 @@ def _served_rollout(config: RunConfig, request: Request, runner: asyncio.Runner,
     shape, tokenizer = load_shape(config.model, say)
     text = Text(tokenizer, shape)
     scorer = stack.enter_context(Scorer(config.reward))
-    engine = open_service(config, runner, stack, published=False)
+    engine = open_service(config, runner, stack, say, published=False)
     evaluator = _evaluator(config, text, scorer, stack, say)
     feed = _feed(config, request, text, engine, scorer, runner, say)
     return {
@@ -237,7 +237,7 @@ def _cluster_parts(
     evaluator = None if scorer is None else _evaluator(config, text, scorer, stack, say)
     logs = run_dir.root.with_name(f".{run_dir.root.name}.logs-{os.getpid()}")
     stack.callback(_keep_logs, logs, run_dir.root)
-    service = open_service(config, runner, stack) if scorer is not None and config.service.url is not None else None
+    service = open_service(config, runner, stack, say) if scorer is not None and config.service.url is not None else None
     cluster = stack.enter_context(start(config, request.mode, logs, say, needs_engine=scorer is not None and service is None))
     trainer = cluster.trainer
     engine: Engine | None = service or cluster.engine

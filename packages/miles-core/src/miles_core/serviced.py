@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from miles_core.cluster.parts import ClusterTrainer
 
 
-def open_service(config: RunConfig, runner: asyncio.Runner, stack: ExitStack, *, published: bool = True) -> ServiceEngine:
+def open_service(
+    config: RunConfig, runner: asyncio.Runner, stack: ExitStack, say: Callable[[str], None], *, published: bool = True
+) -> ServiceEngine:
     """The service of the configuration; `published`: this run brings it weights.
 
     Raises ValueError when it does not answer, or the run has no way to bring it weights.
@@ -25,6 +27,11 @@ def open_service(config: RunConfig, runner: asyncio.Runner, stack: ExitStack, *,
         raise ValueError(
             f'service.url = "{config.service.url}": training needs service.directory, too, a folder that this run writes weights '
             "to and the service reads them from (start it with --weights-root FOLDER)"
+        )
+    if published and config.service.numbers == "measured" and config.algorithm.mismatch_clip is None:
+        say(
+            'service.numbers = "measured": what the service computes otherwise is counted and not corrected; '
+            "algorithm.mismatch_clip = 2.0 would"
         )
     service = runner.run(ServiceEngine.open(config.service, published=published))
     stack.callback(lambda: runner.run(service.close()))

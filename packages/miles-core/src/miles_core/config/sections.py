@@ -126,7 +126,7 @@ class ServiceConfig(Section):
     """A rollout service that runs already, in the place of an engine of this run: `miles-rollout serve`, or `route` over many."""
 
     url: str | None = None
-    """Its address, such as "http://10.0.0.7:30000". The token of its admin endpoints is read from the environment variable
+    """Its address, such as "http://127.0.0.1:30000". The token of its admin endpoints is read from the environment variable
     MILES_ROLLOUT_ADMIN_TOKEN. Unset: the run has engines of its own."""
     directory: str | None = None
     """Folder that both see: the trainer writes every version of the weights there, the last two are kept, and the service reads
@@ -141,7 +141,7 @@ class ServiceConfig(Section):
     @model_validator(mode="after")
     def _is_an_address(self) -> ServiceConfig:
         if self.url is not None and not self.url.startswith(("http://", "https://")):
-            raise ValueError(f'url = {self.url!r} must begin with http:// or https://, as "http://10.0.0.7:30000" does')
+            raise ValueError(f'url = {self.url!r} must begin with http:// or https://, as "http://127.0.0.1:30000" does')
         return self
 
 

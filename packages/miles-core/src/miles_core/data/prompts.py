@@ -49,7 +49,10 @@ class PromptBuilder:
         config = self.config
         if isinstance(row.prompt, str):
             if config.chat_template != "always":
-                chat = {"system_prompt": config.system_prompt, "chat_template_options": config.chat_template_options}
+                chat: dict[str, Any] = {
+                    "system_prompt": config.system_prompt,
+                    "chat_template_options": config.chat_template_options,
+                }
                 chat["tools"] = row.tools if config.chat_template == "auto" else None
                 for name, value in chat.items():
                     if value:
