@@ -19,7 +19,7 @@ from miles_core.memory.activations import kept_per_token
 from miles_core.memory.check import require_room
 from miles_core.memory.fake import FakeDevice
 from miles_core.memory.jobs import job_of_run, job_of_shape, with_settings
-from miles_core.memory.knobs import knobs, remedies
+from miles_core.memory.knobs import knobs, lighter, remedies
 from miles_core.memory.parameters import count_draft, count_parameters, count_rank, engine_ranks
 from miles_core.memory.plan import FRAGMENTATION, Job, make_plan
 from miles_core.memory.shapes import GIB, SHAPES, find_device, find_shape
@@ -351,6 +351,10 @@ def test_the_command_for_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
     code, followed, _ = _said(capsys, *_advice(out))
     assert code == 0 and "fits: " in followed, out
     assert _said(capsys, "qwen3-8b", "--memory.slep", "true")[0] == 2
+    code, out, _ = _said(capsys, "qwen3-32b", "--gpu", "h100", "--memory.sleep", "true")
+    assert code == 1 and "engine.tensor_parallel = " in out, "on more GPUs an engine can be divided"
+    code, followed, _ = _said(capsys, *_advice(out))
+    assert code == 0 and "fits: " in followed, out
 
 
 def test_the_command_for_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
@@ -413,3 +417,20 @@ def test_the_forward_row_against_what_was_measured(name: str, turns: bool) -> No
     items = next(phase for phase in make_plan(job).phases if phase.name == "forward").items
     planned = sum(item.num_bytes for item in items if item.name not in ("CUDA context", "NCCL", "fragmentation")) / 2**30
     assert 1.0 <= planned / RECORDED[name, turns] < 1.025
+
+
+def test_what_a_run_may_be_taken_up_with() -> None:
+    """After it has run out of memory: flags that save something there, and none that a run must keep."""
+    plan = make_plan(_job(num_gpus=2, kv_bytes=16 << 30))
+    for phase in ("forward and backward", "optimizer", "publish", "wake"):
+        said = lighter(plan, phase)
+        flags = [each.split(" (saves ")[0] for each in said]
+        assert flags and not any("tensor_parallel" in flag or "trainer.master" in flag for flag in flags)
+        names = {"forward and backward": ("forward", "backward"), "wake": (plan.worst.name,)}.get(phase, (phase,))
+        for flag, line in zip(flags, said, strict=True):
+            other = make_plan(with_settings(plan.job, flag.split(" ")))
+            before, after = (max(p.num_bytes for p in each.phases if p.name in names) for each in (plan, other))
+            if phase != "wake":
+                assert line.endswith(f"(saves {(before - after) / 2**30:.3g} GiB)"), (phase, line)
+    assert any("recompute" in each for each in lighter(plan, "forward and backward"))
+    assert not any("recompute" in each for each in lighter(plan, "optimizer"))

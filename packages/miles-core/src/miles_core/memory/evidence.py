@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from miles_core.memory.heap import peak_rss_bytes
+from miles_core.memory.knobs import lighter
 from miles_core.memory.plan import Plan
 
 _GIB = 1 << 30
@@ -34,7 +35,9 @@ def refusal(phase: str, error: str, tried: list[str], tags: dict[str, int], away
             lines.append(f"snapshot: {write_snapshot(facts.directory, phase)}")
         except OSError as problem:  # such as a full disk, which must not take the place of this report
             lines.append(f"snapshot: none, {facts.directory} cannot be written ({problem})")
-    lines.append("Go on with --resume from the last checkpoint, after one of the changes that miles plan names")
+    changes = lighter(facts.plan, phase) if facts.plan is not None else []
+    with_less = f", with less: {', '.join(changes)}" if changes else "; miles plan says what a run holds"
+    lines.append(f"Go on with --resume from the last checkpoint{with_less}")
     return "\n".join(lines)
 
 

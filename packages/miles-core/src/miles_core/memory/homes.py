@@ -57,6 +57,7 @@ class StateHome:
         self.device = device
         self.piece = max(PAD, piece_bytes // 4 // PAD * PAD)
         self.last = Streamed(0, 0.0)
+        self.on_disk = directory is not None
         self._slabs = slabs or HostSlabs(pinned=device.type == "cuda" and directory is None)
         self._bounce: HostSlabs | None = None
         total = self.offsets[-1]

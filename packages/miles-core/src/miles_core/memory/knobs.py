@@ -11,6 +11,8 @@ from miles_core.memory.plan import Job, Plan, make_plan
 
 _MOST_GPUS = 4096
 _LEAST_KV = 1 << 30
+_FIXED = ("engine.tensor_parallel", "trainer.master")
+"""Settings that a run which is taken up again must keep."""
 
 
 class Knob(NamedTuple):
@@ -67,6 +69,19 @@ def knobs(job: Job) -> list[list[Knob]]:
         cost = "no float32 masters: other numbers, though engine and trainer still agree"
         found.append([Knob("trainer.master", '"stochastic"', cost, lambda j: replace(j, master="stochastic"))])
     return [levels for levels in found if levels]
+
+
+def lighter(plan: Plan, phase: str) -> list[str]:
+    """Flags that a run may be taken up with, each with the GiB it saves of the part of a step that ran out of memory."""
+
+    def size(of: Plan) -> int:
+        parts = {each.name: each.num_bytes for each in of.phases}
+        passes = max(parts.get("forward", 0), parts.get("backward", 0))
+        return (passes if phase == "forward and backward" else parts.get(phase)) or of.worst.num_bytes
+
+    weakest = [levels[0] for levels in knobs(plan.job) if levels[0].name not in _FIXED]
+    saved = [(knob, size(plan) - size(make_plan(knob.change(plan.job)))) for knob in weakest]
+    return [f"{knob.flag} (saves {num_bytes / 2**30:.3g} GiB)" for knob, num_bytes in saved if num_bytes > 0]
 
 
 def _kv(job: Job) -> list[Knob]:
@@ -126,6 +141,7 @@ def remedies(plan: Plan) -> list[Remedy]:
     job = plan.job
     while job.num_gpus < _MOST_GPUS:  # the smallest power-of-two multiple, the state cut over all of them
         job = replace(job, num_gpus=2 * job.num_gpus, shard=None, sleep=False)
+        turned = knobs(job)  # an engine may be divided now
         enough = _together(job, turned)
         if enough is not None:
             return [*found, _remedy(plan, enough, "machines", job)]
@@ -173,6 +189,9 @@ def _remedy(plan: Plan, chosen: Sequence[Knob], cost: str, more: Job | None = No
     if more is not None:
         words = f"{more.num_gpus} GPUs" + (f" with {words}" if words else "")
         flags.insert(0, f"--gpus {more.num_gpus}")
+        if plan.job.sleep:  # taking turns is for one process
+            words += ", without memory.sleep"
+            flags.append("--memory.sleep false")
     return Remedy(words, cost, plan.worst.num_bytes - other.worst.num_bytes, other.fits, job, tuple(flags))
 
 

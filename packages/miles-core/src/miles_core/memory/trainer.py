@@ -206,7 +206,12 @@ class TrainerMemory:
         return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
 
     def _report(self, phase: str, error: str, tried: list[str]) -> str:
-        text = refusal(phase, error, tried, self.num_bytes(), dict(self.mover.away), self.facts)
+        held: dict[str, int] = self.num_bytes()
+        away: dict[str, str] = dict(self.mover.away)
+        home = self.optimizer.home
+        if home is not None:
+            held["optimizer state"], away["optimizer state"] = home.num_bytes, "disk" if home.on_disk else "host"
+        text = refusal(phase, error, tried, held, away, self.facts)
         if not self.optimizer.is_between_updates:
             text += "\nThe update is half done: the weights in memory belong to no step"
         return text
