@@ -246,3 +246,15 @@ def test_no_module_or_function(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="reward no_such_abc:f: there is no module"):
         Scorer(RewardConfig(name="no_such_abc:f"))
     assert math.isfinite(RewardConfig().timeout_s)
+
+
+def test_a_reward_that_cannot_work_here_says_so_before_anything_is_generated(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "async def score(text, label, metadata, *, server='here'):\n    return 1.0\n"
+        "def ready(*, server='here'):\n    if server != 'here':\n        raise RuntimeError(f'no server at {server}')\n"
+        "score.ready = ready\n"
+    )
+    name = f"{tmp_path / 'mine.py'}:score"
+    Scorer(RewardConfig(name=name)).close()
+    with pytest.raises(ValueError, match=r'mine.py:score" cannot work here: no server at away'):
+        Scorer(RewardConfig(name=name, options={"server": "away"}))

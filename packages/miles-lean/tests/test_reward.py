@@ -185,3 +185,22 @@ def test_raw_completions_and_bad_rows(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert good["score"] == 1.0 and empty["category"] == "no_code"
     (wrong,) = scored(["rfl"], monkeypatch, tmp_path, statement=3)
     assert isinstance(wrong, ValueError)
+
+
+def test_a_missing_lean_is_said_before_anything_is_generated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from miles_lean.cli import main
+    from miles_lean.reward.tactic import tactic
+
+    monkeypatch.setenv("MILES_LEAN_BACKEND", "none")
+    for function in (lean, tactic):
+        with pytest.raises(RuntimeError, match="nothing here may run Lean"):
+            function.ready(workers=1)  # type: ignore[attr-defined]
+    assert main(["serve", "--port", "0"]) == 3
+    assert "nothing here may run Lean" in capsys.readouterr().err
+    lean.ready(backend="http://127.0.0.1:1")  # type: ignore[attr-defined]  # a server may start later
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("ELAN_HOME", str(tmp_path))
+    with pytest.raises(RuntimeError, match="lean"):
+        lean.ready(backend="toolchain")  # type: ignore[attr-defined]

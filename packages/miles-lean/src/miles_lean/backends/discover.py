@@ -50,6 +50,21 @@ def find_backend(name: str | None = None, *, project: Path | None = None) -> Bac
     raise ValueError(f"no backend is called {name!r}; known: {KNOWN}")
 
 
+def require_backend(name: str | None = None) -> None:
+    """Ask, before anything else is done, whether the backend of this name can run Lean here. Servers and REPLs are not started.
+
+    Raises what `find_backend` raises, and RuntimeError when a toolchain holds no Lean.
+    """
+    from miles_lean.backends.toolchain import ToolchainBackend
+
+    backend = find_backend(name)
+    try:
+        if isinstance(backend, ToolchainBackend):
+            _ = backend.capabilities  # runs its lean
+    finally:
+        backend.close()
+
+
 def repl_command(project: Path | None) -> list[str]:
     """How the leanprover-community REPL is started: MILES_LEAN_REPL, or `repl` on PATH, within `lake env` in a project.
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from miles_lean.backends.discover import require_backend
 from miles_lean.extract import NoProof, extract
 from miles_lean.reward.connect import connect
 from miles_lean.reward.outcome import Outcome
@@ -88,6 +89,14 @@ async def lean(
     if found.status == "infra_error":
         raise Failed(f"{found.category} after {found.attempts} attempts: {found.reason}")
     return {"score": float(found.status == "accepted"), "category": found.category, "reason": found.reason}
+
+
+def ready(*, backend: str = "auto", **_: Any) -> None:
+    """What miles-core asks a reward before anything is generated. Raises RuntimeError saying what to install."""
+    require_backend(backend)
+
+
+lean.ready = ready  # type: ignore[attr-defined]
 
 
 def statement_of(metadata: Mapping[str, Any]) -> Statement:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from miles_lean.reward.function import Failed, scoring_of
+from miles_lean.reward.function import Failed, ready, scoring_of
 from miles_lean.reward.outcome import Outcome
 
 
@@ -42,6 +42,9 @@ async def tactic(
         if found.status == "accepted":
             break
     return {"score": float(found.status == "accepted"), "category": found.category, "reason": found.reason}
+
+
+tactic.ready = ready  # type: ignore[attr-defined]
 
 
 def _tactics(metadata: Mapping[str, Any], key: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import sys
 
 from miles_lean.backends.discover import KNOWN
 from miles_lean.server.service import Limits
@@ -35,7 +36,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """0 after a complete drain, 1 when running checks had to be cut off."""
+    """0 after a complete drain, 1 when running checks had to be cut off, 3 when there is no Lean to serve."""
+    from miles_lean.backends.discover import require_backend
     from miles_lean.reward.connect import audit_function, connect
     from miles_lean.server.serve import serve
     from miles_lean.server.service import Service
@@ -50,6 +52,12 @@ def run(options: argparse.Namespace) -> int:
         max_timeout_s=options.max_timeout,
         drain_s=options.drain,
     )
+
+    try:
+        require_backend(options.backend)
+    except RuntimeError as error:
+        print(f"miles-lean: {error}", file=sys.stderr)
+        return 3
 
     async def main() -> bool:
         verifier = connect(

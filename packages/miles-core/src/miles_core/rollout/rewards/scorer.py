@@ -34,6 +34,7 @@ class Scorer:
         function = load_callable(self.spec.target, purpose=f"reward {config.name}")
         self._convention = convention_of(function, config.name)
         check_options(function, self._convention, config.options, config.name)
+        _require_ready(function, config)
         self._runner: Runner
         if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
             self._runner = LoopRunner(function, self._convention, config.options, timeout_s=config.timeout_s)
@@ -81,3 +82,13 @@ class Scorer:
         if score.status == "ok":
             return score
         return score._replace(detail=f"{self.config.name}, sample {item.sample_id} ({item.prompt_id}): {score.detail}")
+
+
+def _require_ready(function: object, config: RewardConfig) -> None:
+    """Ask a reward that has an attribute `ready` whether it can work here with its options, before anything is generated."""
+    ready = getattr(function, "ready", None)
+    if callable(ready):
+        try:
+            ready(**config.options)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ValueError(f'reward "{config.name}" cannot work here: {error}') from error
