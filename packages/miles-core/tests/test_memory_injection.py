@@ -9,6 +9,7 @@ import gc
 import random
 import sys
 import types
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -387,6 +388,22 @@ def test_the_pretended_device_counts_and_refuses() -> None:
     torch.ones(10000)  # not counted outside
 
 
+def test_the_pretended_device_knows_who_asked() -> None:
+    """In the form of torch's own snapshot, which the tools read."""
+
+    def someone() -> Tensor:
+        return torch.ones(512)
+
+    with FakeDevice(stacks=True) as device:
+        kept, gone = someone(), someone()
+        del gone
+        (segment,) = device.snapshot()["segments"]
+    (block,) = segment["blocks"]
+    assert segment["total_size"] == block["size"] == 2048 and block["address"] == kept.data_ptr()
+    assert [frame["name"] for frame in block["frames"]][:2] == ["someone", "test_the_pretended_device_knows_who_asked"]
+    assert all(frame["filename"] == __file__ and frame["line"] > 0 for frame in block["frames"][:2])
+
+
 def test_rungs_that_fail_or_do_not_apply_are_passed_over() -> None:
     left = 2
 
@@ -408,6 +425,29 @@ def test_rungs_that_fail_or_do_not_apply_are_passed_over() -> None:
     assert ladder.metrics() == {"memory/num_oom": 2, "memory/num_recovered": 1, "memory/climbed_c": 1, "memory/climbed_d": 1}
     with pytest.raises(ZeroDivisionError):
         ladder.run("x", lambda: 1 // 0)
+
+
+def test_a_recovery_is_said_once() -> None:
+    """A run that goes on in silence, slower than before, would leave its owner to guess."""
+    rooms = iter([0, 0, 1, 0, 0, 1, 0, 1])
+
+    def work() -> str:
+        if not next(rooms):
+            raise torch.OutOfMemoryError("tried to allocate 3 GiB\nand more")
+        return "done"
+
+    ladder = Ladder([Rung("free cached blocks", lambda phase: True), Rung("recompute layers", lambda phase: True)])
+    said = (
+        r"out of memory in update \(tried to allocate 3 GiB\); done again, with the same result, after: free cached blocks, "
+        "recompute layers.*miles plan"
+    )
+    with pytest.warns(UserWarning, match=said) as warned:
+        assert ladder.run("update", work) == "done"
+    assert len(warned) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ladder.run("update", work) == ladder.run("update", work) == "done"
+    assert ladder.counts["num_recovered"] == 3
 
 
 def test_what_counts_as_out_of_memory() -> None:

@@ -6,6 +6,7 @@ report, and the last checkpoint is what it resumes from.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeVar
@@ -47,15 +48,23 @@ class Ladder:
     def run(self, phase: str, work: Callable[[], T], *, undo: Callable[[], None] | None = None) -> T:
         """The result of `work`, done again after every rung; `undo` forgets what a failed attempt left behind.
 
-        Raises OutOfRoom when the ladder ends. Other errors pass.
+        Raises OutOfRoom when the ladder ends. Other errors pass. Warns when rungs have helped that had not been climbed before.
         """
         tried: list[str] = []
+        said, known = "", set(self.climbed)
         left = list(self.rungs) if self.enabled else []
         while True:
             failure = _attempt(work)
             if not isinstance(failure, _Failure):
                 self.counts["num_recovered"] += bool(tried)
+                if set(tried) - known:
+                    warnings.warn(
+                        f"out of memory in {phase} ({said}); done again, with the same result, after: {', '.join(tried)}. "
+                        "What was moved, cut or recomputed stays so and costs time: miles plan names settings that need less",
+                        stacklevel=2,
+                    )
                 return failure
+            said = failure.text
             self.counts["num_oom"] += 1
             if undo is not None:
                 undo()
