@@ -168,6 +168,7 @@ def test_weights_from_disk() -> None:
             ({"model_path": "short"}, "differ"),
             ({"model_path": "good", "weight_version": 7}, "does not grow"),
             ({"model_path": "good", "weight_version": "v8"}, "integers"),
+            ({"model_path": "good", "weight_version": 2**63}, "below 2^63"),
             ({"model_path": "good", "load_format": "pt"}, "load_format"),
             ({"model_path": "good", "flush_cache": False}, "flush_cache"),
             ({}, "model_path"),

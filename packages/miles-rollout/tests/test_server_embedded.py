@@ -17,6 +17,8 @@ from miles_rollout.client import RolloutClient
 from miles_rollout.engine import Engine
 from miles_rollout.engines.embedded.config import EmbeddedConfig
 from miles_rollout.launch import load_embedded
+from miles_rollout.server import ServerConfig
+from miles_rollout.server.service import Service
 from miles_rollout.testing import ScriptedEngine, serving
 from miles_rollout.text import CharTokenizer
 from miles_rollout.wire import GenerateRequest, SamplingParams
@@ -128,6 +130,34 @@ def url_of(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.slow
+def test_a_server_without_weights_says_what_its_requests_wait_for(models: tuple[Path, Path]) -> None:
+    async def main() -> None:
+        engine, tokenizer, load = load_embedded(str(models[0]), EmbeddedConfig(kv_memory_bytes=1 << 20), device="cpu", threads=1)
+        async with (
+            serving(engine, tokenizer, load_weights=load) as url,
+            httpx.AsyncClient(base_url=url, timeout=50) as http,
+        ):
+
+            async def healths() -> list[int]:
+                return [(await http.get(path)).status_code for path in ("/health", "/health_live")]
+
+            body = {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 1}}
+            assert await healths() == [200, 200]
+            for path in ("/release_memory_occupation", "/resume_memory_occupation"):
+                assert (await http.post(path, json={"tags": ["weights"]})).status_code == 200
+            assert await healths() == [503, 200], "at once: there is a reason, and starting it anew mends nothing"
+            assert (await http.get("/server_info")).json()["resting"].endswith("waits for a weight update")
+            assert "waits for a weight update" in str(Service(engine, tokenizer, ServerConfig())._too_late())
+            early = asyncio.ensure_future(http.post("/generate", json=body))
+            update = await http.post("/update_weights_from_disk", json={"model_path": str(models[1])})
+            assert update.status_code == 200 and await healths() == [200, 200]
+            assert (await http.get("/server_info")).json()["resting"] == ""
+            assert (await early).json()["meta_info"]["weight_version"] == "1"
+        await engine.close()
+
+    run(main)
+
+
 def test_the_command_serves_and_stops(models: tuple[Path, Path]) -> None:
     command = [
         sys.executable,

@@ -84,6 +84,16 @@ class MemoryEngine(Protocol):
 
 
 @runtime_checkable
+class AwaitingEngine(Protocol):
+    """An engine whose requests wait where its weights are undefined."""
+
+    @property
+    def awaits_weights(self) -> bool:
+        """Whether "weights" were taken back and no update has come since: requests wait for one."""
+        ...
+
+
+@runtime_checkable
 class ProfilableEngine(Protocol):
     """An engine that can record a trace of what it does."""
 

@@ -349,6 +349,8 @@ class Fleet:
             held = [int(w.version) for w in workers if w.version is not None and w.version.isdigit()]
             held += [int(self.target.version)] if self.target is not None and self.target.version.isdigit() else []
             version = str(max(held, default=0) + 1) if given is None else str(given)
+            if version.isdigit() and int(version) >= 2**63:
+                raise ValueError(f"weight_version {version} is too large; versions lie below 2^63")
             if version.isdigit() and any(int(version) <= each for each in held):
                 raise ValueError(f"weight_version {version} does not grow; the fleet holds {max(held)}")
             target = Target(version, body | {"weight_version": version})

@@ -218,7 +218,7 @@ async def resume_memory(service: Service, request: Request) -> Response:
     except ValueError as error:
         raise RequestError(str(error), param="tags") from None
     service.released -= set(tags)
-    logger.info("memory of %s is taken again", ", ".join(tags))
+    logger.info("memory of %s is taken again%s", ", ".join(tags), f"; {service.resting}" if service.resting else "")
     return JSONResponse(None)
 
 
@@ -238,6 +238,8 @@ def _version(given: str | int | None, current: int) -> int:
     text = str(given)
     if not text.isascii() or not text.isdigit():
         raise RequestError(f"weight_version is {text!r}; versions are integers that grow", param="weight_version")
+    if int(text) >= 2**63:
+        raise RequestError(f"weight_version {text} is too large; versions lie below 2^63", param="weight_version")
     if int(text) <= current:
         raise RequestError(f"weight_version {text} does not grow; this server holds {current}", param="weight_version")
     return int(text)

@@ -31,7 +31,7 @@ SGLANG_NAMES = {
 
 async def health(service: Service, request: Request) -> Response:
     """GET /health and /health_generate: 200 when the engine makes a token, or visibly works on others', within `health_s`."""
-    if service.draining or service.paused is not None or service.released:
+    if service.resting:
         return Response(status_code=503)  # as SGLang: a paused engine makes no token
     before = _progress(service)
     token_id = min(service.engine.info().eos_token_ids, default=0)
@@ -50,11 +50,14 @@ async def health(service: Service, request: Request) -> Response:
 
 
 async def live(service: Service, request: Request) -> Response:
-    """GET /health_live: as /health, but 200 while there is a reason not to generate: paused, asleep, updating, shutting down."""
-    if service.draining or service.paused is not None or service.released or service.updating.locked():
+    """GET /health_live: as /health, but 200 while there is a reason not to generate.
+
+    Paused, asleep, without weights, updating, shutting down.
+    """
+    if service.resting or service.updating.locked():
         return Response(status_code=200)
     response = await health(service, request)
-    if service.draining or service.paused is not None or service.released or service.updating.locked():
+    if service.resting or service.updating.locked():
         return Response(status_code=200)  # the reason came meanwhile
     return response
 
@@ -99,6 +102,7 @@ async def server_info(service: Service, request: Request) -> Response:
             "draining": service.draining,
             "paused": service.paused,
             "memory_released": sorted(service.released),
+            "resting": service.resting,
             "num_requests": len(service.running),
             "engine": info,
             "metrics": service.engine.metrics(),

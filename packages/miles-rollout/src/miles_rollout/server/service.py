@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import msgspec
 from starlette.requests import Request
 
-from miles_rollout.engine import Engine, PausableEngine, PauseMode
+from miles_rollout.engine import AwaitingEngine, Engine, PausableEngine, PauseMode
 from miles_rollout.server.errors import RequestError
 from miles_rollout.server.figures import Timings
 from miles_rollout.server.params import read_object
@@ -113,6 +113,19 @@ class Service:
     def model_name(self) -> str:
         """The name this server gives its model under /v1."""
         return self.config.served_model_name or self.engine.info().model
+
+    @property
+    def resting(self) -> str:
+        """Why no token is made, where that is meant to be; empty when one should be."""
+        if self.draining:
+            return "it is shutting down"
+        if self.paused is not None:
+            return "it is paused"
+        if self.released:
+            return f"the memory of {', '.join(sorted(self.released))} is released"
+        if isinstance(self.engine, AwaitingEngine) and self.engine.awaits_weights:
+            return "its weights were released and it waits for a weight update"
+        return ""
 
     @property
     def running(self) -> frozenset[str]:
@@ -238,7 +251,8 @@ class Service:
             await cancel_all(tasks)
 
     def _too_late(self) -> RequestError:
-        return RequestError(f"not done within this server's limit of {self.config.request_s:g} s", status=504)
+        why = f"; {self.resting}" if self.resting else ""
+        return RequestError(f"not done within this server's limit of {self.config.request_s:g} s{why}", status=504)
 
     async def pause(self, mode: PauseMode) -> int:
         """Hold new requests, and what runs as `mode` says; the number held. Raises RequestError for a mode it lacks."""

@@ -225,6 +225,11 @@ class EmbeddedEngine:
         """Take it back. After "weights" requests wait for the next update. Raises ValueError for a tag not released."""
         await self._refusable(lambda core: core.restore(tags))
 
+    @property
+    def awaits_weights(self) -> bool:
+        """Whether "weights" were taken back and no update has come since: requests wait for one."""
+        return self._core is not None and "new weights" in self._core.released
+
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(HF name, tensor) of the weights held, a draft model's under "draft."; do not change them or keep them over an update.
 
