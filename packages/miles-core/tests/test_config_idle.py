@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,27 @@ def test_what_a_resumed_run_may_do_otherwise() -> None:
     falling = ["--optimizer.schedule", "cosine"]
     longer = changes_on_resume(quickstart(*falling), quickstart(*falling, "--run.num_steps", "99"))
     assert longer == ([], ["run.num_steps: 60 -> 99"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "never"),
+    [
+        (MEGATRON, {"engine.tensor_parallel", "memory.optimizer", "memory.sleep", "trainer.master"}),
+        (["--cluster.kind", "ray"], {"engine.tensor_parallel", "memory.sleep"}),
+        (["--draft.model", "mtp"], {"engine.tensor_parallel"}),
+        ([], set()),
+    ],
+)
+def test_a_plan_advises_only_what_the_configuration_accepts(flags: list[str], never: set[str]) -> None:
+    from miles_core.memory.jobs import job_of_run
+    from miles_core.memory.knobs import knobs
+    from miles_core.memory.shapes import find_device, find_shape
+
+    config = quickstart("--model.dtype", "bfloat16", *flags)
+    job = job_of_run(config, find_shape("qwen3-8b"), "train", find_device("a100-40"), 1)
+    assert job.fixed == never
+    for each in (job, replace(job, num_gpus=8)):
+        advised = [knob for levels in knobs(each) for knob in levels]
+        assert advised and not never & {knob.name for knob in advised}
+        for knob in advised:
+            quickstart("--model.dtype", "bfloat16", *flags, *knob.flag.split())

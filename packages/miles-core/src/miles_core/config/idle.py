@@ -92,7 +92,7 @@ def _reasons(config: RunConfig, mode: Mode) -> Iterator[tuple[tuple[str, ...], s
 
 def _undrafted(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
     if config.engine.draft == "none":
-        names = ("draft_tokens", "draft_adaptive", "draft_tree", "verification", "allow_lossy")
+        names = ("draft_tokens", "draft_adaptive", "draft_tree", "draft_catch_up", "verification", "allow_lossy")
         yield tuple(f"engine.{name}" for name in names), 'engine.draft is "none"'
 
 

@@ -19,6 +19,11 @@ Mode = Literal["train", "sft", "rollout"]
 _PROCESS_BYTES = 350 << 20
 """A Python process with torch, on the CPU."""
 _BYTES = {"float32": 4, "bfloat16": 2}
+_ADVISED: tuple[tuple[str, str, object], ...] = (
+    ("engine", "tensor_parallel", 2), ("memory", "optimizer", "host"), ("memory", "sleep", True),
+    ("trainer", "master", "stochastic"),
+)  # fmt: skip
+"""Settings that make room and that not every backend, cluster or draft goes with."""
 DEFAULT_KV_BYTES = 16 << 30
 """For a shape without a configuration."""
 
@@ -91,6 +96,19 @@ def with_settings(job: Job, settings: Sequence[str]) -> Job:
     return job
 
 
+def _refused(config: RunConfig) -> frozenset[str]:
+    """Of the settings a plan would advise, those this configuration refuses, found by trying."""
+    found = set()
+    for section, name, value in _ADVISED:
+        values = config.model_dump()
+        values[section][name] = value
+        try:
+            RunConfig.model_validate(values)
+        except ValueError:
+            found.add(f"{section}.{name}")
+    return frozenset(found)
+
+
 def job_of_run(config: RunConfig, shape: DecoderConfig, mode: Mode, device: Device, num_gpus: int) -> Job:
     """The run that `config` describes, on `num_gpus` devices."""
     size = _BYTES[config.model.dtype]
@@ -129,6 +147,7 @@ def job_of_run(config: RunConfig, shape: DecoderConfig, mode: Mode, device: Devi
         optimizer=config.memory.optimizer,
         sleep=config.memory.sleep and rolls_out and mode != "rollout",
         draft=config.draft.model if mode == "train" else "none",
+        fixed=_refused(config),
     )
 
 

@@ -68,7 +68,7 @@ def knobs(job: Job) -> list[list[Knob]]:
     if job.trains and job.master == "float32" and job.dtype_bytes < 4:
         cost = "no float32 masters: other numbers, though engine and trainer still agree"
         found.append([Knob("trainer.master", '"stochastic"', cost, lambda j: replace(j, master="stochastic"))])
-    return [levels for levels in found if levels]
+    return [levels for levels in found if levels and levels[0].name not in job.fixed]
 
 
 def lighter(plan: Plan, phase: str) -> list[str]:

@@ -94,6 +94,8 @@ class Job:
     """Of the trainer. The formulas are those of fsdp."""
     draft: str = "none"
     """The draft model that is trained and served beside the policy: "none", "mtp" or "eagle3"."""
+    fixed: frozenset[str] = frozenset()
+    """Settings that the run's other settings do not let change, by their dotted names: no advice for this job."""
 
     @property
     def cut(self) -> int:
