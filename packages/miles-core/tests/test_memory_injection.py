@@ -400,8 +400,9 @@ def test_the_pretended_device_knows_who_asked() -> None:
         (segment,) = device.snapshot()["segments"]
     (block,) = segment["blocks"]
     assert segment["total_size"] == block["size"] == 2048 and block["address"] == kept.data_ptr()
-    assert [frame["name"] for frame in block["frames"]][:2] == ["someone", "test_the_pretended_device_knows_who_asked"]
-    assert all(frame["filename"] == __file__ and frame["line"] > 0 for frame in block["frames"][:2])
+    ours = [frame for frame in block["frames"] if frame["filename"] == __file__]  # the innermost are torch's own
+    assert [frame["name"] for frame in ours][:2] == ["someone", "test_the_pretended_device_knows_who_asked"]
+    assert all(frame["line"] > 0 for frame in ours)
 
 
 def test_rungs_that_fail_or_do_not_apply_are_passed_over() -> None:
