@@ -434,3 +434,22 @@ def test_what_a_run_may_be_taken_up_with() -> None:
                 assert line.endswith(f"(saves {(before - after) / 2**30:.3g} GiB)"), (phase, line)
     assert any("recompute" in each for each in lighter(plan, "forward and backward"))
     assert not any("recompute" in each for each in lighter(plan, "optimizer"))
+
+
+def test_engines_on_devices_of_their_own_are_planned_apart() -> None:
+    job = Job(shape=find_shape("qwen3-8b"), device=find_device("h200"), num_gpus=8, kv_bytes=8 << 30)
+    together, apart = make_plan(job), make_plan(replace(job, apart=True))
+    names = [phase.name for phase in apart.phases]
+    assert names == ["rollout", "update", "forward", "backward", "optimizer", "publish"] and len(set(names)) == len(names)
+    held = {phase.name: {item.name for item in phase.items} for phase in apart.phases}
+    for name in names:
+        engines = name in ("rollout", "update")
+        assert ("engine weights" in held[name]) is engines and ("KV cache" in held[name]) is engines
+        assert ("AdamW moments" in held[name]) is not engines
+    assert "staged weights" in held["update"] and "staged weights" not in held["publish"]
+    for phase in apart.phases:
+        (same,) = [other for other in together.phases if other.name == phase.name] or [together.phases[-1]]
+        assert phase.num_bytes < same.num_bytes
+    assert "none holds both" in plan_text(apart) and "none holds both" not in plan_text(together)
+    alone = make_plan(replace(job, apart=True, rolls_out=False))
+    assert [phase.name for phase in alone.phases] == ["forward", "backward", "optimizer"]

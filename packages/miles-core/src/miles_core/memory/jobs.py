@@ -148,6 +148,7 @@ def job_of_run(config: RunConfig, shape: DecoderConfig, mode: Mode, device: Devi
         sleep=config.memory.sleep and rolls_out and mode != "rollout",
         draft=config.draft.model if mode == "train" else "none",
         fixed=_refused(config),
+        apart=config.cluster.layout == "disaggregated",
     )
 
 

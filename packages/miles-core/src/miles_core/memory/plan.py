@@ -9,7 +9,7 @@ turns out wrong can be argued with. The formulas are those of our trainer and en
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from miles_core.memory.activations import kept_per_token, layer_peak_per_token
@@ -88,6 +88,8 @@ class Job:
     """Where masters and moments lie: "device", "host" or "disk"."""
     sleep: bool = False
     """Whether engine and trainer take turns on the device."""
+    apart: bool = False
+    """Whether engines have devices of their own; `num_gpus` are the trainer's then."""
     saves_behind: bool = False
     """Whether a checkpoint goes to the disk while the run goes on."""
     backend: str = "fsdp"
@@ -138,6 +140,8 @@ def make_plan(job: Job) -> Plan:
     trainer, engine = _trainer_at_rest(job, parameters), _engine_at_rest(job, parameters)
     waiting = [] if job.sleep else [*engine, *kv]
     phases = []
+    if job.apart and job.trains and job.rolls_out:
+        return _plan_apart(job, parameters)
     if job.rolls_out:
         awake = [*_always(job, awake=not job.sleep), *([] if job.sleep else trainer)]
         phases.append(_phase("rollout", outside, awake, engine, kv, _engine_working(job)))
@@ -146,6 +150,22 @@ def make_plan(job: Job) -> Plan:
     if job.trains and job.rolls_out:
         phases.append(_phase("publish", outside, always, trainer, engine, [] if job.sleep else kv, _publishing(job, parameters)))
     return Plan(job=job, parameters=parameters, phases=tuple(phases), host=_host(job, parameters), disk=_disk(job, parameters))
+
+
+def _plan_apart(job: Job, parameters: Parameters) -> Plan:
+    """Trainer and engine each on their own devices: what either holds, in its own phases."""
+    trainer, engine = replace(job, apart=False, rolls_out=False), replace(job, apart=False, trains=False)
+    buckets = Item("buckets", 2 * STAGING_BYTES, "one filled while the other travels")
+    received = [item for item in _publishing(job, parameters) if item.name != "gathered tensors"]
+    gathered = [item for item in _publishing(job, parameters) if item.name == "gathered tensors"]
+    outside, always = _outside(job), _always(trainer, awake=True)
+    phases = (
+        *make_plan(engine).phases,
+        _phase("update", outside, _always(engine, awake=True), _engine_at_rest(job, parameters), _kv(job), [buckets, *received]),
+        *make_plan(trainer).phases,
+        _phase("publish", outside, always, _trainer_at_rest(job, parameters), [buckets, *gathered]),
+    )
+    return Plan(job=job, parameters=parameters, phases=phases, host=_host(job, parameters), disk=_disk(job, parameters))
 
 
 def _phase(name: str, outside: list[Item], *groups: list[Item]) -> Phase:

@@ -44,6 +44,8 @@ def _notes(plan: Plan) -> list[str]:
     job, found = plan.job, []
     if job.backend != "fsdp":
         found.append(f"the trainer is planned as for the fsdp backend; what {job.backend} holds besides is not in it")
+    if job.apart and job.trains and job.rolls_out:
+        found.append("rollout and update are of an engine's GPU, the others of a trainer's: none holds both (cluster.layout)")
     can = [1, *engine_ranks(job.shape)]
     if job.rolls_out and job.engine_gpus not in can:
         words = " or ".join(map(str, can))
