@@ -43,7 +43,7 @@ class Margin:
 
     def __init__(self, device: torch.device | None, reserve_bytes: int) -> None:
         self.device, self.reserve_bytes = device, reserve_bytes
-        self.outside_bytes = self.most_outside_bytes = 0
+        self.outside_bytes = 0
         self.num_breaches = 0
 
     @classmethod
@@ -79,7 +79,6 @@ class Margin:
     def note(self, taken: Taken) -> None:
         """Take in one measurement."""
         self.outside_bytes = taken.outside_bytes
-        self.most_outside_bytes = max(self.most_outside_bytes, taken.outside_bytes)
         if taken.outside_bytes <= self.reserve_bytes:
             return
         self.num_breaches += 1

@@ -79,7 +79,6 @@ class Mover:
         self.device = device
         self.directory = directory
         self.verify = verify
-        self.moves: list[Moved] = []
         self._away: dict[str, _Away] = {}
         self._slabs: dict[str, tuple[HostSlabs, Tensor]] = {}
 
@@ -121,9 +120,7 @@ class Mover:
         self._away[tag] = away  # from here on it comes back from there, also when the next lines are interrupted
         for storage in storages:
             storage.resize_(0)
-        moved = Moved(tag, target, 0 if target == "drop" else sum(sizes), time.perf_counter() - hashed, hashed - begun)
-        self.moves.append(moved)
-        return moved
+        return Moved(tag, target, 0 if target == "drop" else sum(sizes), time.perf_counter() - hashed, hashed - begun)
 
     def onload(self, tag: str) -> Moved:
         """Bring a region back; nothing happens when it is there.
@@ -163,9 +160,7 @@ class Mover:
                 f'memory tag "{tag}": {wrong} of {len(found)} stretches came back from {away.target} with another checksum; '
                 "the run's state is damaged, resume from the last checkpoint"
             )
-        moved = Moved(tag, "device", sum(away.sizes), copied - begun, time.perf_counter() - copied)
-        self.moves.append(moved)
-        return moved
+        return Moved(tag, "device", sum(away.sizes), copied - begun, time.perf_counter() - copied)
 
     def forget_host(self, tags: Iterable[str]) -> None:
         """Give back the host memory of those of these regions that are on the device; their next move makes it anew."""
