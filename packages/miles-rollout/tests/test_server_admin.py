@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import re
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -227,6 +228,46 @@ def test_a_live_server_may_have_reasons_not_to_generate_but_not_hang() -> None:
         assert (await s.http.get("/health_live")).status_code == 503, "it hangs"
         s.app.state.service.draining = True
         assert (await s.http.get("/health_live")).status_code == 200
+
+    run(body)
+
+
+def test_requests_that_wait_for_a_pause_to_end_can_be_aborted() -> None:
+    async def body(s: Setting) -> None:
+        gate = s.app.state.service.gate
+
+        def send(**fields: Any) -> asyncio.Future[httpx.Response]:
+            return asyncio.ensure_future(s.http.post("/generate", json=fields))
+
+        async def held(count: int) -> None:
+            while gate.num_held != count:
+                await asyncio.sleep(0.001)
+
+        await s.http.post("/pause_generation", json={"mode": "abort"})
+        one = send(rid="one", input_ids=[5, 6], return_logprob=True, logprob_start_len=0)
+        two = send(rid=["two", "three"], input_ids=[[5], [6]])
+        stream = send(rid="four", input_ids=[5], stream=True, sampling_params={"n": 2})
+        patient = send(rid="five", input_ids=[5], sampling_params={"max_new_tokens": 2, "ignore_eos": True})
+        await held(5)
+        await s.http.post("/abort_request", json={"rid": "one"})
+        found = (await one).json()
+        assert found["meta_info"]["finish_reason"]["type"] == "abort" and found["output_ids"] == []
+        assert found["meta_info"]["weight_spans"] == found["meta_info"]["input_token_logprobs"] == []
+        for rid in ("two", "four"):
+            await s.http.post("/abort_request", json={"rid": rid})
+        events = [json.loads(line[6:]) for line in (await stream).text.splitlines() if line.startswith("data: {")]
+        assert [(e["index"], e["meta_info"]["finish_reason"]["type"]) for e in events] == [(0, "abort"), (1, "abort")]
+        await held(2)
+        assert s.engine.started == [], "none of them reached the engine"
+        await s.http.post("/continue_generation", json={})
+        kinds = [each["meta_info"]["finish_reason"]["type"] for each in (await two).json()]
+        assert kinds[0] == "abort" and kinds[1] != "abort", "of a batch the one that was named"
+        assert len((await patient).json()["output_ids"]) == 2 and gate.num_held == 0
+        await s.http.post("/pause_generation", json={"mode": "abort"})
+        late = send(rid="late", input_ids=[5])
+        await held(1)
+        await s.app.state.service.abort_all()  # as at the end of draining
+        assert (await late).json()["meta_info"]["finish_reason"]["type"] == "abort"
 
     run(body)
 

@@ -119,7 +119,7 @@ async def abort_request(service: Service, request: Request) -> Response:
     if body.abort_all:
         await service.abort_all()
     elif body.rid:
-        await service.engine.abort(body.rid)
+        await service.abort(body.rid)
     return PlainTextResponse("")
 
 
@@ -192,8 +192,8 @@ async def release_memory(service: Service, request: Request) -> Response:
     again = [tag for tag in tags if tag in service.released]
     if again:
         raise RequestError(f"already released: {', '.join(again)}", param="tags")
-    if service.running:
-        raise RequestError(f"{len(service.running)} requests are running; pause with mode abort first")
+    if busy := len(service.running) - service.gate.num_held:
+        raise RequestError(f"{busy} requests are running; pause with mode abort first")
     service.released |= set(tags)  # before the engine begins, so that nothing new reaches it
     try:
         await engine.release_memory(tags)

@@ -61,7 +61,7 @@ def reply(
     if item.return_logprob:
         start, prompt = item.logprob_start_len, item.request.input_ids
         known = result.prompt_logprobs or ()
-        scored = 0 <= start < len(prompt)
+        scored = 0 <= start < len(prompt) and (result.prompt_logprobs is not None or start == len(prompt) - 1)
         meta["input_token_logprobs"] = _entries((None, *known[start + 1 :]), prompt[start:], token_text) if scored else []
         meta |= _logprobs(completion, completion.token_ids, token_text)
     meta |= {"contract_digest": result.contract_digest, "e2e_latency": elapsed_s}

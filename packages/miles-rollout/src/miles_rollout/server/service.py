@@ -17,6 +17,7 @@ from starlette.requests import Request
 from miles_rollout.engine import AwaitingEngine, Engine, PausableEngine, PauseMode
 from miles_rollout.server.errors import RequestError
 from miles_rollout.server.figures import Timings
+from miles_rollout.server.gate import Gate, aborted_chunks, aborted_result
 from miles_rollout.server.params import read_object
 from miles_rollout.text import Tokenizer
 from miles_rollout.wire import GenerateChunk, GenerateRequest, GenerateResult, WeightManifest
@@ -103,8 +104,7 @@ class Service:
         """When the profile that is being recorded ends by itself."""
         self.profile_task: asyncio.Future[None] | None = None
         self.released: set[str] = set()
-        self._go = asyncio.Event()
-        self._go.set()
+        self.gate = Gate()
         self._running: set[str] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -148,13 +148,16 @@ class Service:
             limit = self.config.max_completions
             raise RequestError(f"{num_prompts} prompts times n={n} is over this server's limit of {limit}", param="n")
 
+    def _need_memory(self) -> None:
+        if self.released:
+            raise RequestError(f"the memory of {', '.join(sorted(self.released))} is released; resume it first", status=503)
+
     @contextlib.contextmanager
     def admit(self, requests: Iterable[GenerateRequest]) -> Iterator[None]:
         """Hold the requests' ids while they are served. Raises RequestError for an id in use and while draining."""
         if self.draining:
             raise RequestError("this server is shutting down and takes no new requests", status=503)
-        if self.released:
-            raise RequestError(f"the memory of {', '.join(sorted(self.released))} is released; resume it first", status=503)
+        self._need_memory()
         requests = list(requests)
         if len(self._running) + len(requests) > self.config.max_requests:
             raise RequestError(f"this server is serving {len(self._running)} requests already; try again later", status=429)
@@ -183,11 +186,10 @@ class Service:
             tasks: list[asyncio.Future[GenerateResult]] = []
             try:
                 async with asyncio.timeout(self.config.request_s):
-                    await self._go.wait()
                     if len(requests) == 1:  # by far the commonest: no task of its own
-                        results = [await self.engine.generate(requests[0])]
+                        results = [await self._one(requests[0])]
                     else:
-                        tasks += [asyncio.ensure_future(self.engine.generate(request)) for request in requests]
+                        tasks += [asyncio.ensure_future(self._one(request)) for request in requests]
                         results = list(await asyncio.gather(*tasks))
             except TimeoutError:
                 raise self._too_late() from None
@@ -204,8 +206,6 @@ class Service:
             source = self._merged(requests) if len(requests) > 1 else self._single(requests[0])
             async with contextlib.aclosing(source) as chunks:
                 try:
-                    async with asyncio.timeout_at(deadline):
-                        await self._go.wait()
                     while True:
                         # One deadline per wait: a generator may be resumed by another task than began it.
                         async with asyncio.timeout_at(deadline):
@@ -218,7 +218,23 @@ class Service:
                     raise self._too_late() from None
             clock.end()
 
+    async def _begins(self, request: GenerateRequest) -> bool:
+        """Wait while generation is paused; False when the request was aborted meanwhile. Raises RequestError without memory."""
+        if not await self.gate.passes(request.request_id):
+            return False
+        self._need_memory()
+        return True
+
+    async def _one(self, request: GenerateRequest) -> GenerateResult:
+        if await self._begins(request):
+            return await self.engine.generate(request)
+        return aborted_result(request, self.engine.info().contract_digest)
+
     async def _single(self, request: GenerateRequest) -> AsyncGenerator[tuple[int, GenerateChunk], None]:
+        if not await self._begins(request):
+            for chunk in aborted_chunks(request, self.engine.info().weight_version):
+                yield 0, chunk
+            return
         async with contextlib.aclosing(_generator(self.engine.stream(request))) as chunks:
             async for chunk in chunks:
                 yield 0, chunk
@@ -229,8 +245,8 @@ class Service:
         async def pump(number: int, request: GenerateRequest) -> None:
             end = None
             try:
-                async with contextlib.aclosing(_generator(self.engine.stream(request))) as chunks:
-                    async for chunk in chunks:
+                async with contextlib.aclosing(self._single(request)) as chunks:
+                    async for _, chunk in chunks:
                         await queue.put((number, chunk))
             except Exception as error:  # carried over to whoever reads the queue
                 end = error
@@ -266,7 +282,7 @@ class Service:
         else:
             raise RequestError(f'this engine cannot pause with mode "{mode}"; it can with "abort"', param="mode")
         self.paused = mode
-        self._go.clear()
+        self.gate.shut()
         if mode == "abort":
             await self.abort_all()
         logger.info("generation is paused with mode %s; new requests wait", mode)
@@ -279,11 +295,16 @@ class Service:
         if self.paused is not None:
             logger.info("generation goes on")
         self.paused = None
-        self._go.set()
+        self.gate.open()
+
+    async def abort(self, request_id: str) -> None:
+        """End a request, wherever it is. Harmless for an unknown one."""
+        if not self.gate.abort(request_id):
+            await self.engine.abort(request_id)
 
     async def abort_all(self) -> None:
-        """Abort everything that runs."""
-        await asyncio.gather(*(self.engine.abort(i) for i in self._running))
+        """Abort everything that runs or waits."""
+        await asyncio.gather(*(self.abort(i) for i in self._running))
 
     async def close(self) -> None:
         """Close the engine."""
