@@ -121,7 +121,7 @@ def training_seconds(
             if stream.device.type == "cuda":
                 torch.cuda.synchronize()
             started = time.perf_counter()
-            chosen = trainer.choose(stream.lengths, key)
+            chosen = trainer.choose(stream.sequences, key)
             part = stream if len(chosen) == len(stream.sequences) else stream.select(chosen)
             trainer.step([part], facts, measure=False)
             if stream.device.type == "cuda":

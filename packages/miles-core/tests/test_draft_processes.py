@@ -12,12 +12,14 @@ import pytest
 
 SCRIPT = """
 import json, sys, torch
+from dataclasses import replace
 import torch.distributed as dist
 from datetime import timedelta
 torch.set_num_threads(1)
 cp = int(sys.argv[1])
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 from miles_core.algorithm.config import AlgorithmConfig
+from miles_core.draft.collect import rollouts_of
 from miles_core.draft.trainer import Arm, DraftingTrainer
 from miles_core.trainer.batch import TrainBatch
 from miles_core.trainer.config import OptimizerConfig, TrainerConfig
@@ -27,6 +29,7 @@ from miles_kernels.nn.checkpoint import random_decoder
 from miles_kernels.nn.config import DecoderConfig
 from miles_spec.models import MtpDraft
 from miles_spec.train import DraftTrainConfig, DraftTrainer
+from miles_spec.train.budget import DraftCost, policy_cost
 shape = DecoderConfig(family="qwen3", vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.2, tie_word_embeddings=sys.argv[2] == "tied")
 decoder = random_decoder(shape, 0)
@@ -37,7 +40,13 @@ out = []
 for seed in (3, 4):
     # sequences shorter than twice the processes, completions of one token, processes that get nothing
     samples = random_samples(seed, num_groups=3, max_prompt=9, max_completion=7)
-    row = beside.step(TrainBatch.from_samples(samples, [s.reward - 0.5 for s in samples])).metrics()
+    batch = TrainBatch.from_samples(samples, [s.reward - 0.5 for s in samples])
+    if seed == 4:  # about half of the sequences, the same for every process
+        rollouts, cost = rollouts_of(batch), DraftCost(draft, 3)
+        flops = policy_cost(shape, sum(r.num_rows for r in rollouts), len(batch.trained))
+        share = (cost.fixed + 0.5 * sum(map(cost.of, rollouts))) / flops
+        beside.main.config = replace(beside.main.config, max_share=share)
+    row = beside.step(batch).metrics()
     out.append({k: v for k, v in row.items() if k.startswith("draft/") and not k.endswith("_s")})
 weights = torch.cat([m.reshape(-1) for m in beside.main.optimizer.masters])
 same = [torch.empty_like(weights) for _ in range(dist.get_world_size())]
@@ -81,6 +90,7 @@ def run(processes: int, cp: int, head: str) -> tuple[list[dict[str, float]], flo
 def test_any_cut_trains_the_same_draft(processes: int, cp: int, head: str) -> None:
     """Against one process, itself against an oracle in test_draft_trainer. By hand also (4, 4), (4, 2) and (2, 1)."""
     rows, total = run(1, 1, head)
+    assert rows[1]["draft/num_rows"] < rows[0]["draft/num_rows"] and 0 < rows[1]["draft/planned_share"]
     cut, sum_of_weights = run(processes, cp, head)
     for mine, theirs in zip(cut, rows, strict=True):
         assert mine.keys() == theirs.keys()

@@ -23,6 +23,7 @@ from miles_kernels.nn.decoder import PackedKV
 from miles_kernels.ops.attention import packed_plan
 from miles_spec.models import Eagle3Draft, MtpDraft
 from miles_spec.train import UPSTREAM, DraftStream, DraftTrainConfig, DraftTrainer, Policy
+from miles_spec.train.budget import DraftCost, policy_cost
 
 
 def policy(seed: int = 0, **config: object) -> FsdpTrainer:
@@ -139,6 +140,25 @@ def test_a_budget_takes_whole_sequences_by_a_key() -> None:
     assert all(0 < row["draft/num_rows"] <= 30 for row in stats)
     again = drafting(policy(), max_rows=30)
     assert [again.step(batch(1)).metrics()["draft/num_rows"] for _ in range(3)] == [row["draft/num_rows"] for row in stats]
+
+
+def test_a_share_of_the_step_is_the_same_sequences_however_they_are_packed() -> None:
+    """Within a share counted in operations, with the loss of an oracle that is given just these sequences."""
+    made_of, found = batch(2), []
+    rollouts, cost = rollouts_of(made_of), DraftCost(MtpDraft.from_trunk(policy().decoder), 3)
+    flops = policy_cost(TINY, sum(rollout.num_rows for rollout in rollouts), len(made_of.trained))
+    share = (cost.fixed + 0.6 * sum(map(cost.of, rollouts))) / flops
+    for config in ({}, {"max_tokens_per_microbatch": 40}):
+        inner = policy(**config)
+        beside = drafting(inner, max_share=share)
+        metrics = beside.step(made_of).metrics()
+        chosen = sorted(beside._wanted["draft"])
+        assert 1 < len(chosen) < len(rollouts) and cost.fixed / flops < metrics["draft/planned_share"] <= share
+        assert metrics["draft/num_rows"] == sum(rollouts[i].num_rows for i in chosen)
+        found.append((chosen, metrics["draft/loss_depth_1"], metrics["draft/loss_depth_3"]))
+    assert found[0][0] == found[1][0] and found[0][1:] == pytest.approx(found[1][1:], rel=1e-5)
+    whole = drafting(policy()).step(made_of).metrics()
+    assert "draft/planned_share" not in whole and whole["draft/loss_depth_1"] != pytest.approx(found[0][1], rel=1e-4)
 
 
 def test_updates_may_be_steps_apart() -> None:

@@ -52,6 +52,9 @@ class DraftConfig(Section):
     """Decay of a running mean of the weights, which is served then. 0 is off."""
     max_rows: int | None = Field(default=None, ge=1)
     """Most tokens, prompts included, the draft is trained on per step. None: all."""
+    max_share: float | None = Field(default=None, gt=0.0)
+    """Most of the policy's training step that training the draft may cost, such as 0.05: it then learns from fewer sequences,
+    chosen by sample id. Counted in operations of planned shapes, not timed. None: no bound."""
     updates: int = Field(default=1, ge=1)
     """Updates of the draft in a step, each on a share of its sequences: it follows faster for the same arithmetic. On a GPU
     a small draft pays for every further update with its launches."""

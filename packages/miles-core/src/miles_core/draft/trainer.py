@@ -21,6 +21,7 @@ from miles_core.trainer.fsdp import FsdpTrainer
 from miles_core.trainer.packing import Microbatch
 from miles_kernels.contract import Contract
 from miles_spec.train import DraftStep, DraftStream, DraftTrainer, Policy, Rollout
+from miles_spec.train.budget import policy_cost
 from miles_spec.train.state import read_facts, write_facts
 
 PREFIX = "draft."
@@ -73,6 +74,8 @@ class DraftingTrainer:
         self._rollouts: list[Rollout] = []
         self._owner_N = torch.zeros(0, dtype=torch.int64)
         self._wanted: dict[str, set[int]] = {}
+        self._planned: dict[str, float] = {}
+        """Of the drafts whose cost is bounded, what was planned for the step, as a share of the policy's."""
         self._held: list[tuple[list[int], DraftStream]] = []
         self._made: dict[str, list[DraftStep]] = {}
         other = [name for name, arm in self.arms.items() if tuple(arm.trainer.draft.config.feature_layers) != self._layers]
@@ -108,10 +111,16 @@ class DraftingTrainer:
         """Train the policy on the batch, and the drafts on the states it makes of it."""
         self._rollouts = rollouts_of(batch)
         self._owner_N = torch.arange(batch.num_sequences).repeat_interleave(torch.tensor(batch.num_trained))
-        rows, key = [rollout.num_rows for rollout in self._rollouts], self.num_steps
+        rollouts, key = self._rollouts, self.num_steps
+        flops = policy_cost(self.inner.decoder.config, sum(r.num_rows for r in rollouts), int(batch.trained.numel()))
         self._wanted = {
-            name: set(arm.trainer.choose(rows, key)) if self._turn(arm) or self._measures else set()
+            name: set(arm.trainer.choose(rollouts, key, flops)) if self._turn(arm) or self._measures else set()
             for name, arm in self.arms.items()
+        }
+        self._planned = {
+            name: arm.trainer.planned_cost([rollouts[i] for i in self._wanted[name]]) / flops
+            for name, arm in self.arms.items()
+            if arm.trainer.config.max_share is not None and self._turn(arm)
         }
         self._held, self._made = [], {name: [] for name in self.arms}
         for arm in self.arms.values():
@@ -209,6 +218,8 @@ class DraftingTrainer:
                     values.setdefault(key, []).append(value)
             found |= {prefix + key: sum(each) / len(each) for key, each in values.items()}
             found[prefix + "train_s"] = arm.seconds
+            if name in self._planned:
+                found[prefix + "planned_share"] = self._planned[name]
             found[prefix + "age"] = float(self.num_steps - arm.updated_at)
         return found | self._gap(found)
 

@@ -36,6 +36,9 @@ class DraftTrainConfig:
     """Decay per update of a running mean of the weights, which is what is served then; 0 serves the weights themselves."""
     max_rows: int | None = None
     """Most rows (tokens, prompts included) trained on per step; whole sequences, chosen by a key. None: all."""
+    max_share: float | None = None
+    """Most of the policy's training step that training on a step may cost, counted in operations (`budget`); fewer sequences are
+    trained on then, chosen as for `max_rows`. None: no bound."""
     updates: int = 1
     """Updates of the draft in a step, each on a share of the sequences: no more work, and a draft that follows faster."""
     every: int = 1
@@ -63,6 +66,8 @@ class DraftTrainConfig:
             wrong.append(f"ema={self.ema} and betas={self.betas} must lie in [0, 1)")
         if self.max_rows is not None and self.max_rows < 1:
             wrong.append(f"max_rows={self.max_rows} must be at least 1, or None")
+        if self.max_share is not None and not self.max_share > 0:
+            wrong.append(f"max_share={self.max_share} must be positive, or None")
         if wrong:
             raise ValueError("draft training: " + "; ".join(wrong))
 

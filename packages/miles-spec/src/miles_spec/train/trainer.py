@@ -9,7 +9,6 @@ no random generator is used. So a run has the same bits with and without a draft
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -22,13 +21,14 @@ from torch import Tensor
 from miles_spec.losses import draft_loss
 from miles_spec.models.base import DraftModel
 from miles_spec.targets import IGNORE, DraftTargets
+from miles_spec.train.budget import DraftCost, choose, share_of
 from miles_spec.train.captured import CapturedPasses
 from miles_spec.train.config import DraftTrainConfig
 from miles_spec.train.estimate import Estimate, estimate_acceptance
 from miles_spec.train.optim import DraftOptimizer, Sum
 from miles_spec.train.replay import ReplayBuffer
 from miles_spec.train.state import load_tensors, read_facts, save_tensors, write_facts
-from miles_spec.train.stream import DraftStream
+from miles_spec.train.stream import DraftStream, Rollout
 
 SCHEMA = 1
 
@@ -95,11 +95,6 @@ class _Pass(NamedTuple):
     skipped: bool = False
 
 
-def _share(sample_id: int | None, place: int, count: int) -> int:
-    """Which of `count` updates a sequence belongs to."""
-    return ((place if sample_id is None else sample_id) * 0x9E3779B97F4A7C15 % 2**64 >> 32) % count
-
-
 class DraftTrainer:
     """Trains `draft` and says how well it would have served.
 
@@ -117,6 +112,7 @@ class DraftTrainer:
         self.num_draft = num_draft
         self.optimizer = DraftOptimizer(draft.named_parameters(), config)
         self.replay = ReplayBuffer(config.replay_rows)
+        self._cost = DraftCost(draft, config.depths)
         self._captured = CapturedPasses(draft, config)
         self.serving: DraftModel = deepcopy(draft).requires_grad_(False) if config.ema else draft
         """The draft whose weights are to be published: a running mean, or the draft itself."""
@@ -126,19 +122,23 @@ class DraftTrainer:
         """Optimizer updates so far."""
         return self.optimizer.num_updates
 
-    def choose(self, rows: Sequence[int], key: int) -> list[int]:
-        """Numbers of the sequences (of so many rows each) that a step trains on within `max_rows`, by `key`, at least one."""
-        most = self.config.max_rows
-        if most is None or sum(rows) <= most:
-            return list(range(len(rows)))
-        order = list(range(len(rows)))
-        random.Random(key).shuffle(order)
-        chosen, used = order[:1], rows[order[0]]
-        for number in order[1:]:
-            if used + rows[number] <= most:
-                chosen.append(number)
-                used += rows[number]
-        return sorted(chosen)
+    def choose(self, rollouts: Sequence[Rollout], key: int, policy_flops: float | None = None) -> list[int]:
+        """Numbers of the sequences that a step trains on within `max_rows` and `max_share`, by `key`, at least one.
+
+        `policy_flops` is `budget.policy_cost` of the policy's step, which `max_share` is a share of.
+        """
+        chosen = list(range(len(rollouts)))
+        if self.config.max_rows is not None:
+            chosen = choose(rollouts, [rollout.num_rows for rollout in rollouts], self.config.max_rows, key)
+        if self.config.max_share is None or policy_flops is None:
+            return chosen
+        left = [rollouts[number] for number in chosen]
+        most = self.config.max_share * policy_flops - self.config.updates * self._cost.fixed
+        return [chosen[place] for place in choose(left, [self._cost.of(rollout) for rollout in left], most, key)]
+
+    def planned_cost(self, rollouts: Sequence[Rollout]) -> float:
+        """Operations of a step that trains on these sequences, as `choose` counts them."""
+        return self.config.updates * self._cost.fixed + sum(map(self._cost.of, rollouts))
 
     def step(
         self,
@@ -187,7 +187,7 @@ class DraftTrainer:
         if count == 1:
             return [list(streams)]
         for stream in streams:
-            owners = [_share(rollout.sample_id, place, count) for place, rollout in enumerate(stream.sequences)]
+            owners = [share_of(rollout.sample_id, place, count) for place, rollout in enumerate(stream.sequences)]
             for number, part in enumerate(parts):
                 mine = [place for place, owner in enumerate(owners) if owner == number]
                 if mine:
