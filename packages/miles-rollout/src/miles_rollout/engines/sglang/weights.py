@@ -69,10 +69,12 @@ def check_shapes(given: Shapes, held: Shapes) -> None:
         if names:
             some = sorted(names)
             wrong.append(f"tensors {label}: {', '.join(some[:5])}" + (f" and {len(some) - 5} more" if len(some) > 5 else ""))
-    for name in sorted(given.keys() & held.keys()):
-        if given[name] != held[name]:
-            (shape, dtype), (shape_held, dtype_held) = given[name], held[name]
-            wrong.append(f"{name} is {dtype} {list(shape)}, the server holds {dtype_held} {list(shape_held)}")
+    unlike = [name for name in sorted(given.keys() & held.keys()) if given[name] != held[name]]
+    for name in unlike[:5]:
+        (shape, dtype), (shape_held, dtype_held) = given[name], held[name]
+        wrong.append(f"{name} is {dtype} {list(shape)}, the server holds {dtype_held} {list(shape_held)}")
+    if len(unlike) > 5:
+        wrong.append(f"and {len(unlike) - 5} more")
     if wrong:
         raise ValueError("weight update refused: " + "; ".join(wrong))
 
