@@ -207,7 +207,7 @@ def test_abort_ends_running_and_queued_requests_with_what_they_have():
     async def main() -> None:
         stream = engine.stream(ask("running", max_new_tokens=600))
         first = await anext(stream)
-        queued = asyncio.create_task(engine.generate(ask("queued", max_new_tokens=600, n=2)))
+        queued = asyncio.create_task(engine.generate(ask("queued", max_new_tokens=600, n=2, return_prompt_logprobs=True)))
         await asyncio.sleep(0)
         assert await engine.abort("queued") and await engine.abort("running")
         assert not await engine.abort("queued") and not await engine.abort("unknown")
@@ -216,6 +216,7 @@ def test_abort_ends_running_and_queued_requests_with_what_they_have():
         assert first.finish_reason is None and 1 <= len(rest) < 600
         result = await queued
         assert [(c.finish_reason, c.token_ids) for c in result.completions] == [("abort", ())] * 2
+        assert result.prompt_logprobs is None, "nobody computed them"
 
     run(main())
     run(engine.close())

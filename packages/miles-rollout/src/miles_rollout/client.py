@@ -270,7 +270,7 @@ class RolloutClient:
         return GenerateResult(
             request_id=request.request_id,
             completions=tuple(completions),
-            prompt_logprobs=tuple(0.0 if each is None else each for each in prompt) if request.return_prompt_logprobs else None,
+            prompt_logprobs=tuple(0.0 if each is None else each for each in prompt) or None,
             cached_tokens=first.cached_tokens or 0,
             contract_digest=first.contract_digest,
         )

@@ -165,7 +165,8 @@ class GenerateResult(Wire, frozen=True, kw_only=True):
     request_id: str
     completions: tuple[Completion, ...]
     prompt_logprobs: tuple[float, ...] | None = None
-    """[P], unfiltered; the first entry is 0.0 because nothing predicts the first token."""
+    """[P], unfiltered; the first entry is 0.0 because nothing predicts the first token. None when they were not asked for, or the
+    request was aborted before they were known."""
     cached_tokens: int = 0
     """Prompt tokens whose keys and values came from the prefix cache."""
     contract_digest: str = ""

@@ -60,7 +60,7 @@ class OutputProcessor:
         result = GenerateResult(
             request_id=job.request.request_id,
             completions=completions,
-            prompt_logprobs=None if job.prompt_logprobs is None else tuple(job.prompt_logprobs),
+            prompt_logprobs=_known(job.prompt_logprobs),
             cached_tokens=job.cached_tokens or 0,
             contract_digest=self._contract_digest,
         )
@@ -129,3 +129,11 @@ def _chunk(seq: Sequence, token: Token | None, text: str, version: int) -> Gener
         matched_stop=seq.matched_stop,
         top_logprobs=() if token is None else _top(seq, seq.num_output - 1, seq.num_output),
     )
+
+
+def _known(logprobs: list[float | None] | None) -> tuple[float, ...] | None:
+    """All of a prompt's log-probabilities; None when they were not asked for, or an abort came before them."""
+    if logprobs is None:
+        return None
+    found = tuple(each for each in logprobs if each is not None)
+    return found if len(found) == len(logprobs) else None

@@ -139,7 +139,9 @@ class Job:
         ids = request.sample_ids or range(sampling.n)
         self.sequences = [Sequence(self, index, sample_id) for index, sample_id in enumerate(ids)]
         self.unfinished = len(self.sequences)
-        self.prompt_logprobs: list[float] | None = [0.0] * self.num_prompt if request.return_prompt_logprobs else None
+        self.prompt_logprobs: list[float | None] | None = None
+        if request.return_prompt_logprobs:
+            self.prompt_logprobs = [0.0, *[None] * (self.num_prompt - 1)]  # None: not computed yet
         self.cached_tokens: int | None = None
         """None until its prompt is first looked up in the prefix cache."""
         self.leader: Sequence | None = None
