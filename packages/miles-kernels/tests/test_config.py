@@ -131,6 +131,8 @@ def test_windows_and_expert_layers():
         (hf(rope_parameters={"full_attention": {"rope_theta": 1.0}}), ["per layer type", "full_attention"]),
         (hf(rope_parameters={"partial_rotary_factor": 0.25}), ["partial_rotary_factor"]),
         ({"model_type": "llama"}, ["missing vocab_size, hidden_size"]),
+        (hf(vocab_size="x", num_key_value_heads=[2]), ["vocab_size='x', num_key_value_heads=[2] must be a number"]),
+        (hf(num_attention_heads=0), ["num_attention_heads=0"]),
         (hf(num_key_value_heads=4), ["num_attention_heads=9", "num_key_value_heads=4"]),
         (hf(eos_token_id=49152), ["eos_token_id [49152]"]),
         (hf("qwen3", layer_types=["full_attention", "linear_attention"] * 15), ["linear_attention"]),

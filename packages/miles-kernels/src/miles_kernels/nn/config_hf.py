@@ -38,6 +38,14 @@ _ROTARY_FACTOR: dict[Family, float] = {"glm4_moe": 0.5}
 """Families that rotate a part of each head, and the part where config.json does not say."""
 
 
+NUMBERS = (
+    *REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "initializer_range", "sliding_window",
+    "max_window_layers", "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step",
+    "n_routed_experts", "first_k_dense_replace", "n_shared_experts", "n_group", "topk_group",
+)  # fmt: skip
+"""Keys of config.json whose values are numbers, where they are there."""
+
+
 def read_fields(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The fields of a DecoderConfig that a parsed config.json states (transformers 4 or 5 spelling).
 
@@ -48,11 +56,14 @@ def read_fields(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     missing = [key for key in REQUIRED if data.get(key) is None]
     if missing:
         raise ValueError(f"{where}: missing {', '.join(missing)}")
+    _check_numbers(data, where)
     heads = int(data["num_attention_heads"])
     layers = int(data["num_hidden_layers"])
     max_positions = int(data.get("max_position_embeddings") or _DEFAULT_POSITIONS[family])
     window, layer_types = _sliding(data, family, layers)
-    head_dim = data.get("head_dim") or (128 if family == "qwen3" else int(data["hidden_size"]) // heads)
+    head_dim = data.get("head_dim") or (
+        128 if family == "qwen3" else int(data["hidden_size"]) // max(heads, 1)
+    )  # 0 is refused by name
     return dict(
         family=family,
         vocab_size=int(data["vocab_size"]),
@@ -76,6 +87,12 @@ def read_fields(data: Mapping[str, Any], where: str) -> dict[str, Any]:
         initializer_range=float(data.get("initializer_range", 0.02)),
         **_experts(data, family),
     )
+
+
+def _check_numbers(data: Mapping[str, Any], where: str) -> None:
+    wrong = [f"{key}={data[key]!r}" for key in NUMBERS if isinstance(data.get(key), str | list | dict)]
+    if wrong:
+        raise ValueError(f"{where}: {', '.join(wrong)} must be a number")
 
 
 def write_fields(config: DecoderConfig, dtype: str) -> dict[str, Any]:
