@@ -38,11 +38,26 @@ _ROTARY_FACTOR: dict[Family, float] = {"glm4_moe": 0.5}
 """Families that rotate a part of each head, and the part where config.json does not say."""
 
 
-NUMBERS = (
-    *REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "initializer_range", "sliding_window",
-    "max_window_layers", "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step",
-    "n_routed_experts", "first_k_dense_replace", "n_shared_experts", "n_group", "topk_group",
-)  # fmt: skip
+_NUMBERS = (
+    *REQUIRED,
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "initializer_range",
+    "sliding_window",
+    "max_window_layers",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "decoder_sparse_step",
+    "n_routed_experts",
+    "first_k_dense_replace",
+    "n_shared_experts",
+    "n_group",
+    "topk_group",
+)
 """Keys of config.json whose values are numbers, where they are there."""
 
 
@@ -90,7 +105,7 @@ def read_fields(data: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _check_numbers(data: Mapping[str, Any], where: str) -> None:
-    wrong = [f"{key}={data[key]!r}" for key in NUMBERS if isinstance(data.get(key), str | list | dict)]
+    wrong = [f"{key}={data[key]!r}" for key in _NUMBERS if isinstance(data.get(key), str | list | dict)]
     if wrong:
         raise ValueError(f"{where}: {', '.join(wrong)} must be a number")
 
