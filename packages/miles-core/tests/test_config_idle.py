@@ -148,3 +148,15 @@ def test_a_plan_advises_only_what_the_configuration_accepts(flags: list[str], ne
         assert advised and not never & {knob.name for knob in advised}
         for knob in advised:
             quickstart("--model.dtype", "bfloat16", *flags, *knob.flag.split())
+
+
+def test_layers_whose_numbers_no_engine_has_are_refused_before_anything_is_loaded() -> None:
+    from miles_core.compose import Request, compose
+    from miles_core.config.dryrun import explain
+
+    plain = quickstart(*MEGATRON, "--trainer.megatron.layers", "plain", "--model.path", "nowhere")
+    for refused in (lambda: explain(plain, "train"), lambda: compose(plain, Request(), print)):
+        with pytest.raises(ValueError, match='layers = "plain" computes other numbers than the engine'):
+            refused()
+    with pytest.raises(ValueError, match="no model folder"):  # what comes next, where the trainer plays no part
+        compose(plain, Request(mode="rollout"), print)

@@ -82,6 +82,8 @@ def compose(config: RunConfig, request: Request, say: Say) -> Run:
     Raises ValueError, FileExistsError or ImportError with the remedy in the message; nothing is written then.
     """
     config.require_one_driver()
+    if request.mode != "rollout" and _needs_engine(config, request):
+        config.require_equal_numbers()
     use_threads(config.run.threads)
     for line in idle_settings(config, request.mode):
         say(line)

@@ -27,6 +27,8 @@ from miles_rollout.text import Tokenizer
 def explain(config: RunConfig, mode: Literal["train", "sft", "rollout"], say: Callable[[str], None] = lambda line: None) -> str:
     """Check model, data, reward and filters, then say what the steps would be. Raises ValueError like the run itself would."""
     config.require_one_driver()
+    if mode == "train" or (mode == "sft" and config.eval.every is not None):
+        config.require_equal_numbers()
     shape, tokenizer = load_shape(config.model, say)
     lines = [f"run {config.run.name}: {config.run.num_steps} steps into {config.run.dir}/{config.run.name}"]
     lines += idle_settings(config, mode)

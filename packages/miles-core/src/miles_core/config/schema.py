@@ -156,6 +156,14 @@ class RunConfig(Section):
         """Processes of the trainer: those of `[cluster]`, or those a launcher announces to a script of one's own, or one."""
         return self.cluster.num_trainers or (1 if self.clustered else world_size_of())
 
+    def require_equal_numbers(self) -> None:
+        """Raise ValueError where a trainer is given other numbers than those of the engine it needs."""
+        if self.trainer.backend == "megatron" and self.trainer.megatron.layers == "plain":
+            raise ValueError(
+                'trainer.megatron.layers = "plain" computes other numbers than the engine whose samples it would train on or that '
+                'would evaluate it; use "aligned" ("plain" is for miles sft without eval.every, and for --replay)'
+            )
+
     def require_one_driver(self) -> None:
         """Raise ValueError where a launcher has started several of this process, each of which would be a whole run."""
         count = 1 if self.clustered else world_size_of()
