@@ -160,8 +160,8 @@ class RunConfig(Section):
         """Raise ValueError where a trainer is given other numbers than those of the engine it needs."""
         if self.trainer.backend == "megatron" and self.trainer.megatron.layers == "plain":
             raise ValueError(
-                'trainer.megatron.layers = "plain" computes other numbers than the engine whose samples it would train on or that '
-                'would evaluate it; use "aligned" ("plain" is for miles sft without eval.every, and for --replay)'
+                'trainer.megatron.layers = "plain" computes other numbers than the engine whose samples it trains on or that '
+                'evaluates it; use "aligned" ("plain" is for miles sft without eval.every, and for --replay)'
             )
 
     def require_one_driver(self) -> None:
