@@ -40,7 +40,8 @@ def test_replay_counts_what_decoding_accepted() -> None:
 
 def test_recorded_files(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
-    path.write_text("[1, 2, 3]\n\n" + json.dumps({"token_ids": [1, 2, 3, 4], "loss_mask": [False, False, True, True]}) + "\n")
+    row = {"token_ids": [1, 2, 3, 4], "loss_mask": [False, False, True, True], "text": "no\u2028end\x85"}
+    path.write_text("[1, 2, 3]\n\n" + json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
     assert read_recorded(path) == [Recorded((1, 2, 3), 1), Recorded((1, 2, 3, 4), 2)]
     for text, message in [("[1, 2]\n{", ":2: not JSON"), ('["a", "b"]', ":1: expected an array"), ("\n", "holds no sequences")]:
         path.write_text(text)

@@ -281,10 +281,16 @@ def test_offline_training_reads_samples_and_says_what_is_wrong(tmp_path: Path, c
     decoder, given = random_decoder(SHAPE, 3), rollouts(9, 12)
     file = tmp_path / "samples.jsonl"
     rows = [
-        {"token_ids": r.token_ids.tolist(), "loss_mask": r.loss_mask.tolist(), "temperature": r.temperature, "sample_id": i}
+        {
+            "token_ids": r.token_ids.tolist(),
+            "loss_mask": r.loss_mask.tolist(),
+            "temperature": r.temperature,
+            "sample_id": i,
+            "text": "sampled\u2028text\x85 is no end of a line",
+        }
         for i, r in enumerate(given)
     ]
-    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
     read = read_rollouts([file])
     assert [r.token_ids.tolist() for r in read] == [r.token_ids.tolist() for r in given]
 

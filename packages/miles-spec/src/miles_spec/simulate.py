@@ -30,7 +30,7 @@ def read_recorded(path: Path) -> list[Recorded]:
     Raises ValueError naming file and line of the first line that is neither.
     """
     sequences = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

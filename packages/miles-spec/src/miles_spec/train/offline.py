@@ -24,7 +24,7 @@ def read_rollouts(files: Sequence[Path]) -> list[Rollout]:
     """
     found = []
     for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
             if not line.strip():
                 continue
             try:
