@@ -19,6 +19,7 @@ from miles_rollout.server import ServerConfig, create_app, lifecycle
 from miles_rollout.server import app as server_app
 from miles_rollout.server.admin import confined
 from miles_rollout.server.errors import scrub
+from miles_rollout.server.transfer import accept_weights
 from miles_rollout.testing import ScriptedEngine, serving
 
 SECRET = "s3cret-Token-9"
@@ -33,12 +34,27 @@ SERVER_CLOSED = {
     ("GET", "/status"), ("POST", "/abort_request"), ("POST", "/flush_cache"), ("POST", "/update_weights_from_disk"),
     ("POST", "/pause_generation"), ("POST", "/continue_generation"), ("POST", "/release_memory_occupation"),
     ("POST", "/resume_memory_occupation"), ("POST", "/start_profile"), ("POST", "/stop_profile"),
+    ("POST", "/update_weights_from_tensor"), ("POST", "/update_weights_from_distributed"),
+    ("POST", "/init_weights_update_group"), ("POST", "/destroy_weights_update_group"),
 }  # fmt: skip
 ROUTER_CLOSED = {
     ("GET", "/status"), ("GET", "/workers"), ("POST", "/workers"), ("DELETE", "/workers"), ("GET", "/list_workers"),
     ("POST", "/add_worker"), ("POST", "/remove_worker"), ("POST", "/update_weights_from_disk"), ("POST", "/abort_request"),
     ("POST", "/flush_cache"), ("POST", "/pause_generation"), ("POST", "/continue_generation"),
 }  # fmt: skip
+
+
+class NoSink:
+    """Whoever gets here has the right to."""
+
+    async def update(self, update: Any) -> Any:
+        raise ValueError("nothing comes")
+
+    async def join(self, invitation: Any) -> None:
+        raise ValueError("nobody meets")
+
+    async def leave(self, name: str) -> bool:
+        return False
 
 
 def routes_of(app: Any) -> set[tuple[str, str]]:
@@ -49,7 +65,9 @@ def routes_of(app: Any) -> set[tuple[str, str]]:
 @contextlib.asynccontextmanager
 async def application(kind: str, token: str | None) -> AsyncIterator[Any]:
     if kind == "server":
-        yield create_app(ScriptedEngine(TOKENIZER), TOKENIZER, ServerConfig(admin_token=token), load_weights=load_weights)
+        app = create_app(ScriptedEngine(TOKENIZER), TOKENIZER, ServerConfig(admin_token=token), load_weights=load_weights)
+        accept_weights(app, NoSink())
+        yield app
     else:
         app = create_router([], RouterConfig(admin_token=token, wait_s=0.05))
         yield app

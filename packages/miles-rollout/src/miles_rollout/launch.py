@@ -74,6 +74,8 @@ def load_embedded(
         config = msgspec.structs.replace(config, kv_memory_bytes=_left_on_gpu(torch, place, model, dtype, config.tensor_parallel))
     factory = require("miles_rollout.engines.embedded.factory", extra="embedded", purpose=purpose)
     engine = factory.load_engine(model, config, dtype=dtype, device=str(place))
+    if config.max_context is not None and config.max_context > (most := engine.info().max_context):
+        LOG.warning("max_context=%d is more than this model's %d tokens, which hold", config.max_context, most)
     return engine, engine.tokenizer, disk_loader(dtype)
 
 
