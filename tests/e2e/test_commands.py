@@ -104,7 +104,7 @@ def test_all_groups_filtered_is_a_step_that_changes_nothing(micro: Any, result: 
     flags = ("--reward.name", "exact_match", "--rollout.filters", "zero_variance", "--steps", "2", "--data.train")
     source = "miles_core.recipes.sorting:problems?size=30&min_length=6&max_length=6"
     code, said = micro.miles("train", "micro.toml", *flags, source)
-    assert code == 0, said
+    assert code == 0 and "NOTHING TRAINED, all groups left out" in said, said
     row = result(micro.run("micro"))["metrics"][1]
     assert row["rollout/num_dropped_groups"] == 4 and "train/loss" not in row and row["train/weight_version"] == 1
 
@@ -115,7 +115,7 @@ def test_data_that_ends_ends_the_run(micro: Any, result: Any) -> None:
     rows = [{"prompt": f"{i}{j}=", "label": f"{i}{j}"} for i in range(2) for j in range(3)]
     (micro.folder / "micro.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, said = micro.miles("train", "micro.toml", "--data.max_epochs", "1", "--data.train", "micro.jsonl", "--steps", "50")
-    assert code == 0, said
+    assert code == 0 and "the data ended after step 2 of 50 (data.max_epochs = 1)" in said, said
     final = result(micro.run("micro"))
     assert final["step"] == "step_000002" and final["state"]["feed"]["num_trained"] == 6
 
