@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 class EngineConfig(Section):
-    """How much the embedded engine holds and does at once. No field but `tensor_parallel` changes a result."""
+    """How much the embedded engine holds and does at once. No field changes a result but `tensor_parallel`, `max_context` and
+    `verification` with its lossy settings."""
 
     page_size: int | None = None
     """Tokens per page of the KV cache; a positive multiple of 16. Left out: 64 on an accelerator, 16 on the CPU."""

@@ -31,7 +31,7 @@ class EvalConfig(Section):
     temperature: float = Field(default=0.0, ge=0.0)
     """0 is greedy, and then one sample per prompt says everything."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    """As in [sampling]."""
+    """As `sampling.top_p`, whose value has no say here; nor have those of top_k and min_p, which an evaluation does not use."""
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Longest completion; unset means that of [sampling]."""
     max_prompts: int | None = Field(default=None, ge=1)

@@ -53,7 +53,8 @@ class SamplingConfig(Section):
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
-    """Smallest set of tokens with this much probability is kept."""
+    """Smallest set of tokens with this much probability is kept. Below 1, as with top_k, min_p or min_new_tokens, tokens come
+    from another distribution than the one that is trained: the gradient is biased, and no correction here undoes that."""
     top_k: int = -1
     """Most probable tokens kept; -1 keeps all."""
     min_p: float = 0.0
