@@ -14,6 +14,7 @@ from test_conformance import TOKENIZER, load_weights
 
 from miles_rollout.conformance import Options, run_suite
 from miles_rollout.router import RouterConfig, create_router
+from miles_rollout.router.proxy import Router
 from miles_rollout.server import ServerConfig
 from miles_rollout.testing import ScriptedEngine, serving
 from miles_rollout.upstream import Upstream
@@ -287,6 +288,25 @@ def test_a_state_file_that_cannot_be_written_loses_no_update(tmp_path: Path) -> 
                 while not state.exists():
                     await asyncio.sleep(0.01)
             assert json.loads(state.read_bytes())["version"] == "4" and f.router.fleet.unsaved == ""
+
+    run(main)
+
+
+def test_a_router_ends_whenever_a_check_is_asked_for() -> None:
+    async def main() -> None:
+        for pause in range(6):  # one of these is the moment at which the watcher has been woken and not yet run
+            fleet = Router(RouterConfig(health_interval_s=50)).fleet
+            worker = fleet.add("http://127.0.0.1:9")
+            async with asyncio.timeout(30):
+                while worker.state == "joining" or worker.check_now.is_set():
+                    await asyncio.sleep(0.001)
+                await asyncio.sleep(0.001)
+            worker.check_now.set()
+            for _ in range(pause):
+                await asyncio.sleep(0)
+            ending = asyncio.ensure_future(fleet.close())
+            done, _ = await asyncio.wait({ending}, timeout=10)
+            assert done, f"hangs when closed {pause} turns after"
 
     run(main)
 

@@ -263,7 +263,9 @@ class Fleet:
                 self._turn(worker, "down", "internal error in the health check")
             worker.check_now.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(worker.check_now.wait(), self.config.health_interval_s)
+                # Not `wait_for`: on Python 3.11 it forgets a cancellation that comes with the event, and we would never end.
+                async with asyncio.timeout(self.config.health_interval_s):
+                    await worker.check_now.wait()
 
     async def _check(self, worker: Worker) -> None:
         started, epoch = time.monotonic(), self._epoch

@@ -169,7 +169,8 @@ class Router:
         """Take nothing new, let running requests finish for `drain_s`, then cut them."""
         self.draining = True
         try:
-            await asyncio.wait_for(self._idle.wait(), self.config.drain_s)
+            async with asyncio.timeout(self.config.drain_s):
+                await self._idle.wait()
         except TimeoutError:
             await self.abort_all()
 

@@ -38,7 +38,8 @@ async def health(service: Service, request: Request) -> Response:
     sampling = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
     probe = GenerateRequest(request_id=f"health-{new_id()}", input_ids=(token_id,), sampling=sampling)
     try:
-        await asyncio.wait_for(service.engine.generate(probe), service.config.health_s)
+        async with asyncio.timeout(service.config.health_s):
+            await service.engine.generate(probe)
     except TimeoutError:
         if _progress(service) == before:
             logger.error("the engine made no token and no progress in %g s", service.config.health_s)

@@ -314,7 +314,8 @@ class Service:
         """Take nothing new, let running requests finish for `drain_s`, then abort them."""
         self.draining = True
         try:
-            await asyncio.wait_for(self._idle.wait(), self.config.drain_s)
+            async with asyncio.timeout(self.config.drain_s):
+                await self._idle.wait()
         except TimeoutError:
             logger.warning("%d requests did not finish within %g s and are aborted", len(self._running), self.config.drain_s)
             await self.abort_all()
