@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -249,7 +250,8 @@ def test_auto_lends_what_was_proven_to_be_lent(
     found = RunConfig.model_validate(values)
     assert exports_own(found) is own
     peers = Peers(urls=(), names=(), token=None, shared_host=True, shared_gpu=True)
-    assert type(_publisher(None, peers, found, found.num_trainers == 1)._transport) is wanted
+    trainer = SimpleNamespace(contract=SimpleNamespace(digest="of a trainer"))
+    assert type(_publisher(trainer, peers, found, found.num_trainers == 1)._transport) is wanted
 
 
 def test_batches_and_reports_keep_every_bit_on_the_way() -> None:
