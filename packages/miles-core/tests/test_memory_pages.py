@@ -152,7 +152,8 @@ def test_pages_are_there_before_they_are_used(advice: list[tuple[str, int]], mon
         with ThreadPoolExecutor(2) as threads:
             made = Pages(size, threads)
             made.wait()
-        assert num_resident(made.tensor) == -(-size // mmap.PAGESIZE) and num_resident(lazy.tensor) == 0
+        whole = -(-size // mmap.PAGESIZE)
+        assert num_resident(made.tensor) == whole and num_resident(lazy.tensor) < whole // 2  # a neighbour may share a huge page
         assert made.tensor.numel() == size and not made.tensor.any()
         assert [what for what, _ in advice] == ["MADV_HUGEPAGE", "MADV_HUGEPAGE", "MADV_DONTFORK"]
         made.tensor.fill_(1)
@@ -214,6 +215,28 @@ def test_a_wait_for_pages_ends(monkeypatch: pytest.MonkeyPatch) -> None:
             made.wait()
         going.set()
     assert len(done) <= 1
+
+
+def test_an_interrupt_ends_the_making(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_of: list[int] = []
+    monkeypatch.setattr(pages, "PART_BYTES", PART)
+    monkeypatch.setattr(pages, "populate", lambda address, size: made_of.append(address) or 0)
+    plain = pages.wait
+
+    def interrupted(parts: object, timeout: float, **more: object) -> object:
+        if more:
+            raise KeyboardInterrupt
+        return plain(parts, timeout=timeout)
+
+    monkeypatch.setattr(pages, "wait", interrupted)
+    gate = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(gate.wait, 60)
+        made = Pages(4 * PART, threads)
+        with pytest.raises(KeyboardInterrupt):
+            made.wait()
+        gate.set()
+    assert not made_of
 
 
 def test_what_was_prepared_is_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

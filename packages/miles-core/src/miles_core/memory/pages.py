@@ -60,7 +60,11 @@ class Pages:
     def wait(self) -> None:
         """Until all pages are there. Raises torch.OutOfMemoryError when one is not to be had, TimeoutError after minutes."""
         deadline_s = _GRACE_S + self.num_bytes / _SLOWEST
-        done, missing = wait(self._parts, timeout=deadline_s, return_when=FIRST_EXCEPTION)
+        try:
+            done, missing = wait(self._parts, timeout=deadline_s, return_when=FIRST_EXCEPTION)
+        except BaseException:  # the user's interrupt, after which nobody wants the rest
+            self.stop()
+            raise
         error = next((part.exception() for part in done if part.exception() is not None), None)
         if error is None and not missing:
             return
@@ -75,9 +79,7 @@ class Pages:
     def stop(self) -> None:
         """Make no more of them; waits for those that are being made. Idempotent."""
         self._stopped.set()
-        for part in self._parts:
-            part.cancel()
-        wait(self._parts, timeout=_GRACE_S)
+        wait([part for part in self._parts if not part.cancel()], timeout=_GRACE_S)
 
     def _make(self, start: int) -> None:
         """The pages of one part.
