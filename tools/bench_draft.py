@@ -2,7 +2,9 @@
 
 One `fsdp` trainer and one batch of completions; steps with a draft in training beside the policy and steps without alternate, so
 both see the same machine. Every setting is a number of depths and the most rows (tokens) a draft learns from per step. KL loss,
-no estimate of the accept length. Prints seconds, the share added, and of one draft step alone its kernels and their time.
+no estimate of the accept length. Prints seconds, the share added (the median of the differences of neighbouring steps over the
+median of the policy's: a machine that others use too moves both), what `max_share` had planned, and of one draft step alone its
+kernels and their time.
 """
 
 from __future__ import annotations
@@ -69,14 +71,18 @@ def compare(inner: FsdpTrainer, batch: TrainBatch, config: DraftTrainConfig, rou
         if number >= 2:
             whole.append(a), alone.append(b), own.append(arm.seconds)
     with_draft, without = statistics.median(whole), statistics.median(alone)
+    added = statistics.median(a - b for a, b in zip(whole, alone, strict=True))
     found = {
         "depths": config.depths,
         "max_rows": config.max_rows,
+        "max_share": config.max_share,
+        "planned": beside._planned.get("draft"),
+        "rows": sum(beside._rollouts[i].num_rows for i in beside._wanted["draft"]),
         "capture": config.capture,
         "step_s": without,
         "with_draft_s": with_draft,
     }
-    found |= {"share": with_draft / without - 1.0, "draft_s": statistics.median(own)}
+    found |= {"share": added / without, "share_of_medians": with_draft / without - 1.0, "draft_s": statistics.median(own)}
     return found | (kernels(inner, beside, batch) if cuda else {})
 
 
@@ -112,6 +118,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, nargs="*", default=[0, 4096, 2048, 1024, 512], help="0: all")
+    parser.add_argument("--shares", type=float, nargs="*", default=[], help="bounds of `max_share`, each after those of rows")
     parser.add_argument("--depths", type=int, nargs="*", default=[3])
     parser.add_argument("--capture", choices=["off", "on", "both"], default="off", help="train the draft by a CUDA graph")
     parser.add_argument("--out", type=Path)
@@ -130,14 +137,15 @@ def main() -> None:
     name = torch.cuda.get_device_name() if cuda else "cpu"
     print(f"{args.shape}, {args.tokens} tokens in sequences of {args.length}; torch {torch.__version__} on {name}", flush=True)
     rows = []
-    for depths, most, capture in product(
-        args.depths, args.rows, {"off": (False,), "on": (True,), "both": (True, False)}[args.capture]
+    bounds = [(most or None, None) for most in args.rows] + [(None, share) for share in args.shares]
+    for depths, (most, share), capture in product(
+        args.depths, bounds, {"off": (False,), "on": (True,), "both": (True, False)}[args.capture]
     ):
-        config = DraftTrainConfig(depths=depths, max_rows=most or None, capture=capture)
+        config = DraftTrainConfig(depths=depths, max_rows=most, max_share=share, capture=capture)
         try:
             rows.append(compare(trainer, batch, config, args.rounds, cuda))
         except RuntimeError as error:  # one setting that fails must cost no other
-            print(f"depths {depths}, {most} rows, capture {capture}: {type(error).__name__}: {error}", flush=True)
+            print(f"depths {depths}, {most} rows, share {share}, capture {capture}: {type(error).__name__}: {error}", flush=True)
             continue
         print({k: round(v, 5) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
         if args.out:

@@ -21,7 +21,7 @@ import torch
 from miles_kernels.contract import Contract
 from miles_kernels.nn.checkpoint import random_decoder
 from miles_kernels.nn.config import DecoderConfig
-from miles_rollout.engines.embedded.config import EmbeddedConfig
+from miles_rollout.engines.embedded.config import CATCH_UP, EmbeddedConfig
 from miles_rollout.engines.embedded.core import EngineCore
 from miles_rollout.engines.embedded.state import Job
 from miles_rollout.text import CharTokenizer
@@ -48,7 +48,7 @@ def engine_of(options: argparse.Namespace, decoder: Any, tokenizer: Any, rows: i
     config = EmbeddedConfig(
         num_pages=rows * ((options.prompt + options.new) // page + 3) + 8, max_running=rows,
         max_batched_tokens=max(2048, 16 * rows), draft_tokens=options.most, prefix_cache=False, cuda_graph_drafts=True,
-        overlap=options.device == "cuda",
+        overlap=options.device == "cuda", draft_catch_up=options.catch_up, cuda_graph_lengths=options.graph_lengths,
     )  # fmt: skip
     assert config.num_pages is not None
     return EngineCore(decoder, tokenizer, config, num_pages=config.num_pages, draft=draft)
@@ -126,6 +126,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--costs", type=Path)
+    parser.add_argument("--catch-up", choices=CATCH_UP, default="whole", help="EmbeddedConfig.draft_catch_up")
+    parser.add_argument("--graph-lengths", action="store_true", help="EmbeddedConfig.cuda_graph_lengths")
     options = parser.parse_args()
     cuda = options.device == "cuda"
     tokenizer = CharTokenizer("".join(chr(code) for code in range(0x4E00, 0x4E00 + 124)))

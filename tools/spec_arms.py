@@ -59,7 +59,7 @@ class Saved:
         }
 
 
-def engines(settings: Any, loaded: Any, draft: Any, num_draft: int, graphs: bool) -> dict[str, Any]:
+def engines(settings: Any, loaded: Any, draft: Any, num_draft: int, graphs: bool, ahead: bool = False) -> dict[str, Any]:
     """An engine for each arm, of weight version -1: weights and drafts are published before every replay."""
     import msgspec
 
@@ -69,6 +69,8 @@ def engines(settings: Any, loaded: Any, draft: Any, num_draft: int, graphs: bool
     for arm in ARMS:
         adaptive = arm == "adaptive"
         own = msgspec.structs.replace(settings, draft_tokens=num_draft, draft_adaptive=adaptive, cuda_graph_drafts=graphs)
+        if ahead:
+            own = msgspec.structs.replace(own, cuda_graph_lengths=True, draft_catch_up="captured")
         model = None if arm == "none" else deepcopy(draft).requires_grad_(False)
         found[arm] = EmbeddedEngine(deepcopy(loaded.decoder), loaded.tokenizer, own, weight_version=-1, draft=model)
     return found
@@ -285,7 +287,7 @@ async def serve(args: argparse.Namespace, options: argparse.Namespace) -> list[d
     comparisons, made = {}, []
     for batch in args.batches:
         settings = msgspec.structs.replace(config.engine.embedded(), max_running=batch)
-        each = engines(settings, loaded, draft, options.num_draft, args.graph_drafts)
+        each = engines(settings, loaded, draft, options.num_draft, args.graph_drafts, args.graph_lengths)
         made += [(f"{batch}/{arm}", engine) for arm, engine in each.items()]
         comparisons[str(batch)] = {
             arm: Comparison(saved, {arm: engine}, sampling, 1, args.waves * batch)  # type: ignore[arg-type]
@@ -326,6 +328,7 @@ def main() -> int:
     parser.add_argument("--batches", type=int, nargs="*", default=[32, 128], help="sequences that engines run at once")
     parser.add_argument("--every", type=int, default=4, help="saved steps between two at the last of several batches")
     parser.add_argument("--graph-drafts", action="store_true", help="capture drafting and verification")
+    parser.add_argument("--graph-lengths", action="store_true", help="capture every draft length ahead, and catching up")
     parser.add_argument("--num-draft", type=int, help="draft length, instead of that of the run")
     parser.add_argument("--capture", action="store_true", help="time draft training by a CUDA graph")
     parser.add_argument("--deadline", type=float, default=1e9, help="seconds after which no further step is served")

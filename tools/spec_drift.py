@@ -255,6 +255,7 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a warmed-up policy, instead of making one")
     parser.add_argument("--max-rows", type=int, help="most rows a draft is trained on per step")
     parser.add_argument("--capture", action="store_true", help="train drafts by CUDA graphs")
+    parser.add_argument("--warm-up-only", action="store_true", help="make the policy, in OUT/model for --model, and end")
     parser.add_argument("--whole", action="store_true", help="also train, to compare, a draft on all rows of every step")
     numbers = {"seed": 0, "steps": 60, "prompts": 16, "group": 8, "count": 6, "sft-steps": 1500, "sft-batch": 64}
     numbers |= {
@@ -305,6 +306,10 @@ def main() -> int:
     print(f"torch {torch.__version__} on {name}; {vars(options)}", flush=True)
     with timed("policy warm-up"):
         model = options.model or warm_up_policy(options)
+    if options.warm_up_only:
+        shutil.rmtree(options.out / "model", ignore_errors=True)
+        shutil.copytree(model, options.out / "model")
+        return 0
     shutil.copytree(model, options.out / "saved" / "model")
     with timed("draft warm-up and reinforcement learning"):
         rows, parameters = drift(options, model)

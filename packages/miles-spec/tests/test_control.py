@@ -121,6 +121,15 @@ def test_a_controller_that_never_tries_is_noticed():
     assert control(table_of(COSTS["flat"], 8), [0.9] * 6, 8, 500, controller=Deaf(6)).over_best < 0.5
 
 
+def test_steps_that_are_never_told_of_draft_nothing():
+    """An engine tells of no step that prefills, too; some rows decode beside prompts for long."""
+    controller = Controller(4)
+    assert {controller.choose(1 + step % 5) for step in range(100)} == {0}
+    controller.note_accepted([0] * 4, [0] * 4, 3)
+    controller.note_step(3, 0, 1e-3)
+    assert controller.choose(3) in range(5)
+
+
 def test_it_turns_on_and_off_as_acceptance_changes():
     controller, rng = Controller(4), random.Random(0)
 

@@ -293,6 +293,8 @@ class Controller:
         """A length to try for a few steps, if the budget has room for it: one that tells of acceptance, or of unknown costs."""
         rate, usual = self.rate(num_rows, best), self.costs.seconds(num_rows, best)
         losses = {}
+        if not rate:  # every step so far had prefill in it
+            return None
         for k in range(self.most + 1):
             tokens, is_used = num_rows * self.expected(k)[0], (bucket, k) in self._used
             if is_used:

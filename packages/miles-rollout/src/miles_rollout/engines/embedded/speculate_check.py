@@ -24,7 +24,7 @@ from miles_kernels.contract import Contract
 from miles_kernels.nn.checkpoint import random_decoder
 from miles_kernels.nn.config import DecoderConfig
 from miles_kernels.nn.decoder import Decoder
-from miles_rollout.engines.embedded.config import EmbeddedConfig
+from miles_rollout.engines.embedded.config import CATCH_UP, EmbeddedConfig
 from miles_rollout.engines.embedded.core import EngineCore
 from miles_rollout.engines.embedded.state import Delivery, Job
 from miles_rollout.text import CharTokenizer
@@ -114,7 +114,8 @@ class Arm:
         tree = f" {self.config.draft_tree}" if self.config.draft_tree else ""
         graphs = "" if not self.config.cuda_graphs else " graphs" if self.config.cuda_graph_drafts else " plain graphs"
         kind = f"{self.draft} x{self.num_draft}{tree}{' adaptive' if self.adaptive else ''}{graphs}{' shaken' * self.shaken}"
-        return f"{kind}, {self.config.num_pages} pages, {self.config.max_running} rows"
+        room = f"{self.config.num_pages} pages, {self.config.max_running} rows"
+        return f"{kind}, {room}, catching up: {self.config.draft_catch_up}"
 
 
 @dataclass
@@ -293,6 +294,7 @@ def random_arms(rng: random.Random, world: World = _CPU, part: tuple[int, int] =
                 draft_tree=rng.choice(TREES) if draft.endswith("tree") else (),
                 cuda_graphs=rng.random() < 0.8,
                 cuda_graph_drafts=rng.random() < 0.7,
+                draft_catch_up=rng.choice(CATCH_UP),
             )
             yield Arm(draft, num_draft, adaptive, config, rng.random() < 0.15)
 
