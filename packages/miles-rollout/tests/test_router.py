@@ -292,6 +292,42 @@ def test_a_state_file_that_cannot_be_written_loses_no_update(tmp_path: Path) -> 
     run(main)
 
 
+def test_what_a_router_ends_at_its_end_is_told_so() -> None:
+    async def main() -> None:
+        async with (
+            fleet(policy="least-loaded", drain_s=0.1, max_per_worker=1) as f,
+            httpx.AsyncClient(base_url=f.url, timeout=50) as http,
+        ):
+            workers = f.router.fleet.workers.values()
+
+            async def busy(num_active: int, num_waiting: int) -> None:
+                async with asyncio.timeout(20):
+                    while (sum(w.num_active for w in workers), f.router.fleet.num_waiting) != (num_active, num_waiting):
+                        await asyncio.sleep(0.01)
+
+            for engine in f.engines:
+                engine.hold_after(2)
+            body = ASK | {"stream": True, "stream_incremental": True}
+            async with http.stream("POST", "/generate", json=body) as stream:
+                lines = stream.aiter_lines()
+                assert (await anext(lines)).startswith("data: {")
+                await busy(1, 0)
+                whole = asyncio.ensure_future(http.post("/generate", json=ASK))
+                await busy(2, 0)
+                waiting = asyncio.ensure_future(http.post("/generate", json=ASK))
+                await busy(2, 1)
+                await f.router.drain()
+                rest = [line async for line in lines if line]
+            assert rest[-1] == "data: [DONE]" and '"code":503' in rest[-2] and "shutting down; what was sent" in rest[-2]
+            for reply in await asyncio.gather(whole, waiting):
+                assert reply.status_code == 503 and "shutting down before it was served" in reply.text
+            assert not f.router.fleet.counts["retries"] and not any(w.num_failed for w in workers)
+            for engine in f.engines:
+                await engine.release()
+
+    run(main)
+
+
 def test_a_router_ends_whenever_a_check_is_asked_for() -> None:
     async def main() -> None:
         for pause in range(6):  # one of these is the moment at which the watcher has been woken and not yet run

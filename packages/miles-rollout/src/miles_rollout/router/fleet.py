@@ -87,6 +87,8 @@ class Fleet:
         self.counts: Counter[str] = Counter()
         self.paused = False
         """Paused engines answer no health check; then their reports alone tell that they are alive."""
+        self.ending = False
+        """Connections are cut because the router ends, not because workers are lost."""
         self._epoch = 0
         self._updating = asyncio.Lock()
         self._prefixes = PrefixMap()

@@ -27,6 +27,9 @@ SESSION = "x-session-id"
 """The header that keeps a session on one worker."""
 
 
+ENDING = "this router has ended the request because it is shutting down"
+
+
 class Asked:
     """A request as it goes to a worker."""
 
@@ -57,6 +60,7 @@ class Router:
         self.draining = False
         self.running: set[str] = set()
         self.num_replies: Counter[tuple[str, int]] = Counter()
+        self._attempting: set[asyncio.Task[Response]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -72,7 +76,15 @@ class Router:
         left = False
         try:
             asked = Asked(request, body, deadline, lambda: self._done(key), cache_aware=self.config.policy == "cache-aware")
-            response = await unless_disconnected(request, self._attempts(asked))
+            work = asyncio.ensure_future(self._attempts(asked))
+            self._attempting.add(work)
+            work.add_done_callback(self._attempting.discard)
+            try:
+                response = await unless_disconnected(request, work)
+            except asyncio.CancelledError:
+                if self.fleet.ending and work.cancelled():
+                    raise RequestError(f"{ENDING} before it was served", status=503) from None
+                raise
             left = isinstance(response, Passing)
             return response
         finally:
@@ -161,7 +173,10 @@ class Router:
         return Passing(self.fleet, worker, upstream, first, chunks, asked.deadline, asked.done)
 
     async def abort_all(self) -> None:
-        """Cut every request that runs; their callers get an error."""
+        """Cut every request that runs or waits for a worker; their callers are told."""
+        self.fleet.ending = True
+        for work in list(self._attempting):
+            work.cancel()
         for worker in self.fleet.workers.values():
             worker.data.abort_all()
 
@@ -235,8 +250,11 @@ class Passing(Response):
                     whole = chunk.endswith(b"\n\n")
                     chunk = await anext(self._chunks, b"")
         except UpstreamError as failure:
-            self._fleet.failed(self._worker, failure)
-            error = RequestError("the worker was lost in mid-stream; what was sent so far stands", status=502)
+            if self._fleet.ending:
+                error = RequestError(f"{ENDING}; what was sent so far stands", status=503)
+            else:
+                self._fleet.failed(self._worker, failure)
+                error = RequestError("the worker was lost in mid-stream; what was sent so far stands", status=502)
         except TimeoutError:
             error = RequestError("the deadline of the request has passed", status=504)
         if error is not None:

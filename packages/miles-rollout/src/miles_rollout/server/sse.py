@@ -38,7 +38,7 @@ async def until_disconnect(receive: Receive) -> None:
         pass
 
 
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, R]) -> R:
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, R] | asyncio.Future[R]) -> R:
     """The result of `work`; cancels it and raises ClientGone when the caller hangs up first."""
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(until_disconnect(request.receive))
