@@ -20,16 +20,17 @@ _TIMES = ("perf/", "memory/")
 """Metrics that differ between two runs of the same bits."""
 _SHOWN = 4
 _PLOTS = {
-    "reward/mean": "Reward",
-    "eval/accuracy": "Held-out accuracy",
-    "mismatch/max_abs": "Mismatch between engine and trainer",
-    "rollout/completion_tokens_mean": "Completion length",
-    "train/entropy": "Entropy",
-    "train/loss": "Loss",
-    "train/grad_norm": "Gradient norm",
-    "perf/tokens_per_s": "Tokens per second",
-    "draft/accept_length": "Accept length of drafts",
+    "reward/mean": ("Reward", ""),
+    "eval/accuracy": ("Held-out accuracy", ""),
+    "mismatch/max_abs": ("Mismatch between engine and trainer", "|Δ logprob|"),
+    "rollout/completion_tokens_mean": ("Completion length", "tokens"),
+    "train/entropy": ("Entropy", "nats"),
+    "train/loss": ("Loss", ""),
+    "train/grad_norm": ("Gradient norm", ""),
+    "perf/tokens_per_s": ("Tokens per second", "tokens / s"),
+    "draft/accept_length": ("Accept length of drafts", "tokens"),
 }
+"""Metric to title and unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +64,15 @@ def write_comparison(a: Path, b: Path, out: Path) -> Path:
     names = (a.name, b.name) if a.name != b.name else (str(a), str(b))
     rows = [read_metrics(RunDir(run).metrics.path) for run in (a, b)]
     plots = []
-    for metric, title in _PLOTS.items():
+    for metric, (title, unit) in _PLOTS.items():
         lines: dict[str, Series] = {}
         for name, own in zip(names, rows, strict=True):
             found = [(row["step"], row[metric]) for row in own if metric in row]
             if found:
                 lines[name] = ([step for step, _ in found], [value for _, value in found])
         if lines:
-            drawn = draw(Plot(title=title, lines=lines, points=frozenset(lines) if metric == "eval/accuracy" else frozenset()))
+            points = frozenset(lines) if metric == "eval/accuracy" else frozenset()
+            drawn = draw(Plot(title=title, lines=lines, points=points, unit=unit))
             plots.append(f"<figure><figcaption>{escape(title)}</figcaption>{drawn}</figure>")
     findings = compare_runs(a, b)
     cells = "".join(f"<tr><td>{escape(one.what)}</td><td><code>{escape(one.words)}</code></td></tr>" for one in findings)
