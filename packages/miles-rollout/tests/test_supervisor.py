@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,17 @@ async def until(condition: Any, what: str, timeout_s: float = 30.0) -> None:
                 await asyncio.sleep(0.03)
     except TimeoutError:
         raise AssertionError(f"{what} did not happen within {timeout_s:g} s") from None
+
+
+@contextlib.asynccontextmanager
+async def ended(process: asyncio.subprocess.Process) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A process that does not outlive a test that fails; its guarded children end with it."""
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 def test_a_child_ends_with_whoever_started_it(tmp_path: Path) -> None:
@@ -157,49 +169,52 @@ def test_the_command_starts_routes_and_drains(tmp_path: Path) -> None:
     async def main() -> None:
         line = [sys.executable, "-m", "miles_rollout.cli", "route", "--spawn", "1", "--model", str(tmp_path / "m"), "--port", "0"]
         line += ["--drain-s", "2", "--log-format", "json", "--", "--threads", "1", "--kv-memory-mib", "4"]
-        process = await asyncio.create_subprocess_exec(*line, stderr=asyncio.subprocess.PIPE)
-        assert process.stderr is not None
-        url = ""
-        while not url:
-            text = (await asyncio.wait_for(process.stderr.readline(), 60)).decode()
-            found = re.search(r"routing on (http://[\w.:]+)", text)
-            url = found.group(1) if found else ""
-        drainer = asyncio.ensure_future(process.stderr.read())
-        async with httpx.AsyncClient(base_url=url, timeout=30) as http:
+        async with ended(await asyncio.create_subprocess_exec(*line, stderr=asyncio.subprocess.PIPE)) as process:
+            assert process.stderr is not None
+            url = ""
+            while not url:
+                text = (await asyncio.wait_for(process.stderr.readline(), 60)).decode()
+                found = re.search(r"routing on (http://[\w.:]+)", text)
+                url = found.group(1) if found else ""
+            drainer = asyncio.ensure_future(process.stderr.read())
+            async with httpx.AsyncClient(base_url=url, timeout=30) as http:
 
-            async def well() -> bool:
-                with contextlib.suppress(httpx.TransportError):
-                    return (await http.get("/health")).status_code == 200
-                return False
+                async def well() -> bool:
+                    with contextlib.suppress(httpx.TransportError):
+                        return (await http.get("/health")).status_code == 200
+                    return False
 
-            await until(well, "the router's worker serves", 90)
-            body = {"text": "12", "sampling_params": {"max_new_tokens": 3}}
-            assert (await http.post("/generate", json=body)).status_code == 200
-            bench = await asyncio.to_thread(
-                CliRunner().invoke, app, ["bench", url, "--requests", "8", "--new-tokens", "4", "--concurrency", "4", "--json"]
-            )
-            assert bench.exit_code == 0 and json.loads(bench.output)["num_tokens"] == 32
-            doctor = await asyncio.to_thread(CliRunner().invoke, app, ["doctor", url])
-            assert doctor.exit_code == 0 and "weight version 0" in doctor.output
-        process.send_signal(signal.SIGTERM)
-        await asyncio.wait_for(process.wait(), 30)
-        err = (await drainer).decode()
-        assert process.returncode == 0, err[-2000:]
-        lines = [json.loads(text) for text in err.splitlines()]
-        draining = [entry for entry in lines if entry["message"].startswith("draining")]
-        assert len(draining) == 2, "the router's and its server's: what is asked of one holds for the other"
-        assert not any("request_id" in entry for entry in draining)
+                await until(well, "the router's worker serves", 90)
+                body = {"text": "12", "sampling_params": {"max_new_tokens": 3}}
+                assert (await http.post("/generate", json=body)).status_code == 200
+                bench = await asyncio.to_thread(
+                    CliRunner().invoke,
+                    app,
+                    ["bench", url, "--requests", "8", "--new-tokens", "4", "--concurrency", "4", "--json"],
+                )
+                assert bench.exit_code == 0 and json.loads(bench.output)["num_tokens"] == 32
+                doctor = await asyncio.to_thread(CliRunner().invoke, app, ["doctor", url])
+                assert doctor.exit_code == 0 and "weight version 0" in doctor.output
+            process.send_signal(signal.SIGTERM)
+            await asyncio.wait_for(process.wait(), 30)
+            err = (await drainer).decode()
+            assert process.returncode == 0, err[-2000:]
+            lines = [json.loads(text) for text in err.splitlines()]
+            draining = [entry for entry in lines if entry["message"].startswith("draining")]
+            assert len(draining) == 2, "the router's and its server's: what is asked of one holds for the other"
+            assert not any("request_id" in entry for entry in draining)
 
     asyncio.run(asyncio.wait_for(main(), 150))
 
 
 def test_a_command_that_cannot_start_is_not_started_for_ever() -> None:
     async def main() -> None:
-        process = await asyncio.create_subprocess_exec(
+        started = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "miles_rollout.cli", "route", "--port", "0", "--spawn", "2", "--model", "/no/such/model",
             stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
-        _, err = await asyncio.wait_for(process.communicate(), 120)
+        async with ended(started) as process:
+            _, err = await asyncio.wait_for(process.communicate(), 120)
         text = err.decode()
         assert process.returncode == 2 and "error: /no/such/model: not a directory" in text
         assert re.search(r"^error: the worker on port \d+ cannot start as it was asked to; its own message is above$", text, re.M)
