@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from miles_core.config.load import load_config
@@ -19,7 +20,6 @@ from miles_core.config.sections import ServiceConfig
 from miles_core.models import load_model
 from miles_core.rollout.service import ServiceEngine
 from miles_kernels.nn.checkpoint import save_decoder
-from miles_rollout.client import ServerError
 from miles_rollout.wire import GenerateRequest, SamplingParams
 
 TOKEN = "a token"
@@ -52,7 +52,11 @@ class Service:
     def end(self) -> None:
         """End the process."""
         self.process.terminate()
-        self.process.wait(30)
+        try:
+            self.process.wait(60)
+        finally:
+            self.process.kill()
+            self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +103,7 @@ def test_the_bits_of_a_run_with_its_own_engine_and_one_run_after_the_other(
     assert found == expected
     rows = [json.loads(line) for line in (micro.run("served") / "metrics.jsonl").read_text().splitlines()]
     assert {row["mismatch/tokens_unequal"] for row in rows if "mismatch/tokens_unequal" in row} == {0}
-    assert sorted(path.name for path in Path(flags[3]).iterdir()) == ["version-000002", "version-000003"]
+    assert sorted(path.name for path in (Path(flags[3]) / "served").iterdir()) == ["version-000002", "version-000003"]
     # the trainer in a process of its own, and a service whose versions have grown already
     code, said = micro.miles(
         "train", "micro.toml", "--name", "workers", *FLAGS, *flags, "--cluster.num_trainers", "1"
@@ -109,6 +113,10 @@ def test_the_bits_of_a_run_with_its_own_engine_and_one_run_after_the_other(
     # rollouts alone are of the weights that are there: those of the last run's end
     code, said = micro.miles("rollout", "micro.toml", "--name", "alone", "--steps", "1", "--service.url", service.url)
     assert code == 0, said
+    code, said = micro.miles(
+        "rollout", "micro.toml", "--name", "dry", "--dry-run", "--service.url", service.url, "--cluster.num_trainers", "1"
+    )
+    assert code == 0 and "the model is the service's" in said, said
     assert samples(micro.run("alone")) and samples(micro.run("alone")) != samples(micro.run("served"))[:16]
 
 
@@ -184,7 +192,7 @@ def test_weights_that_are_not_the_runs_are_noticed(service: Service):
         assert engine.info().weight_version == -1
         engine.published(0)
         with pytest.raises(
-            ServerError, match=r"sampled under weight version \d+, and this run's last update was \d+: it was started"
+            ValueError, match=r"sampled under weight version \d+, and this run's last update was \d+: it was started"
         ):
             await engine.generate(request)
         engine.published(-1)  # which is what it serves
@@ -193,6 +201,14 @@ def test_weights_that_are_not_the_runs_are_noticed(service: Service):
         assert [chunk.weight_version async for chunk in engine.stream(request)][0] == -1
         with pytest.raises(ValueError, match="by way of a folder"):
             await engine.update_weights(None, [])  # type: ignore[arg-type]
+        other = await ServiceEngine.open(ServiceConfig(url=service.url), published=False)  # whose requests are named alike
+        long = msgspec.structs.replace(request, sampling=SamplingParams(max_new_tokens=20, ignore_eos=True))
+        found = await asyncio.gather(*(each.generate(long) for each in (engine, other)))
+        assert [each.request_id for each in found] == ["a", "a"] and found[1].completions[0].weight_spans[0].version == 0
+        running = asyncio.ensure_future(engine.generate(long))
+        await asyncio.sleep(0)
+        assert await engine.abort("a") and (await running).request_id == "a"
         await engine.close()
+        await other.close()
 
     asyncio.run(main())

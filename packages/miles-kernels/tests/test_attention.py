@@ -266,6 +266,11 @@ def test_slots_and_lengths_that_no_pool_has_are_refused() -> None:
         plan = decode_plan(torch.tensor([[0, slot]]), torch.tensor([2]))
         with pytest.raises(ValueError, match=f"names slot {slot} of a pool of 5 slots"):
             attention(q[:1], *pools, plan, scale=1.0)
+    plan, _ = packed_plan([0, 5, 0])  # sequences of nothing name no slot
+    expected = attention(q, *pools, packed_plan([5])[0], scale=1.0)
+    assert torch.equal(attention(q, *pools, plan, scale=1.0), expected)
+    for plan in (packed_plan([0])[0], decode_plan(torch.zeros(0, 4, dtype=torch.long), torch.zeros(0, dtype=torch.long))):
+        assert attention(q[:0], *pools, plan, scale=1.0).shape == (0, 4, 32)
     for length in (0, 4):
         with pytest.raises(ValueError, match=f"kv_len holds {length}; lengths lie in 1 .. 3"):
             decode_plan(torch.zeros(2, 3, dtype=torch.long), torch.tensor([2, length]))

@@ -249,6 +249,8 @@ def test_requests_that_wait_for_a_pause_to_end_can_be_aborted() -> None:
         stream = send(rid="four", input_ids=[5], stream=True, sampling_params={"n": 2})
         patient = send(rid="five", input_ids=[5], sampling_params={"max_new_tokens": 2, "ignore_eos": True})
         await held(5)
+        await s.http.post("/pause_generation", json={"mode": "abort"})  # again: what waits was told that it will go on
+        assert gate.num_held == 5
         await s.http.post("/abort_request", json={"rid": "one"})
         found = (await one).json()
         assert found["meta_info"]["finish_reason"]["type"] == "abort" and found["output_ids"] == []

@@ -129,7 +129,6 @@ def url_of(process: subprocess.Popen[str]) -> str:
     return line.rsplit(" ", 1)[1].strip()
 
 
-@pytest.mark.slow
 def test_a_server_without_weights_says_what_its_requests_wait_for(models: tuple[Path, Path]) -> None:
     async def main() -> None:
         engine, tokenizer, load = load_embedded(str(models[0]), EmbeddedConfig(kv_memory_bytes=1 << 20), device="cpu", threads=1)
@@ -158,6 +157,7 @@ def test_a_server_without_weights_says_what_its_requests_wait_for(models: tuple[
     run(main)
 
 
+@pytest.mark.slow
 def test_the_command_serves_and_stops(models: tuple[Path, Path]) -> None:
     command = [
         sys.executable,

@@ -75,6 +75,7 @@ def test_other_tokens_are_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (["--hidden", "100"], "--hidden must be a multiple of 64"),
         (["--draft", "none"], "--draft must be ngram, suffix, mtp or the directory of a draft model, not 'none'"),
         (["--temperatures", "-1"], "--temperatures must be numbers of at least 0, not [-1.0]"),
+        (["--new-tokens", "1"], "--new-tokens must be at least 2"),
         (["/no/such/folder"], "/no/such/folder: not a directory"),
     ],
 )

@@ -96,7 +96,10 @@ def compose(config: RunConfig, request: Request, say: Say) -> Run:
     with ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
         with while_building():
-            parts = (_cluster_parts if config.clustered else _parts)(config, request, run_dir, runner, stack, say)
+            make = _cluster_parts if config.clustered else _parts
+            if request.mode == "rollout" and config.service.url is not None:
+                make = _served_rollout
+            parts = make(config, request, run_dir, runner, stack, say)
         run = Run(
             config=config,
             dir=run_dir,
@@ -122,8 +125,6 @@ def _parts(
     config: RunConfig, request: Request, run_dir: RunDir, runner: asyncio.Runner, stack: ExitStack, say: Say
 ) -> dict[str, Any]:
     """Feed, trainer, engine, publisher and evaluator of a run, all in this process, or with a service for an engine."""
-    if config.service.url is not None and request.mode == "rollout":
-        return _served_rollout(config, request, runner, stack, say)
     if config.model.device != "cpu":
         require_room(config, load_shape(config.model, say)[0], request.mode)
     slabs = prepare_host(config, say) if request.mode != "rollout" else None
@@ -164,7 +165,9 @@ def _parts(
     }  # fmt: skip
 
 
-def _served_rollout(config: RunConfig, request: Request, runner: asyncio.Runner, stack: ExitStack, say: Say) -> dict[str, Any]:
+def _served_rollout(
+    config: RunConfig, request: Request, run_dir: RunDir, runner: asyncio.Runner, stack: ExitStack, say: Say
+) -> dict[str, Any]:
     """Rollouts of a service with the weights it has. This process holds none."""
     shape, tokenizer = load_shape(config.model, say)
     text = Text(tokenizer, shape)

@@ -44,7 +44,7 @@ def publish_from_here(
     """Brings the weights of a trainer in this process to the service, as the version it is called with."""
     from miles_core.sync.service import service_publisher
 
-    publisher = service_publisher(trainer, shape, config.service, service.offset)
+    publisher = service_publisher(trainer, shape, config, service.offset)
     stack.callback(lambda: runner.run(publisher.close()))
 
     def bring(version: int) -> None:

@@ -202,11 +202,13 @@ class RolloutClient:
 
         return await self._try(attempt)
 
-    async def update_weights_from_disk(self, directory: str, version: int | None = None) -> EngineInfo:
+    async def update_weights_from_disk(
+        self, directory: str, version: int | None = None, *, all_workers: bool = True
+    ) -> EngineInfo:
         """Let the server, every worker behind a router, load a directory of safetensors; the next version when none is given.
 
-        Sent once. Raises EngineRefusal naming file or tensor when nothing was changed, ServerError when the server fails or
-        some worker lacks the update.
+        Sent once. Raises EngineRefusal naming file or tensor when nothing was changed, ServerError when the server fails or,
+        unless not `all_workers`, some worker lacks the update; such a one serves nothing until the router has brought it there.
         """
         body = {"model_path": directory} if version is None else {"model_path": directory, "weight_version": version}
         try:
@@ -221,7 +223,7 @@ class RolloutClient:
         _raise_for_status(response.status_code, response.content)
         reply = self._decode(response.content, _Updated)
         lacking = {worker: why for worker, why in reply.workers.items() if why is not None}
-        if lacking:
+        if lacking and all_workers:
             raise ServerError(
                 f"{self.base_url}: " + "; ".join(f"{worker} lacks the update: {why}" for worker, why in lacking.items())
             )

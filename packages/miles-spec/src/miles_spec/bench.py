@@ -54,6 +54,8 @@ class BenchSettings:
             for name in names
             if getattr(self, name) < 1
         ]
+        if self.new_tokens == 1:
+            wrong.append("--new-tokens must be at least 2: the first one comes with the prompt, which is not timed")
         if self.settle < 0:
             wrong.append(f"--settle must be at least 0, not {self.settle}")
         if self.hidden % 64:

@@ -183,7 +183,7 @@ def _publisher(trainer: Any, peers: Peers, config: RunConfig, single: bool) -> A
         from miles_core.sync.service import service_publisher
 
         shape, _ = load_shape(config.model, lambda line: None)
-        return service_publisher(trainer, shape, config.service, peers.service_offset)
+        return service_publisher(trainer, shape, config, peers.service_offset)
     from miles_core.sync.links import HttpLink
     from miles_core.sync.publisher import Publisher
     from miles_core.sync.transports import make_transport

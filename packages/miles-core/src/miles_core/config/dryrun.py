@@ -122,6 +122,8 @@ def _evaluation(config: RunConfig, shape: DecoderConfig, tokenizer: Tokenizer) -
 
 def _memory(config: RunConfig, shape: DecoderConfig, mode: Mode) -> list[str]:
     """The memory plan in short; `miles plan` has the table."""
+    if mode == "rollout" and config.service.url is not None:
+        return [f"memory: the model is the service's, at {config.service.url}; this process holds no weights"]
     count = count_parameters(shape).total
     plan = make_plan(job_of_run(config, shape, mode, device_of_run(config), config.num_trainers))
     phases = ", ".join(f"{phase.name} {_mib(phase.num_bytes)}" for phase in plan.phases)

@@ -75,6 +75,10 @@ def _reasons(config: RunConfig, mode: Mode) -> Iterator[tuple[tuple[str, ...], s
     if config.rollout.producer == "single_turn":
         yield ("rollout.deadline_s",), "for a rollout.producer of your own"
     yield ("engine.record_routed_experts",), "no run asks for them"
+    if mode == "sft" and config.eval.every is None:
+        yield ("service.",), "miles sft samples nothing without eval.every"
+    if mode == "rollout":
+        yield ("service.directory", "service.numbers"), "miles rollout brings the service no weights"
     if config.service.url is None:
         yield ("service.",), "service.url is unset: the run has an engine of its own"
     else:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import AsyncIterator, Iterable
-from typing import Any, TypeVar
+import secrets
+from collections.abc import AsyncIterator, Iterable, Iterator
+from typing import Any
 
 import msgspec
 
@@ -16,7 +18,6 @@ TOKEN = "MILES_ROLLOUT_ADMIN_TOKEN"
 """Environment variable that holds the token of the service's admin endpoints."""
 _RETRIES, _BACKOFF_S = 7, 0.5
 """A service that is started anew is waited for: 64 s in all."""
-Stamped = TypeVar("Stamped", Completion, EngineInfo)
 
 
 def client_of(config: ServiceConfig) -> RolloutClient:
@@ -32,13 +33,15 @@ class ServiceEngine:
     """An `Engine` behind a URL. Version v of a run is version `offset` + v there, since others may have used it before.
 
     Tokens under another version, or another numeric contract, than the run's last update are an error: a service that was
-    started anew serves old weights until somebody brings it the new ones.
+    started anew serves old weights until somebody brings it the new ones. What the service cannot do is a ValueError here.
 
     Example: engine = await ServiceEngine.open(ServiceConfig(url="http://127.0.0.1:30000"))
     """
 
     def __init__(self, client: RolloutClient, info: EngineInfo, *, published: bool) -> None:
         self._client = client
+        self._mark = f"{secrets.token_hex(4)}-"
+        """Before the ids of requests: another run's may be named alike."""
         self.offset = info.weight_version + published
         self._info = msgspec.structs.replace(info, weight_version=-1 if published else 0)
 
@@ -51,31 +54,37 @@ class ServiceEngine:
         client = client_of(config)
         try:
             return cls(client, await client.refresh(), published=published)
-        except (ServerError, TimeoutError) as error:
+        except BaseException as error:
             await client.close()
+            if not isinstance(error, (ServerError, TimeoutError)):
+                raise
             raise ValueError(
                 f'service.url = "{config.url}": {error}; start one with `miles-rollout serve MODEL` (admin token in {TOKEN})'
             ) from error
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """All completions of one request."""
-        result = await self._client.generate(request)
+        with _told():
+            result = await self._client.generate(self._marked(request))
         if result.contract_digest != self._info.contract_digest:
-            raise ServerError(
+            raise ValueError(
                 f"{self._client.base_url}: computes under contract {result.contract_digest} now, and under "
                 f"{self._info.contract_digest} when this run began; its samples do not belong together"
             )
         completions = tuple(self._own(completion) for completion in result.completions)
-        return msgspec.structs.replace(result, completions=completions)
+        return msgspec.structs.replace(result, request_id=request.request_id, completions=completions)
 
     async def stream(self, request: GenerateRequest) -> AsyncIterator[GenerateChunk]:
         """The same, token by token."""
-        async for chunk in self._client.stream(request):
-            yield msgspec.structs.replace(chunk, weight_version=self._version(chunk.weight_version))
+        with _told():
+            async for chunk in self._client.stream(self._marked(request)):
+                version = self._version(chunk.weight_version)
+                yield msgspec.structs.replace(chunk, request_id=request.request_id, weight_version=version)
 
     async def abort(self, request_id: str) -> bool:
         """End a request now."""
-        return await self._client.abort(request_id)
+        with _told():
+            return await self._client.abort(self._mark + request_id)
 
     async def update_weights(self, manifest: WeightManifest, tensors: Iterable[tuple[str, Any]]) -> None:
         """Not through the engine: the trainer's process writes them, and tells the service; see `miles_core.sync.service`."""
@@ -97,6 +106,9 @@ class ServiceEngine:
         """Close the connections; the service goes on."""
         await self._client.close()
 
+    def _marked(self, request: GenerateRequest) -> GenerateRequest:
+        return msgspec.structs.replace(request, request_id=self._mark + request.request_id)
+
     def _own(self, completion: Completion) -> Completion:
         spans = tuple(msgspec.structs.replace(span, version=self._version(span.version)) for span in completion.weight_spans)
         return msgspec.structs.replace(completion, weight_spans=spans)
@@ -104,9 +116,18 @@ class ServiceEngine:
     def _version(self, theirs: int) -> int:
         version = theirs - self.offset
         if version != self._info.weight_version:
-            raise ServerError(
+            raise ValueError(
                 f"{self._client.base_url}: sampled under weight version {theirs}, and this run's last update was "
                 f"{self._info.weight_version + self.offset}: it was started anew, or somebody else updates it. Resume the run to "
                 "bring it the weights again"
             )
         return version
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What the service could not do, as the error of a setting: it is the user who can mend it."""
+    try:
+        yield
+    except ServerError as error:
+        raise ValueError(str(error)) from error

@@ -14,7 +14,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from miles_core.config.sections import ServiceConfig
+from miles_core.config.schema import RunConfig
 from miles_core.rollout.service import client_of
 from miles_core.sync.links import Link
 from miles_core.sync.publisher import Publisher
@@ -29,11 +29,15 @@ from miles_rollout.weights.stage import grouped
 from miles_rollout.wire import EngineInfo, TensorSpec, WeightManifest
 
 
-def service_publisher(trainer: Trainer, shape: DecoderConfig, config: ServiceConfig, offset: int) -> Publisher:
-    """What brings `trainer`'s weights to the service; `offset` as in `ServiceEngine`."""
-    assert config.directory is not None
-    link, transport = ServiceLink(client_of(config), offset), DirectoryTransport(Path(config.directory), shape)
-    return Publisher(trainer, [link], transport, any_contract=config.numbers == "measured")
+def service_publisher(trainer: Trainer, shape: DecoderConfig, config: RunConfig, offset: int) -> Publisher:
+    """What brings `trainer`'s weights to the run's service; `offset` as in `ServiceEngine`."""
+    service = config.service
+    assert service.directory is not None and config.run.name is not None
+    folder = Path(service.directory) / config.run.name
+    return Publisher(
+        trainer, [ServiceLink(client_of(service), offset)], DirectoryTransport(folder, shape),
+        any_contract=service.numbers == "measured",
+    )  # fmt: skip
 
 
 class ServiceLink:
@@ -44,15 +48,21 @@ class ServiceLink:
         self._client, self._offset = client, offset
 
     async def info(self) -> EngineInfo:
-        """See `Link`."""
-        return self._own(await self._client.refresh())
+        """See `Link`. Raises ValueError when the service does not answer as one."""
+        try:
+            return self._own(await self._client.refresh())
+        except ServerError as error:
+            raise ValueError(str(error)) from error
 
     async def update(self, update: WeightUpdate) -> EngineInfo:
-        """See `Link`. Raises ValueError for a refusal, and when the service fails."""
+        """See `Link`. Raises ValueError for a refusal, and when the service fails.
+
+        A server that a router could not bring to the version serves nothing until it has it, so the others are enough.
+        """
         assert isinstance(update.offer, DiskOffer)
         version = update.manifest.version + self._offset
         try:
-            return self._own(await self._client.update_weights_from_disk(update.offer.directory, version))
+            return self._own(await self._client.update_weights_from_disk(update.offer.directory, version, all_workers=False))
         except ServerError as error:
             raise ValueError(str(error)) from error
 
@@ -72,7 +82,10 @@ class ServiceLink:
 
 
 class DirectoryTransport:
-    """Every version whole, as a Hugging Face model directory under `root`, beside the one before, which may still be read."""
+    """Every version whole, as a Hugging Face model directory in `root`, which is this run's alone.
+
+    The version before is kept: it may still be read.
+    """
 
     def __init__(self, root: Path, shape: DecoderConfig) -> None:
         self._root, self._shape = root.absolute(), shape
@@ -105,10 +118,12 @@ class DirectoryTransport:
         """The files stay: the service was told of them, and reads them again when it is started anew."""
 
     def _prune(self, version: int) -> None:
-        """Remove all but this version and the one before."""
-        written = sorted(path for path in self._root.glob("version-[0-9]*") if path.is_dir())
-        for path in [path for path in written if path.name < f"version-{version:06d}"][:-1]:
-            shutil.rmtree(path, ignore_errors=True)
+        """Remove all but this version and the one before; what a run that went back to a checkpoint wrote after it, too."""
+        written = sorted((int(path.name.partition("-")[2]), path) for path in self._root.glob("version-[0-9]*"))
+        kept = [number for number, _ in written if number <= version][-2:]
+        for number, path in written:
+            if number not in kept:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _num_bytes(spec: TensorSpec) -> int:

@@ -79,6 +79,8 @@ def attention(
         )
     if window is not None and window < 1:
         raise ValueError(f"attention: window must be at least 1, got {window}")
+    if not tokens:
+        return q.clone()
     shape = _Shape(tokens, kv, heads // kv, dim, window, mode or default_mode())
     if torch.is_grad_enabled() and (q.requires_grad or k_pool.requires_grad or v_pool.requires_grad):
         return _Attention.apply(q, k_pool, v_pool, plan, scale, shape)

@@ -72,6 +72,8 @@ class AttentionBucket:
 
     def check(self, num_slots: int) -> None:
         """Raise ValueError when a slot lies outside a pool of `num_slots`, which a C kernel would read all the same."""
+        if self.kv_index.numel() == 0:
+            return
         least, most = self._cached("reach", lambda: tuple(int(each) for each in self.kv_index.aminmax()))
         if least < 0 or most >= num_slots:
             raise ValueError(f"attention: the plan names slot {least if least < 0 else most} of a pool of {num_slots} slots")
@@ -277,11 +279,14 @@ def _build(
 
 
 def _group(q_lens: Sequence[int], kv_lens: Sequence[int]) -> list[tuple[list[int], int, int]]:
-    """(members, Lq, Lk) per bucket: neighbours in size order share one while padding costs less than a bucket."""
+    """(members, Lq, Lk) per bucket: neighbours in size order share one while padding costs less than a bucket.
+
+    Members without keys have no queries either, and are in none.
+    """
     groups: list[tuple[list[int], int, int]] = []
     members: list[int] = []
     queries = keys = useful = 0
-    for i in sorted(range(len(q_lens)), key=lambda i: (q_lens[i], kv_lens[i], i)):
+    for i in sorted((i for i in range(len(q_lens)) if kv_lens[i]), key=lambda i: (q_lens[i], kv_lens[i], i)):
         q, k = q_lens[i], _round_up(kv_lens[i], KEY_MULTIPLE)
         new_queries, new_keys = max(queries, q), max(keys, k)
         padded = (len(members) + 1) * new_queries * new_keys

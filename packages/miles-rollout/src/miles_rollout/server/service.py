@@ -284,7 +284,8 @@ class Service:
         self.paused = mode
         self.gate.shut()
         if mode == "abort":
-            await self.abort_all()
+            # what waits at the gate was told that it would go on, also by a pause before this one
+            await asyncio.gather(*(self.engine.abort(i) for i in self._running))
         logger.info("generation is paused with mode %s; new requests wait", mode)
         return held
 

@@ -179,4 +179,5 @@ def _decode(core: EngineCore, requests: list[GenerateRequest]) -> tuple[float, i
             for delivery in core.step():
                 assert isinstance(delivery.item, GenerateResult), delivery.item
                 done[delivery.item.request_id] = delivery.item.completions[0].token_ids
+    assert began, "prefill ended with the last token"
     return time.perf_counter() - began, core.num_generated - tokens, core._num_steps - steps, done
