@@ -72,6 +72,7 @@ def test_other_tokens_are_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     ("arguments", "said"),
     [
         (["--rows", "0"], "--rows must be numbers of at least 1, not [0]"),
+        (["--catch-up", "never"], "draft_catch_up='never' must be one of whole, keys, captured"),
         (["--hidden", "100"], "--hidden must be a multiple of 64"),
         (["--draft", "none"], "--draft must be ngram, suffix, mtp or the directory of a draft model, not 'none'"),
         (["--temperatures", "-1"], "--temperatures must be numbers of at least 0, not [-1.0]"),

@@ -41,6 +41,10 @@ class BenchSettings:
     prompt_tokens: int = 64
     new_tokens: int = 256
     """Sampled tokens of every sequence; the end-of-sequence token does not end it."""
+    catch_up: str = "whole"
+    """How a draft that was silent catches up: `draft_catch_up` of the embedded engine's settings."""
+    graph_lengths: bool = False
+    """Capture every length at the start: `cuda_graph_lengths` there."""
     layers: int = 4
     hidden: int = 256
     out: Path | None = None

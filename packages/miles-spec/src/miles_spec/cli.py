@@ -125,6 +125,8 @@ def _add_bench(commands: Any) -> None:
     )
     bench.add_argument("--prompt-tokens", type=int, default=known.prompt_tokens, help="of random prompts")
     bench.add_argument("--new-tokens", type=int, default=known.new_tokens, help="sampled tokens of each sequence")
+    bench.add_argument("--catch-up", default=known.catch_up, help="whole, keys or captured: how a silent draft catches up")
+    bench.add_argument("--graph-lengths", action="store_true", help="capture every length at the start")
     bench.add_argument("--layers", type=int, default=known.layers, help="of the random model")
     bench.add_argument("--hidden", type=int, default=known.hidden, help="of the random model")
     bench.add_argument("--out", type=Path, metavar="DIR", help="write bench.md, bench.json, bench.svg and costs.jsonl there")

@@ -104,8 +104,9 @@ def _engine(
     config = EmbeddedConfig(
         num_pages=rows * ((longest + settings.new_tokens) // page + 3) + 8, max_running=rows,
         max_batched_tokens=max(2048, 16 * rows), draft=named, draft_tokens=settings.num_draft, prefix_cache=False,
-        overlap=settings.device == "cuda",
+        overlap=settings.device == "cuda", draft_catch_up=settings.catch_up, cuda_graph_lengths=settings.graph_lengths,
     )  # fmt: skip
+    config.validate()
     assert config.num_pages is not None
     return EngineCore(decoder, tokenizer, config, num_pages=config.num_pages, draft=model if drafts else None)
 
