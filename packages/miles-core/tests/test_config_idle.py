@@ -33,7 +33,7 @@ def quickstart(*flags: str) -> RunConfig:
         (["--cluster.layout", "disaggregated"], "nothing asks for processes"),
         (["--cluster.address", "auto"], "that of a Ray cluster"),
         (["--sync.directory", "there"], 'is for kind = "disk"'),
-        (["--rollout.engine", "sglang"], "should be 'embedded'"),
+        (["--rollout.engine", "sglang"], "name its address as service.url"),
         (["--trainer.updates_per_step", "33"], "rollout.prompts_per_step is 32"),
         ([*MEGATRON, "--trainer.shard", "2"], "only the fsdp backend knows this"),
         ([*MEGATRON, "--memory.sleep", "true", "--memory.optimizer", "host"], "memory.optimizer, memory.sleep: the fsdp backend"),

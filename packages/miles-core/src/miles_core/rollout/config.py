@@ -18,7 +18,7 @@ class RolloutConfig(Section):
     group_size: int = Field(default=8, ge=1)
     """Completions per prompt."""
     engine: Literal["embedded"] = "embedded"
-    """Rollout engine: ours, which computes the trainer's numbers."""
+    """Rollout engine that the run makes: ours, which computes the trainer's numbers. Others are reached as a `[service]`."""
     producer: str = "single_turn"
     """How a rollout goes: "single_turn" (one completion), or your own `module:function` or `path/to/file.py:function`, which
     lets policy and environment take turns; see `miles_core.rollout.Rollout`. Evaluation goes the same way."""
@@ -36,6 +36,16 @@ class RolloutConfig(Section):
     """How often a step may ask for more groups to replace those left out; with 0 it trains on what is left."""
     truncated: Literal["train", "exclude"] = "train"
     """Whether completions cut off at max_new_tokens are trained."""
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _ours(cls, value: Any) -> Any:
+        if value != "embedded":
+            raise ValueError(
+                f'a run makes engines of its own kind, "embedded", not {value!r}; put SGLang behind `miles-rollout serve MODEL '
+                "--engine sglang` and name its address as service.url"
+            )
+        return value
 
     @field_validator("filters", mode="before")
     @classmethod

@@ -27,22 +27,11 @@ from miles_spec.bench import BenchSettings, Cell
 from miles_spec.control import Controller
 from miles_spec.models import DraftModel, MtpDraft
 from miles_spec.simulate import read_recorded
+from miles_spec.simulate_control import Fixed
 
 HEAD = 64
 ALPHABET = "".join(chr(code) for code in range(0x4E00, 0x4E00 + 124))
 """Of the random model."""
-
-
-class Fixed(Controller):
-    """Always the same length."""
-
-    def __init__(self, most: int, length: int) -> None:
-        super().__init__(most)
-        self.length = length
-
-    def choose(self, num_rows: int) -> int:
-        """The length."""
-        return self.length
 
 
 def measure(settings: BenchSettings, told: Callable[[Cell], None] = lambda cell: None) -> list[Cell]:
