@@ -103,7 +103,8 @@ def test_the_bits_of_a_run_with_its_own_engine_and_one_run_after_the_other(
     assert found == expected
     rows = [json.loads(line) for line in (micro.run("served") / "metrics.jsonl").read_text().splitlines()]
     assert {row["mismatch/tokens_unequal"] for row in rows if "mismatch/tokens_unequal" in row} == {0}
-    assert sorted(path.name for path in (Path(flags[3]) / "served").iterdir()) == ["version-000002", "version-000003"]
+    (folder,) = Path(flags[3]).glob("served-*")
+    assert sorted(path.name for path in folder.iterdir()) == ["version-000002", "version-000003"]
     # the trainer in a process of its own, and a service whose versions have grown already
     code, said = micro.miles(
         "train", "micro.toml", "--name", "workers", *FLAGS, *flags, "--cluster.num_trainers", "1"
@@ -137,6 +138,9 @@ def test_what_does_not_fit_is_refused_by_name(micro: Any, service: Service, flag
         assert code == 2 and why in said, said
     code, said = micro.miles("train", "micro.toml", "--service.url", "127.0.0.1:9")
     assert code == 2 and "must begin with http:// or https://" in said
+    for url in ("http://h:99999", "http://h:abc", "http://[::1", "http://:80"):
+        code, said = micro.miles("rollout", "micro.toml", "--service.url", url)
+        assert code == 2 and "names no host and port" in said, said
 
 
 def test_files_that_were_damaged_on_the_way_are_refused(micro: Any, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):

@@ -269,6 +269,12 @@ def test_slots_and_lengths_that_no_pool_has_are_refused() -> None:
     plan, _ = packed_plan([0, 5, 0])  # sequences of nothing name no slot
     expected = attention(q, *pools, packed_plan([5])[0], scale=1.0)
     assert torch.equal(attention(q, *pools, plan, scale=1.0), expected)
+    for alone in (False, True):  # nor does one of nothing behind a prefix
+        plan, _ = packed_plan([5, 0], [-1, 0], alone=alone)
+        asked = q.clone().requires_grad_()
+        found = attention(asked, *pools, plan, scale=1.0)
+        found.sum().backward()
+        assert torch.equal(found, expected) and asked.grad is not None
     for plan in (packed_plan([0])[0], decode_plan(torch.zeros(0, 4, dtype=torch.long), torch.zeros(0, dtype=torch.long))):
         assert attention(q[:0], *pools, plan, scale=1.0).shape == (0, 4, 32)
     for length in (0, 4):

@@ -41,7 +41,7 @@ from miles_core.rollout import Scorer, load_producer
 from miles_core.rollout.service import ServiceEngine
 from miles_core.run import Run
 from miles_core.rundir import RunDir, RunLock
-from miles_core.serviced import open_service, publish_from_here, publish_from_workers
+from miles_core.serviced import open_service, publish_from_here, publish_from_workers, weights_folder
 from miles_core.sync.inprocess import publish
 from miles_core.trainer.base import Trainer
 from miles_core.trainer.fsdp import FsdpTrainer
@@ -250,7 +250,7 @@ def _cluster_parts(
         stack.callback(partial(_close, runner, cluster.engine))
     publisher: Callable[[int], Any] | None = cluster.publish if trainer is not None and engine is not None else None
     if trainer is not None and service is not None:
-        publisher = partial(publish_from_workers, trainer, service)
+        publisher = partial(publish_from_workers, trainer, service, weights_folder(config))
     feed = _feed(config, request, text, engine, scorer, runner, say)
     return {
         "feed": feed, "trainer": trainer, "engine": engine, "publisher": publisher, "evaluator": evaluator, "tokenizer": tokenizer
@@ -381,6 +381,8 @@ def evaluate_once(config: RunConfig, say: Say) -> Evaluation:
     if not config.data.eval and not config.eval.sets:
         raise ValueError("data.eval names no held-out prompts; give some with --data.eval SOURCE")
     config = config.model_copy(update={"eval": config.eval.model_copy(update={"every": 1})})
+    if config.service.url is not None:
+        say("service.url: an evaluation has an engine of its own, and leaves the service alone")
     model = load_model(config, say, divided=config.engine.tensor_parallel > 1)
     with ExitStack() as stack, asyncio.Runner() as runner:
         scorer = stack.enter_context(Scorer(config.eval.reward or config.reward))

@@ -227,7 +227,15 @@ class Run:
         return Outcome(step=self.step, interrupted=self.stop.requested and self.step < self.num_steps, checkpoint=path)
 
     def close(self) -> None:
-        """Release engine, scorer, event loop and lock, in the reverse order of their making. Idempotent."""
+        """Release engine, scorer, event loop and lock, in the reverse order of their making. Idempotent.
+
+        After an error, too, a checkpoint that is under way gets to the disk before the lock goes.
+        """
+        if self.saver is not None:
+            try:
+                self.saver.wait()
+            except Exception as error:  # the run's own error is on its way, and this one beside it
+                self.progress.say(f"the checkpoint under way has failed: {error}")
         while self.closers:
             self.closers.pop()()
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import socket
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from miles_core.config.schema import RunConfig
 from miles_core.rollout.service import ServiceEngine
+from miles_core.rundir import RunDir
 from miles_core.trainer.base import Trainer
 from miles_kernels.nn.config import DecoderConfig
 
@@ -44,7 +48,7 @@ def publish_from_here(
     """Brings the weights of a trainer in this process to the service, as the version it is called with."""
     from miles_core.sync.service import service_publisher
 
-    publisher = service_publisher(trainer, shape, config, service.offset)
+    publisher = service_publisher(trainer, shape, config.service, service.offset, weights_folder(config))
     stack.callback(lambda: runner.run(publisher.close()))
 
     def bring(version: int) -> None:
@@ -54,9 +58,18 @@ def publish_from_here(
     return bring
 
 
-def publish_from_workers(trainer: ClusterTrainer, service: ServiceEngine, version: int) -> None:
+def publish_from_workers(trainer: ClusterTrainer, service: ServiceEngine, folder: str, version: int) -> None:
     """The same for a trainer whose processes are workers: the first of them writes the weights and tells the service."""
-    from miles_core.cluster.worker import Peers
+    from miles_core.cluster.worker import Peers, Served
 
-    trainer.publish(version, Peers(urls=(), names=(), token=None, shared_host=False, service_offset=service.offset))
+    served = Served(offset=service.offset, folder=folder)
+    trainer.publish(version, Peers(urls=(), names=(), token=None, shared_host=False, service=served))
     service.published(version)
+
+
+def weights_folder(config: RunConfig) -> str:
+    """Where this run's weights go: named after it and its place, so that no other run's go there, and a resumed one finds it."""
+    assert config.service.directory is not None
+    root = RunDir.of(config).root.absolute()
+    mark = hashlib.sha256(f"{socket.gethostname()}:{root}".encode()).hexdigest()[:8]
+    return str(Path(config.service.directory).absolute() / f"{root.name}-{mark}")

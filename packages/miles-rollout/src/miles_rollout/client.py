@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from types import TracebackType
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from miles_rollout.wire import (
     check_schema,
 )
 
+LOG = logging.getLogger("miles_rollout.client")
 R = TypeVar("R")
 NOT_DELIVERED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
 """Failures of the connection. They are retried while no token has been delivered; tokens are keyed, so a retry gives the same."""
@@ -111,6 +113,7 @@ class RolloutClient:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
         )
         self._state: _ServerInfo | None = None
+        self._lacking: set[str] = set()
 
     async def __aenter__(self) -> RolloutClient:
         try:
@@ -223,6 +226,11 @@ class RolloutClient:
         _raise_for_status(response.status_code, response.content)
         reply = self._decode(response.content, _Updated)
         lacking = {worker: why for worker, why in reply.workers.items() if why is not None}
+        if lacking.keys() != self._lacking:
+            self._lacking = set(lacking)
+            if lacking and not all_workers:
+                names = ", ".join(sorted(lacking))
+                LOG.warning("%s: %s lack the weights and serve nothing until they have them", self.base_url, names)
         if lacking and all_workers:
             raise ServerError(
                 f"{self.base_url}: " + "; ".join(f"{worker} lacks the update: {why}" for worker, why in lacking.items())

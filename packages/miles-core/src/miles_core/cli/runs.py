@@ -88,8 +88,7 @@ def _go(config: RunConfig, mode: Mode, *, resume: bool, replay: Path | None) -> 
             _say(f"{run.dir.root}: step {run.step} of {run.num_steps}")
             outcome = train(run)
             if outcome.step < run.num_steps and not outcome.interrupted:
-                why = f"data.max_epochs = {config.data.max_epochs}" if replay is None else f"{replay} has no more"
-                _say(f"the data ended after step {outcome.step} of {run.num_steps} ({why})")
+                _say(f"the data ended after step {outcome.step} of {run.num_steps} (data.max_epochs = {config.data.max_epochs})")
             _finish(run, outcome)
     except KeyboardInterrupt:  # here, because the command line's library would end the process without a word
         _say(_stopped(config, request))

@@ -42,6 +42,15 @@ class Build(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float = 600.0
 
 
+class Served(msgspec.Struct, frozen=True, kw_only=True):
+    """How a run brings its weights to a service."""
+
+    offset: int
+    """Added to the run's versions there."""
+    folder: str
+    """Where they are written."""
+
+
 class Peers(msgspec.Struct, frozen=True, kw_only=True):
     """Engines a trainer publishes to."""
 
@@ -51,8 +60,8 @@ class Peers(msgspec.Struct, frozen=True, kw_only=True):
     shared_host: bool
     """Whether all engines run on the trainer's machine."""
     shared_gpu: bool = False
-    service_offset: int | None = None
-    """The engine is the configuration's service; this is added to the run's versions there."""
+    service: Served | None = None
+    """The engine is the configuration's service."""
 
 
 class PublishTo(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,12 +187,12 @@ def exports_own(config: RunConfig) -> bool:
 
 
 def _publisher(trainer: Any, peers: Peers, config: RunConfig, single: bool) -> Any:
-    if peers.service_offset is not None:
+    if peers.service is not None:
         from miles_core.models import load_shape
         from miles_core.sync.service import service_publisher
 
         shape, _ = load_shape(config.model, lambda line: None)
-        return service_publisher(trainer, shape, config, peers.service_offset)
+        return service_publisher(trainer, shape, config.service, peers.service.offset, peers.service.folder)
     from miles_core.sync.links import HttpLink
     from miles_core.sync.publisher import Publisher
     from miles_core.sync.transports import make_transport

@@ -62,7 +62,7 @@ class EngineConfig(Section):
     """Capture drafting and verification of chains, too; without effect on the CPU."""
     cuda_graph_lengths: bool = False
     """Capture decode steps without drafts and with every draft length when the engine starts, not when one first comes up; for
-    rows of up to 2,048 keys. Takes a while. It has not run on a GPU yet."""
+    rows of up to 2,048 keys. Takes a while, and is not done again after a sleep that drops graphs. Not yet run on a GPU."""
     cuda_graph_prefill: bool = True
     """Capture small steps that prefill, too."""
     record_routed_experts: bool = False

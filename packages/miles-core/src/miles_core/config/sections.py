@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -140,8 +141,17 @@ class ServiceConfig(Section):
 
     @model_validator(mode="after")
     def _is_an_address(self) -> ServiceConfig:
-        if self.url is not None and not self.url.startswith(("http://", "https://")):
+        if self.url is None:
+            return self
+        if not self.url.startswith(("http://", "https://")):
             raise ValueError(f'url = {self.url!r} must begin with http:// or https://, as "http://127.0.0.1:30000" does')
+        try:
+            parts = urlsplit(self.url)
+            named = bool(parts.hostname) and parts.port != 0
+        except ValueError:  # of the port, or of brackets
+            named = False
+        if not named:
+            raise ValueError(f'url = {self.url!r} names no host and port, as "http://127.0.0.1:30000" does')
         return self
 
 

@@ -14,7 +14,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from miles_core.config.schema import RunConfig
+from miles_core.config.sections import ServiceConfig
 from miles_core.rollout.service import client_of
 from miles_core.sync.links import Link
 from miles_core.sync.publisher import Publisher
@@ -29,15 +29,10 @@ from miles_rollout.weights.stage import grouped
 from miles_rollout.wire import EngineInfo, TensorSpec, WeightManifest
 
 
-def service_publisher(trainer: Trainer, shape: DecoderConfig, config: RunConfig, offset: int) -> Publisher:
-    """What brings `trainer`'s weights to the run's service; `offset` as in `ServiceEngine`."""
-    service = config.service
-    assert service.directory is not None and config.run.name is not None
-    folder = Path(service.directory) / config.run.name
-    return Publisher(
-        trainer, [ServiceLink(client_of(service), offset)], DirectoryTransport(folder, shape),
-        any_contract=service.numbers == "measured",
-    )  # fmt: skip
+def service_publisher(trainer: Trainer, shape: DecoderConfig, config: ServiceConfig, offset: int, folder: str) -> Publisher:
+    """What brings `trainer`'s weights to the service; `offset` as in `ServiceEngine`, `folder` this run's alone."""
+    link, transport = ServiceLink(client_of(config), offset), DirectoryTransport(Path(folder), shape)
+    return Publisher(trainer, [link], transport, any_contract=config.numbers == "measured")
 
 
 class ServiceLink:

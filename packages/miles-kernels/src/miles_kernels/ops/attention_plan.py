@@ -281,12 +281,12 @@ def _build(
 def _group(q_lens: Sequence[int], kv_lens: Sequence[int]) -> list[tuple[list[int], int, int]]:
     """(members, Lq, Lk) per bucket: neighbours in size order share one while padding costs less than a bucket.
 
-    Members without keys have no queries either, and are in none.
+    Whoever has no queries is in none.
     """
     groups: list[tuple[list[int], int, int]] = []
     members: list[int] = []
     queries = keys = useful = 0
-    for i in sorted((i for i in range(len(q_lens)) if kv_lens[i]), key=lambda i: (q_lens[i], kv_lens[i], i)):
+    for i in sorted((i for i in range(len(q_lens)) if q_lens[i]), key=lambda i: (q_lens[i], kv_lens[i], i)):
         q, k = q_lens[i], _round_up(kv_lens[i], KEY_MULTIPLE)
         new_queries, new_keys = max(queries, q), max(keys, k)
         padded = (len(members) + 1) * new_queries * new_keys
