@@ -91,6 +91,10 @@ class Fleet:
         """Connections are cut because the router ends, not because workers are lost."""
         self._epoch = 0
         self._updating = asyncio.Lock()
+        self._num_updates = 0
+        """Updates that run or wait; pushes to workers that lack the target make way for them."""
+        self._again: asyncio.Task[str | None] | None = None
+        """The push under way to a worker that lacks the target."""
         self._prefixes = PrefixMap()
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._leaving: set[asyncio.Task[None]] = set()
@@ -315,13 +319,21 @@ class Fleet:
 
     async def _push_again(self, worker: Worker) -> None:
         async with self._updating:
-            if self.target is not None and worker.version != self.target.version and not worker.leaving:
-                self.counts["repushes"] += 1
-                error = await self._push(worker, self.target)
-                if error is None:
-                    self._turn(worker, "ready")
-                else:
-                    self._turn(worker, "stale", error)
+            if self._num_updates or self.target is None or worker.version == self.target.version or worker.leaving:
+                return
+            self.counts["repushes"] += 1
+            push = self._again = asyncio.ensure_future(self._push(worker, self.target))
+            try:
+                await asyncio.wait({push})
+            finally:
+                push.cancel()
+            if push.cancelled():
+                return  # for an update; what that one brings is what the worker lacks now
+            error = push.result()
+            if error is None:
+                self._turn(worker, "ready")
+            else:
+                self._turn(worker, "stale", error)
 
     async def _push(self, worker: Worker, target: Target) -> str | None:
         """Bring one worker to a version; None on success, else why not. The worker itself is asked what it holds."""
@@ -343,8 +355,18 @@ class Fleet:
         """Bring all workers to a new version: the target and, per worker, None or why it lacks it.
 
         When none took it, the target is None and the fleet keeps its old weights. Otherwise the version is the fleet's, and
-        a worker that lacks it serves nothing until it has it; it is tried again at every health check.
+        a worker that lacks it serves nothing until it has it; it is tried again at every health check. One that lacked the
+        version before is left to those checks while another is ready: nobody waits for a worker that hangs.
         """
+        self._num_updates += 1
+        if self._again is not None:
+            self._again.cancel()
+        try:
+            return await self._update(body)
+        finally:
+            self._num_updates -= 1
+
+    async def _update(self, body: dict[str, Any]) -> tuple[Target | None, dict[str, str | None]]:
         async with self._updating:
             workers = [w for w in self.workers.values() if not w.leaving]
             if not any(w.state in ("ready", "stale") for w in workers):
@@ -358,7 +380,7 @@ class Fleet:
             if version.isdigit() and any(int(version) <= each for each in held):
                 raise ValueError(f"weight_version {version} does not grow; the fleet holds {max(held)}")
             target = Target(version, body | {"weight_version": version})
-            up = [w for w in workers if w.state in ("ready", "stale")]
+            up = [w for w in workers if w.state == "ready"] or [w for w in workers if w.state == "stale"]
             errors = await asyncio.gather(*(self._push(w, target) for w in up))
             found: dict[str, str | None] = {w.url: f"it is {w.state}: {w.reason}" for w in workers}
             found |= {w.url: error for w, error in zip(up, errors, strict=True)}
@@ -377,7 +399,7 @@ class Fleet:
             for worker in self.workers.values():
                 if found.get(worker.url, "it joined during the update") is None:
                     self._turn(worker, "ready")
-                elif worker.state in ("ready", "stale"):
+                elif worker.state == "ready" or worker in up:
                     self._turn(worker, "stale", found.get(worker.url) or "it joined during the update")
                 worker.check_now.set()
             return target, found

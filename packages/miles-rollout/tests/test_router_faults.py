@@ -1,0 +1,45 @@
+"""The router when workers hang, leave, come late or are paused: what each does to the others."""
+
+import asyncio
+
+import httpx
+from test_router import fleet, run
+
+from miles_rollout.router.fleet import Target, Worker
+
+
+def test_an_update_waits_for_no_worker_that_hangs() -> None:
+    async def main() -> None:
+        async with fleet() as f, httpx.AsyncClient(base_url=f.url, timeout=50) as http:
+            ill = f.router.fleet.workers[f.urls[0]]
+            push, refuses, well, hanging = f.router.fleet._push, [True], asyncio.Event(), asyncio.Event()
+
+            async def ill_push(worker: Worker, target: Target) -> str | None:
+                if worker is ill and refuses[0]:
+                    refuses[0] = False
+                    return "it refuses"
+                if worker is ill:
+                    hanging.set()
+                    await well.wait()
+                return await push(worker, target)
+
+            f.router.fleet._push = ill_push
+            first = await http.post("/update_weights_from_disk", json={"model_path": "good", "weight_version": 1})
+            assert first.json()["workers"] == {f.urls[0]: "it refuses", f.urls[1]: None}
+            async with asyncio.timeout(20):
+                await hanging.wait()  # its watch tries again
+            async with asyncio.timeout(20):
+                done = await http.post("/update_weights_from_disk", json={"model_path": "good", "weight_version": 2})
+            found = done.json()["workers"]
+            assert done.json()["success"] and found[f.urls[1]] is None and "stale" in found[f.urls[0]], found
+            assert "1 workers lack it" in done.json()["message"]
+            well.set()
+            await f.states("ready", "ready")
+            assert [e.version for e in f.engines] == [2, 2] and f.router.fleet.counts["repushes"] >= 2
+
+            f.router.fleet._turn(ill, "stale", "no worker is ready")
+            f.router.fleet._turn(f.router.fleet.workers[f.urls[1]], "stale", "no worker is ready")
+            third = f.router.fleet.update({"model_path": "good", "weight_version": 3})
+            assert set((await third)[1].values()) == {None}, "with none ready, those that lack a version are brought the new one"
+
+    run(main)
