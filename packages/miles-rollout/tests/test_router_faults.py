@@ -1,11 +1,15 @@
 """The router when workers hang, leave, come late or are paused: what each does to the others."""
 
 import asyncio
+from collections.abc import Callable
+from typing import Any
 
 import httpx
 from test_router import fleet, run
 
-from miles_rollout.router.fleet import Target, Worker
+from miles_rollout.router import RouterConfig
+from miles_rollout.router.fleet import Fleet, Target, Worker
+from miles_rollout.router.supervise import Supervisor
 
 
 def test_an_update_waits_for_no_worker_that_hangs() -> None:
@@ -41,5 +45,49 @@ def test_an_update_waits_for_no_worker_that_hangs() -> None:
             f.router.fleet._turn(f.router.fleet.workers[f.urls[1]], "stale", "no worker is ready")
             third = f.router.fleet.update({"model_path": "good", "weight_version": 3})
             assert set((await third)[1].values()) == {None}, "with none ready, those that lack a version are brought the new one"
+
+    run(main)
+
+
+class Process:
+    """Stands for a child of the supervisor; `looks` holds what happens at each look at it, and it ends after the last."""
+
+    def __init__(self, looks: list[Callable[[], object]]) -> None:
+        self._looks = looks
+        self.killed = False
+
+    @property
+    def running(self) -> bool:
+        if self._looks:
+            self._looks.pop(0)()
+            return True
+        return False
+
+    async def wait(self) -> int:
+        return 0
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def test_a_pause_does_not_count_as_having_served() -> None:
+    async def main() -> None:
+        for has_served in (False, True):
+            fleet = Fleet(RouterConfig())
+            worker = Worker("http://127.0.0.1:9", fleet.config)
+            supervisor = Supervisor(fleet, lambda port: [], [], hung_s=1e-9, start_s=1000)
+
+            def paused(on: bool, fleet: Fleet = fleet) -> None:
+                fleet.paused = on
+
+            def turned(state: Any, worker: Worker = worker) -> None:
+                worker.state = state
+
+            first = [lambda: turned("ready")] * has_served + [lambda: turned("joining")]
+            looks = [*first, lambda: paused(True), lambda: None, lambda: paused(False), lambda: None, lambda: None]
+            process: Any = Process(looks)
+            await supervisor._while_running(process, worker)
+            assert process.killed == has_served, "who has served is hung after hung_s, who still loads after start_s"
+            assert supervisor._any_served == has_served
 
     run(main)

@@ -98,9 +98,11 @@ class Supervisor:
         served = False
         while child.running:
             now = time.monotonic()
-            if worker.serves or self._fleet.paused:
+            if worker.serves:
                 well, served = now, True
                 self._any_served = True
+            elif self._fleet.paused:
+                well = now  # nothing tells whether it is well; whether it has served stands as it was
             elif worker.state in ("joining", "down"):
                 worker.check_now.set()  # nothing to lose by asking often
             else:
