@@ -1,12 +1,14 @@
 """The router when workers hang, leave, come late or are paused: what each does to the others."""
 
 import asyncio
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import httpx
 from test_router import fleet, run
 
+from miles_rollout.child import free_port
 from miles_rollout.router import RouterConfig
 from miles_rollout.router.fleet import Fleet, Target, Worker
 from miles_rollout.router.supervise import Supervisor
@@ -75,6 +77,7 @@ def test_a_pause_does_not_count_as_having_served() -> None:
         for has_served in (False, True):
             fleet = Fleet(RouterConfig())
             worker = Worker("http://127.0.0.1:9", fleet.config)
+            fleet.workers[worker.url] = worker
             supervisor = Supervisor(fleet, lambda port: [], [], hung_s=1e-9, start_s=1000)
 
             def paused(on: bool, fleet: Fleet = fleet) -> None:
@@ -89,5 +92,39 @@ def test_a_pause_does_not_count_as_having_served() -> None:
             await supervisor._while_running(process, worker)
             assert process.killed == has_served, "who has served is hung after hung_s, who still loads after start_s"
             assert supervisor._any_served == has_served
+
+    run(main)
+
+
+def test_a_removed_server_of_our_own_ends_and_is_not_started_again() -> None:
+    async def main() -> None:
+        for ends in (True, False):  # its process ends by itself while it drains, or once it has left
+            fleet = Fleet(RouterConfig(drain_s=1000 if ends else 0.01))
+            port = free_port()
+            starts = []
+
+            def command(port: int, starts: list[int] = starts) -> list[str]:
+                starts.append(port)
+                return [sys.executable, "-c", "import time; time.sleep(600)"]
+
+            supervisor = Supervisor(fleet, command, [port], start_s=1000, grace_s=5)
+            supervisor.start()
+            try:
+                async with asyncio.timeout(30):
+                    while not fleet.workers:
+                        await asyncio.sleep(0.01)
+                worker = next(iter(fleet.workers.values()))
+                worker.num_active = 1
+                assert fleet.remove(worker.url) is worker
+                if ends:
+                    supervisor.children[port].kill()
+                (kept,) = supervisor._tasks
+                await asyncio.wait([kept], timeout=30)
+                assert kept.done() and kept.exception() is None
+                assert len(starts) == 1 and not fleet.counts["restarts"]
+                assert not supervisor.children[port].running
+            finally:
+                await supervisor.stop()
+                await fleet.close()
 
     run(main)

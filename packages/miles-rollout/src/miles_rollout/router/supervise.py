@@ -26,7 +26,8 @@ class Supervisor:
     `command(port)` is the command line of the worker that listens on the port. A process that answers no health check for
     `hung_s`, though it has served before, is killed; one that never served within `start_s` too. One that says its command is
     wrong before any has served is not started again: `mistaken` is set. `gpus` are dealt to the ports in
-    turn: what CUDA_VISIBLE_DEVICES says to each process.
+    turn: what CUDA_VISIBLE_DEVICES says to each process. A worker that is removed from the fleet finishes what it serves there;
+    then its process is stopped and not started again.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class Supervisor:
         return dict(os.environ if self._env is None else self._env) | {"CUDA_VISIBLE_DEVICES": self._gpus[port]}
 
     async def _keep(self, port: int) -> None:
+        """Until the worker is removed from the fleet, or its command is found mistaken."""
         pause_s = 0.0
-        while True:
+        worker: Worker | None = None
+        while worker is None or not worker.leaving:
             started = time.monotonic()
             try:
                 child = await Child.start(self._command(port), grace_s=self._grace_s, env=self._env_of(port))
@@ -79,8 +82,12 @@ class Supervisor:
                 logger.error("the worker on port %d cannot be started: %s", port, error)
             else:
                 self.children[port] = child
-                worker = self._fleet.add(f"http://127.0.0.1:{port}")
-                await self._while_running(child, worker)
+                worker = self._join(port, worker)
+                if worker is not None:
+                    await self._while_running(child, worker)
+                if worker is None or worker.leaving:
+                    await child.stop(self._grace_s + 5)
+                    break
                 if child.exit_code == MISTAKE and not self._any_served:
                     self.mistake = f"the worker on port {port} cannot start as it was asked to; its own message is above"
                     self.mistaken.set()
@@ -91,12 +98,23 @@ class Supervisor:
             logger.warning("the worker on port %d ended after %.1f s; starting it again in %.1f s", port, lived_s, pause_s)
             self._fleet.counts["restarts"] += 1
             await asyncio.sleep(pause_s)
+        logger.info("the worker on port %d was removed; its process has ended and is not started again", port)
+
+    def _join(self, port: int, before: Worker | None) -> Worker | None:
+        """The worker in the fleet; None when it was removed from there while no process of it ran."""
+        if before is not None and before.leaving:
+            return None
+        try:
+            return self._fleet.add(f"http://127.0.0.1:{port}")
+        except ValueError as error:
+            logger.warning("%s", error)
+            return None
 
     async def _while_running(self, child: Child, worker: Worker) -> None:
-        """Until the process has ended, killing it when it hangs."""
+        """Until the process has ended, killing it when it hangs, or the worker has left the fleet."""
         well = time.monotonic()
         served = False
-        while child.running:
+        while child.running and self._fleet.workers.get(worker.url) is worker:
             now = time.monotonic()
             if worker.serves:
                 well, served = now, True
