@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -126,5 +126,52 @@ def test_a_removed_server_of_our_own_ends_and_is_not_started_again() -> None:
             finally:
                 await supervisor.stop()
                 await fleet.close()
+
+    run(main)
+
+
+def answering(worker: Worker, path: str, first: Callable[[], Awaitable[object]]) -> None:
+    """Before the router's next request for `path` goes to the worker, `first` is awaited."""
+    real = worker.control.request
+
+    async def request(method: str, asked: str, *args: Any, **options: Any) -> tuple[int, bytes]:
+        if asked == path:
+            worker.control.request = real
+            await first()
+        return await real(method, asked, *args, **options)
+
+    worker.control.request = request
+
+
+async def unwatched(fleet: Fleet) -> list[Worker]:
+    """The workers, which are checked from now on only when a test does it."""
+    for worker in fleet.workers.values():
+        worker.watch.cancel()
+    await asyncio.gather(*(worker.watch for worker in fleet.workers.values()), return_exceptions=True)
+    return list(fleet.workers.values())
+
+
+def test_who_pauses_first_is_not_down() -> None:
+    async def main() -> None:
+        async with fleet() as f, httpx.AsyncClient(base_url=f.url, timeout=50) as http:
+            one, other = await unwatched(f.router.fleet)
+            refused = await http.post("/pause_generation", json={"mode": "nonsense"})
+            assert refused.status_code == 400 and not f.router.fleet.paused
+
+            async def check_the_first() -> None:
+                async with httpx.AsyncClient(timeout=20) as direct, asyncio.timeout(20):
+                    while (await direct.get(one.url + "/health")).status_code != 503:
+                        await asyncio.sleep(0.01)
+                await f.router.fleet._check(one)
+                assert one.state == "ready", one.reason
+
+            answering(other, "/pause_generation", check_the_first)
+            assert (await http.post("/pause_generation", json={"mode": "abort"})).status_code == 200
+            assert f.router.fleet.paused and other.state == "ready"
+            assert (await http.post("/continue_generation", json={})).status_code == 200 and not f.router.fleet.paused
+
+            answering(one, "/health", lambda: http.post("/pause_generation", json={"mode": "abort"}))
+            await f.router.fleet._check(one)  # its health was asked for before the pause, and is told after it
+            assert one.state == "ready" and f.router.fleet.paused, one.reason
 
     run(main)

@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from miles_rollout.router.config import RouterConfig
-from miles_rollout.router.fleet import NoWorker, Worker
+from miles_rollout.router.fleet import CONTINUE, PAUSE, NoWorker, Worker
 from miles_rollout.router.proxy import Router
 from miles_rollout.server.admin import guarded
 from miles_rollout.server.errors import Handler, JSONResponse, RequestError, answers_errors, counted, http_error
@@ -162,11 +162,10 @@ async def everywhere(router: Router, request: Request) -> Response:
     """POST to every worker; the reply is the first that is no success, else the first."""
     path = request.url.path
     body = await read_body(request, router.config.max_body_bytes, router.config.body_s)
-    replies = await router.fleet.everywhere(path, body)
+    fleet = router.fleet
+    replies = await (fleet.rest(path, body) if path in (PAUSE, CONTINUE) else fleet.everywhere(path, body))
     if not replies:
         raise RequestError("no worker serves", status=503)
-    if path in ("/pause_generation", "/continue_generation") and all(status == 200 for status, _ in replies.values()):
-        router.fleet.paused = path == "/pause_generation"
     status, content = next((reply for reply in replies.values() if reply[0] != 200), next(iter(replies.values())))
     is_json = content[:1] in (b"{", b"[")
     return Response(content, status, media_type="application/json" if is_json else "text/plain")
@@ -237,8 +236,8 @@ ADMIN: tuple[tuple[str, RouterHandler, str], ...] = (
     ("/update_weights_from_disk", update_weights, "POST"),
     ("/abort_request", everywhere, "POST"),
     ("/flush_cache", everywhere, "POST"),
-    ("/pause_generation", everywhere, "POST"),
-    ("/continue_generation", everywhere, "POST"),
+    (PAUSE, everywhere, "POST"),
+    (CONTINUE, everywhere, "POST"),
 )
 
 

@@ -23,6 +23,7 @@ logger = logging.getLogger("miles_rollout.router")
 State = Literal["joining", "ready", "down", "stale", "foreign"]
 """stale: holds another weight version than the fleet. foreign: computes under another contract than the fleet."""
 JSON = "Content-Type: application/json\r\n"
+PAUSE, CONTINUE = "/pause_generation", "/continue_generation"
 
 
 class NoWorker(Exception):
@@ -90,6 +91,7 @@ class Fleet:
         self.ending = False
         """Connections are cut because the router ends, not because workers are lost."""
         self._epoch = 0
+        self._resting = asyncio.Lock()
         self._updating = asyncio.Lock()
         self._num_updates = 0
         """Updates that run or wait; pushes to workers that lack the target make way for them."""
@@ -280,6 +282,8 @@ class Fleet:
             info = msgspec.json.decode(body, type=dict[str, Any]) if status == 200 else None
             if info is not None and not self.paused:
                 status, _ = await worker.control.request("GET", "/health", timeout_s=self.config.health_s)
+                if self.paused:
+                    return  # meanwhile, so its health tells nothing
         except (UpstreamError, msgspec.MsgspecError) as error:
             slow = "no reply within" in str(error)
             worker.num_timeouts = worker.num_timeouts + 1 if slow else self.config.fail_after
@@ -420,6 +424,16 @@ class Fleet:
         if why and why != self.unsaved:
             logger.error("%s", why)
         self.unsaved = why
+
+    async def rest(self, path: str, body: bytes) -> dict[str, tuple[int, bytes]]:
+        """PAUSE or CONTINUE for all workers that are up. Without any that takes it, the fleet is paused or not as before."""
+        async with self._resting:
+            before, pause = self.paused, path == PAUSE
+            self.paused = before or pause  # at once: who pauses first must not count as down while others are waited for
+            replies = await self.everywhere(path, body)
+            taken = [status == 200 for status, _ in replies.values()]
+            self.paused = (pause or not all(taken)) if any(taken) else before
+            return replies
 
     async def everywhere(self, path: str, body: bytes, workers: Iterable[Worker] | None = None) -> dict[str, tuple[int, bytes]]:
         """POST to all workers that are up; 502 stands for one that could not be reached."""
