@@ -6,10 +6,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
-from test_router import fleet, run
+import pytest
+from test_router import ASK, fleet, run
 
 from miles_rollout.child import free_port
-from miles_rollout.router import RouterConfig
+from miles_rollout.router import RouterConfig, proxy
 from miles_rollout.router.fleet import Fleet, Target, Worker
 from miles_rollout.router.supervise import Supervisor
 
@@ -173,5 +174,22 @@ def test_who_pauses_first_is_not_down() -> None:
             answering(one, "/health", lambda: http.post("/pause_generation", json={"mode": "abort"}))
             await f.router.fleet._check(one)  # its health was asked for before the pause, and is told after it
             assert one.state == "ready" and f.router.fleet.paused, one.reason
+
+    run(main)
+
+
+def test_a_request_whose_body_comes_after_the_drain_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with fleet() as f, httpx.AsyncClient(base_url=f.url, timeout=50) as http:
+            read = proxy.read_body
+
+            async def slow_body(*args: Any) -> bytes:
+                await f.router.drain()  # nothing runs: it is over at once
+                return await read(*args)
+
+            monkeypatch.setattr(proxy, "read_body", slow_body)
+            reply = await http.post("/generate", json=ASK)
+            assert reply.status_code == 503 and "shutting down" in reply.text, reply.text
+            assert not any(worker.num_served for worker in f.router.fleet.workers.values())
 
     run(main)

@@ -66,10 +66,10 @@ class Router:
 
     async def forward(self, request: Request) -> Response:
         """The reply of some worker. Raises RequestError 429, 502, 503, 504."""
-        if self.draining:
-            raise RequestError("this router is shutting down and takes no new requests", status=503)
+        self._refuse_when_draining()
         deadline = asyncio.get_running_loop().time() + self.config.request_s
         body = await read_body(request, self.config.max_body_bytes, self.config.body_s)
+        self._refuse_when_draining()  # since the body began to arrive the drain may have found nothing running
         key = uuid.uuid4().hex
         self.running.add(key)
         self._idle.clear()
@@ -90,6 +90,10 @@ class Router:
         finally:
             if not left:
                 self._done(key)
+
+    def _refuse_when_draining(self) -> None:
+        if self.draining:
+            raise RequestError("this router is shutting down and takes no new requests", status=503)
 
     def _done(self, key: str) -> None:
         self.running.discard(key)
