@@ -13,6 +13,7 @@ from miles_rollout.child import free_port
 from miles_rollout.router import RouterConfig, proxy
 from miles_rollout.router.fleet import Fleet, Target, Worker
 from miles_rollout.router.supervise import Supervisor
+from miles_rollout.upstream import UpstreamError
 
 
 def test_an_update_waits_for_no_worker_that_hangs() -> None:
@@ -191,5 +192,50 @@ def test_a_request_whose_body_comes_after_the_drain_is_refused(monkeypatch: pyte
             reply = await http.post("/generate", json=ASK)
             assert reply.status_code == 503 and "shutting down" in reply.text, reply.text
             assert not any(worker.num_served for worker in f.router.fleet.workers.values())
+
+    run(main)
+
+
+def test_who_is_down_or_joins_rests_and_goes_on_with_the_fleet() -> None:
+    async def healths(f: Any) -> list[int]:
+        async with httpx.AsyncClient(timeout=20) as direct:
+            return [(await direct.get(url + "/health")).status_code for url in f.urls]
+
+    async def main() -> None:
+        pause, go_on = ("/pause_generation", {"mode": "abort"}), ("/continue_generation", {})
+        async with fleet() as f, httpx.AsyncClient(base_url=f.url, timeout=50) as http:
+
+            async def post(path: str, body: dict[str, Any]) -> int:
+                return (await http.post(path, json=body)).status_code
+
+            one, other = await unwatched(f.router.fleet)
+            assert await post(*pause) == 200 and await healths(f) == [503, 503]
+            f.router.fleet._turn(one, "down", "for a moment")
+            assert await post(*go_on) == 200 and await healths(f) == [200, 200], "one that is down is told too"
+
+            # One that comes while the fleet is paused, with a process that knows nothing of it, rests before it is ready.
+            assert await post(*pause) == 200 and await healths(f) == [200, 503]
+            await f.router.fleet._check(one)
+            assert one.state == "ready" and await healths(f) == [503, 503]
+
+            async def unreachable() -> None:
+                raise UpstreamError("out of reach")
+
+            answering(one, "/continue_generation", unreachable)
+            f.router.fleet._turn(one, "down", "out of reach")
+            assert await post(*go_on) == 200 and await healths(f) == [503, 200], "it does not fail the call"
+            await f.router.fleet._check(one)
+            assert one.state == "ready" and await healths(f) == [200, 200], "and is told when it is back"
+            answering(other, "/continue_generation", unreachable)
+            await f.router.fleet._check(other)
+            assert other.state == "ready", "nothing is sent to those that go on already"
+
+            # A router that starts while its workers are paused has all of them down; they go on all the same.
+            assert await post(*pause) == 200
+            f.router.fleet._said, f.router.fleet.paused = ("/continue_generation", b"{}"), False
+            for worker in (one, other):
+                f.router.fleet._turn(worker, "down", "the router is new")
+            other.control.request = type(other.control).request.__get__(other.control)
+            assert await post(*go_on) == 200 and await healths(f) == [200, 200]
 
     run(main)

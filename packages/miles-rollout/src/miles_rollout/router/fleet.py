@@ -54,6 +54,9 @@ class Worker:
         self.leaving = False
         self.version: str | None = None
         self.digest: str | None = None
+        self.paused: bool | None = False
+        """What it took last, PAUSE or CONTINUE; None while that is not known."""
+        self.telling = asyncio.Lock()
         self.num_active = 0
         self.num_served = 0
         self.num_failed = 0
@@ -91,6 +94,8 @@ class Fleet:
         self.ending = False
         """Connections are cut because the router ends, not because workers are lost."""
         self._epoch = 0
+        self._said: tuple[str, bytes] = (CONTINUE, b"{}")
+        """PAUSE or CONTINUE with its body, whichever came last: what every worker must have taken."""
         self._resting = asyncio.Lock()
         self._updating = asyncio.Lock()
         self._num_updates = 0
@@ -280,6 +285,9 @@ class Fleet:
         try:
             status, body = await worker.control.request("GET", "/get_model_info", timeout_s=self.config.health_s)
             info = msgspec.json.decode(body, type=dict[str, Any]) if status == 200 else None
+            if info is not None and (refused := await self._told(worker)):
+                self._turn(worker, "down", refused)
+                return
             if info is not None and not self.paused:
                 status, _ = await worker.control.request("GET", "/health", timeout_s=self.config.health_s)
                 if self.paused:
@@ -426,14 +434,49 @@ class Fleet:
         self.unsaved = why
 
     async def rest(self, path: str, body: bytes) -> dict[str, tuple[int, bytes]]:
-        """PAUSE or CONTINUE for all workers that are up. Without any that takes it, the fleet is paused or not as before."""
+        """PAUSE all workers that are up, or have all CONTINUE; the replies of those that are up or took it.
+
+        Without any that takes it, the fleet is paused or not as before. Others are told at their next health check.
+        """
         async with self._resting:
-            before, pause = self.paused, path == PAUSE
-            self.paused = before or pause  # at once: who pauses first must not count as down while others are waited for
-            replies = await self.everywhere(path, body)
-            taken = [status == 200 for status, _ in replies.values()]
-            self.paused = (pause or not all(taken)) if any(taken) else before
-            return replies
+            before, pause = (self._said, self.paused), path == PAUSE
+            self._said = (path, body)
+            self.paused = self.paused or pause  # at once: who pauses first must not count as down while others are waited for
+            up = {w.url for w in self.workers.values() if w.state in ("ready", "stale")}
+            chosen = [w for w in self.workers.values() if w.url in up or not pause]  # who is down now may have paused before
+
+            async def one(worker: Worker) -> tuple[int, bytes]:
+                try:
+                    return await self._tell(worker, self.config.health_s * 4)
+                except UpstreamError as error:
+                    return _unreached(error)
+
+            replies = dict(zip((w.url for w in chosen), await asyncio.gather(*map(one, chosen)), strict=True))
+            if any(status == 200 for status, _ in replies.values()):
+                self.paused = pause
+            else:
+                self._said, self.paused = before
+            for worker in chosen:
+                worker.check_now.set()
+            return {url: reply for url, reply in replies.items() if url in up or reply[0] == 200}
+
+    async def _tell(self, worker: Worker, timeout_s: float) -> tuple[int, bytes]:
+        """Send a worker what was said last. Raises UpstreamError."""
+        async with worker.telling:
+            (path, body), before = self._said, worker.paused
+            worker.paused = None
+            status, reply = await worker.control.request("POST", path, body, timeout_s=timeout_s)
+            worker.paused = path == PAUSE if status == 200 else before
+            return status, reply
+
+    async def _told(self, worker: Worker) -> str:
+        """Have a worker pause or go on as the fleet does where it has not; why it must not join. Raises UpstreamError."""
+        path, comes = self._said[0], worker.state in ("joining", "down")
+        known = worker.paused is (path == PAUSE) and not (path == PAUSE and comes)  # its process may be another one than before
+        if known or worker.telling.locked():
+            return ""
+        status, reply = await self._tell(worker, self.config.health_s)
+        return f"the fleet is paused, and {path} failed: {_message(reply)}" if status != 200 and path == PAUSE and comes else ""
 
     async def everywhere(self, path: str, body: bytes, workers: Iterable[Worker] | None = None) -> dict[str, tuple[int, bytes]]:
         """POST to all workers that are up; 502 stands for one that could not be reached."""
@@ -443,7 +486,7 @@ class Fleet:
             try:
                 return await worker.control.request("POST", path, body, timeout_s=self.config.health_s * 4)
             except UpstreamError as error:
-                return 502, msgspec.json.encode({"error": {"message": str(error)}})
+                return _unreached(error)
 
         return dict(zip((w.url for w in chosen), await asyncio.gather(*map(one, chosen)), strict=True))
 
@@ -462,6 +505,10 @@ def _load(path: Path) -> Target | None:
         raise ValueError(f"--state {path}: {error.strerror}; name a file") from None
     except msgspec.MsgspecError as error:
         raise ValueError(f"{path}: not a router's state: {error}; delete it to start afresh") from None
+
+
+def _unreached(error: UpstreamError) -> tuple[int, bytes]:
+    return 502, msgspec.json.encode({"error": {"message": str(error)}})
 
 
 def _older(version: str | None, than: str | None) -> bool:
