@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 from typing import Any
 
@@ -15,8 +14,7 @@ from torch import Tensor
 def module() -> Any:
     """The `deep_gemm` module. Raises ImportError naming the package to install; nvcc must be on the machine."""
     # its own cuBLASLt products are not used here, and would hold 32 MiB until the end, in the middle of a larger stretch
-    if importlib.util.find_spec("deep_gemm") is not None:
-        os.environ.setdefault("DG_USE_TEMP_CUBLASLT_WORKSPACE", "1")
+    os.environ.setdefault("DG_USE_TEMP_CUBLASLT_WORKSPACE", "1")
     try:
         deep_gemm = importlib.import_module("deep_gemm")
     except (ImportError, OSError, RuntimeError) as error:
