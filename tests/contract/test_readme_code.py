@@ -44,6 +44,24 @@ def run(code: str, scope: Scope) -> Scope:
     return scope
 
 
+def bound(code: str) -> set[str]:
+    """Names that a block binds, outside of its functions, classes and comprehensions."""
+    inner = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.comprehension)
+
+    def of(node: ast.AST) -> Iterator[str]:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from ((each.asname or each.name).partition(".")[0] for each in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        if not isinstance(node, inner):
+            for child in ast.iter_child_nodes(node):
+                yield from of(child)
+
+    return set(of(ast.parse(code)))
+
+
 @contextmanager
 def server(**options: Any) -> Iterator[str]:
     """The address of a scripted engine, served by a thread."""
@@ -81,7 +99,7 @@ def policy() -> Any:
     return random_decoder(shape, 0)
 
 
-def kernels_models(code: str) -> None:
+def kernels_models(code: str) -> Scope:
     """A torch model of the caller's, and one of transformers built from a configuration."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -97,15 +115,17 @@ def kernels_models(code: str) -> None:
         assert torch.equal(linear(rows[:1]), scope["logits"][:1]), "a row is a row, alone and in a batch"
     with pytest.raises(scope["miles_kernels"].mode.UnprovenReduction), invariant():
         rows.cumsum(0)
+    return scope
 
 
-def spec_verify(code: str) -> None:
+def spec_verify(code: str) -> Scope:
     scope: Scope = {"prompt_ids": [3, 1, 2, 3, 1], "model": lambda ids: torch.randn(len(ids), 40)}
     scope = run(code, scope)
     assert 1 <= len(scope["verified"].token_ids) <= len(scope["proposed"]) + 1
+    return scope
 
 
-def spec_unroll(code: str) -> None:
+def spec_unroll(code: str) -> Scope:
     from miles_spec.models import MtpDraft
     from miles_spec.models.unroll import UnrollPlan
     from miles_spec.targets import draft_targets
@@ -115,9 +135,10 @@ def spec_unroll(code: str) -> None:
     scope: Scope = {"MtpDraft": MtpDraft, "UnrollPlan": UnrollPlan, "policy": policy(), "targets": targets, "lengths": lengths}
     scope = run(code, scope | {"policy_hidden": torch.randn(12, 32)})
     assert [tuple(each.shape) for each in scope["states"]] == [(12, 32)] * 3
+    return scope
 
 
-def spec_loss(code: str) -> None:
+def spec_loss(code: str) -> Scope:
     from miles_spec.losses import draft_loss
     from miles_spec.targets import context_slots, draft_targets
 
@@ -127,9 +148,10 @@ def spec_loss(code: str) -> None:
     scope |= {"rank": 0, "ranks": 1, "head": policy().head, "policy_hidden": torch.randn(16, 32)}
     scope = run(code, scope | {"hidden_by_depth": [torch.randn(16, 32, requires_grad=True) for _ in range(3)]})
     assert scope["loss"].isfinite() and scope["loss"] > 0
+    return scope
 
 
-def spec_train(code: str) -> None:
+def spec_train(code: str) -> Scope:
     from miles_spec import models, train
 
     sequences = [
@@ -139,38 +161,45 @@ def spec_train(code: str) -> None:
     scope: Scope = {name: getattr(train, name) for name in names} | {"MtpDraft": models.MtpDraft, "policy": policy()}
     scope = run(code, scope | {"rollouts": sequences, "policy_hidden": torch.randn(16, 32)})
     assert "accept_length_estimate" in " ".join(scope["made"].metrics())
+    return scope
 
 
-def lean_text(code: str) -> None:
+def lean_text(code: str) -> Scope:
     scope = run(code, {})
     assert scope["source"] == "theorem add_zero' (n : Nat) : n + 0 = n := by\n  rfl\n"
     assert scope["forbidden"](scope["source"]) == []
+    return scope
 
 
-def lean_judge(code: str) -> None:
-    assert run(code, {})["verdict"].accepted
+def lean_judge(code: str) -> Scope:
+    scope = run(code, {})
+    assert scope["verdict"].accepted
+    return scope
 
 
-def lean_dojo(code: str) -> None:
-    assert len(run(code, {})["state"].goals_text) == 2
+def lean_dojo(code: str) -> Scope:
+    scope = run(code, {})
+    assert len(scope["state"].goals_text) == 2
+    return scope
 
 
-def rollout_client(code: str) -> None:
+def rollout_client(code: str) -> Scope:
     assert code.count(ADDRESS) == 1
     with server() as url:
-        run(code.replace(ADDRESS, url), {})
+        return run(code.replace(ADDRESS, url), {})
 
 
-def rollout_serve(code: str) -> None:
+def rollout_serve(code: str) -> Scope:
     """The block serves until it is told to stop: here, once it has answered."""
     from miles_rollout.child import free_port
 
     port = free_port()
     assert code.count("30000") == 1
     served: list[dict[str, Any]] = []
+    scope: Scope = {}
 
     async def main() -> None:
-        scope: Scope = {"engine": ScriptedEngine(TOKENIZER), "tokenizer": TOKENIZER}
+        scope.update({"engine": ScriptedEngine(TOKENIZER), "tokenizer": TOKENIZER})
         made = eval(compile(code.replace("30000", str(port)), "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), scope)  # noqa: S307
         task = asyncio.ensure_future(made)
         async with asyncio.timeout(60), httpx.AsyncClient() as http:
@@ -185,20 +214,21 @@ def rollout_serve(code: str) -> None:
 
     asyncio.run(main())
     assert served[0]["data"][0]["id"] == "policy"
+    return scope
 
 
-def alone(code: str) -> None:
-    run(code, {})
+def alone(code: str) -> Scope:
+    return run(code, {})
 
 
-CODE: dict[str, tuple[Callable[[str], None], ...]] = {
+CODE: dict[str, tuple[Callable[[str], Scope], ...]] = {
     "miles-kernels": (alone, kernels_models, alone),
     "miles-spec": (spec_verify, spec_unroll, spec_loss, spec_train),
     "miles-rollout": (rollout_client, rollout_serve),
     "miles-core": (),
     "miles-lean": (lean_text, lean_judge, lean_dojo),
 }
-"""What runs each Python block of a README, in order."""
+"""What runs each Python block of a README, in order, and gives the names that are then there."""
 
 
 def test_every_block_of_every_package_is_run() -> None:
@@ -213,7 +243,10 @@ def test_every_block_of_every_package_is_run() -> None:
     ("package", "number"), [(package, number) for package, runners in CODE.items() for number in range(len(runners))]
 )
 def test_a_block_runs(package: str, number: int) -> None:
-    CODE[package][number](blocks(readme(package), "python")[number])
+    code = blocks(readme(package), "python")[number]
+    names = bound(code)
+    assert names, "a block that binds nothing shows nothing"
+    assert names <= CODE[package][number](code).keys()
 
 
 # ------------------------------------------------------------------ miles-rollout by hand
