@@ -70,7 +70,7 @@ class BenchSettings:
             wrong.append(f"--temperatures must be numbers of at least 0, not {list(self.temperatures)}")
         if self.draft not in KINDS and not Path(self.draft).is_dir():
             wrong.append(f"--draft must be {', '.join(KINDS)} or the directory of a draft model, not {self.draft!r}")
-        if self.model is None and self.draft not in KINDS:
+        elif self.model is None and self.draft not in KINDS:
             wrong.append(f"--draft {self.draft} belongs to a policy: name its MODEL directory, too")
         if wrong:
             raise ValueError("; ".join(wrong))
